@@ -1,0 +1,557 @@
+"""Direct Nash Optimization (Rosset et al. 2024, arXiv 2404.03715v1), to be read beside the paper: sections 2 to 4, appendix A.
+
+Everything here is mathematics on tensors: no files, no tokenizers, no network.
+
+Notation. Axes: X prompts, Y responses, B pairs, T iterations. Tables are float64, policies are rows on the simplex.
+
+| paper            | here            | shape, range          | meaning                                                   |
+|------------------|-----------------|-----------------------|-----------------------------------------------------------|
+| P(y > y' | x)    | `P[x, y, y']`   | [X, Y, Y] in [0, 1]   | probability that y is preferred to y'; P + P^T = 1        |
+| rho              | `rho`           | [X], sums to 1        | prompt distribution; None means uniform                   |
+| pi_t             | `pi_t`          | [X, Y], rows sum to 1 | the policy of iteration t; `log_pi_t` is its logarithm    |
+| pi*_{t+1}        | `pi_star`       | [X, Y]                | the target of iteration t, Eq. (9)                        |
+| pi_bar           | `pi_bar`        | [X, Y]                | unif(pi_1..pi_t), the average iterate                     |
+| pi_ref, tau      | `pi_ref`, `tau` | [X, Y]; tau >= 0      | reference policy, and the strength of the pull towards it |
+| r_t(x, y)        | `r_t`           | [X, Y] in [0, 1]      | expected win rate of y against pi_t                       |
+| eta              | `eta`           | > 0                   | divides r_t: a LARGER eta is a SMALLER step               |
+| mu_1, mu_2       | `mu1`, `mu2`    | [X, Y]                | where the two responses of a training pair are drawn from |
+| Delta_{pi,t}, z^ | `margin`        | [B], and its sigmoid  | eta times the difference of log ratios log(pi/pi_t)       |
+| Delta*_t, z      | `r1 - r2`       | [B], and its sigmoid  | difference of expected win rates, and the soft label      |
+
+The duality gap is E_x[max_y P(y > pi) - min_y P(pi > y)] = E_x[2 max_y P(y > pi) - 1]: 0 exactly at Nash, at most 1. It is
+twice what some libraries call exploitability; no other measure of the distance from Nash is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linprog
+from torch import Tensor
+
+TOLERANCE = 1e-6  # on sums that must be 1; float32 rows of a few thousand entries stay well inside it
+NASH_TOLERANCE = 1e-8  # the duality gap that a policy returned as Nash may have
+
+# --- Section 2: preferences, win rates, Nash --------------------------------------------------------------------------------
+
+
+def check_preferences(P: Tensor) -> Tensor:
+    """Return P [X, Y, Y] if it is a preference function (section 2.2): entries in [0, 1] and P + P^T = 1, so that the
+    diagonal is 1/2. Raises ValueError naming the first entry (x, y, y') that breaks this, and its value."""
+    P = torch.as_tensor(P)
+    if P.ndim != 3 or P.shape[1] != P.shape[2] or P.numel() == 0 or not P.is_floating_point():
+        raise ValueError(f"P is {P.dtype} of shape {list(P.shape)}; expected floating point of shape [X, Y, Y]")
+    bad = ~((P >= 0) & (P <= 1))  # true of NaN as well
+    if bad.any():
+        x, y, z = bad.nonzero()[0].tolist()
+        raise ValueError(f"P[{x}, {y}, {z}] = {P[x, y, z]:.6g}; expected a probability in [0, 1]")
+    bad = (P + P.mT - 1).abs() > TOLERANCE
+    if bad.any():
+        x, y, z = bad.nonzero()[0].tolist()
+        raise ValueError(f"P[{x}, {y}, {z}] = {P[x, y, z]:.6g}; expected 1 - P[{x}, {z}, {y}] = {1 - P[x, z, y]:.6g}")
+    return P
+
+
+def check_policy(pi: Tensor, shape: torch.Size, name: str = "pi") -> Tensor:
+    """Return pi if it has the given shape and its rows are distributions; ValueError naming the first row that is not."""
+    if pi.shape != shape:
+        raise ValueError(f"{name} has shape {list(pi.shape)}; expected {list(shape)}")
+    bad = ~((pi >= 0).all(-1) & ((pi.sum(-1) - 1).abs() <= TOLERANCE))
+    if bad.any():
+        x = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}{x} has sum {pi[*x].sum():.6g}, minimum {pi[*x].min():.6g}; expected entries >= 0, sum 1")
+    return pi
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError naming the first value that is not a finite number above 0."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; expected a finite number above 0")
+
+
+def prompt_mean(values: Tensor, rho: Tensor | None = None) -> Tensor:
+    """E_{x~rho} over the last axis of values [..., X]; uniform when rho [X] is None. ValueError on a bad rho."""
+    if rho is None:
+        return values.mean(-1)
+    return values @ check_policy(rho, values.shape[-1:], "rho").to(values)
+
+
+def _against(P: Tensor, pi: Tensor) -> Tensor:
+    """P(y > pi | x) for every y, [X, Y]: one matrix-vector product a prompt, nothing checked."""
+    return torch.bmm(P, pi.unsqueeze(-1)).squeeze(-1)
+
+
+def expected_win_rate(P: Tensor, pi: Tensor) -> Tensor:
+    """r(x, y) = E_{y'~pi(.|x)} P(y > y' | x), [X, Y] in [0, 1]: Alg. 1, line 3. ValueError on a bad P or pi."""
+    P = check_preferences(P)
+    return _against(P, check_policy(pi, P.shape[:2]))
+
+
+def win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, rho: Tensor | None = None) -> float:
+    """P(pi > pi') = E_{x~rho, y~pi, y'~pi'} P(y > y' | x), in [0, 1] (section 2.2). ValueError on a bad argument."""
+    r = expected_win_rate(P, pi_prime)
+    return float(prompt_mean((check_policy(pi, P.shape[:2]) * r).sum(-1), rho))
+
+
+def gap_of_rewards(r: Tensor, rho: Tensor | None = None) -> Tensor:
+    """Duality gap of the policy whose expected win rates are r [..., X, Y]: E_x[2 max_y r(x, y) - 1], shape [...].
+
+    r is linear in the policy: the average policy's r is the average r, so its gap costs no further product with P."""
+    return prompt_mean(2 * r.amax(-1) - 1, rho)
+
+
+def duality_gap(P: Tensor, pi: Tensor, rho: Tensor | None = None) -> float:
+    """E_x[max_y P(y > pi | x) - min_y P(pi > y | x)] = E_x[2 max_y P(y > pi | x) - 1], in [0, 1]; 0 exactly at the Nash
+    policies of Eq. (3). ValueError on a bad argument."""
+    return float(gap_of_rewards(expected_win_rate(P, pi), rho))
+
+
+def nash(P: Tensor) -> Tensor:
+    """A Nash policy, MW(P) = argmax_pi min_pi' P(pi > pi') of Eq. (3), [X, Y] float64, by one linear program a prompt:
+    maximise v subject to sum_y pi(y) P(y > y') >= v for every y', and pi on the simplex.
+
+    Raises ValueError on a bad P, and RuntimeError if the solver fails or leaves a duality gap of 1e-8 or more."""
+    P = check_preferences(P).double()
+    Y = P.shape[1]
+    rows = []
+    for table in P.cpu().numpy():
+        found = linprog(
+            c=np.append(np.zeros(Y), -1.0),
+            A_ub=np.hstack([-table.T, np.ones((Y, 1))]), b_ub=np.zeros(Y),
+            A_eq=np.append(np.ones(Y), 0.0)[None], b_eq=[1.0],
+            bounds=[(0, None)] * Y + [(None, None)],
+            options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+        )  # fmt: skip
+        if not found.success:
+            raise RuntimeError(f"the linear program of prompt {len(rows)} failed: {found.message}")
+        rows.append(found.x[:Y].clip(0) / found.x[:Y].clip(0).sum())
+    pi = torch.from_numpy(np.stack(rows)).to(P.device)
+    worst = float((2 * _against(P, pi).amax(-1) - 1).max())
+    if worst >= NASH_TOLERANCE:
+        raise RuntimeError(f"the linear program left a duality gap of {worst:.1e}; expected below {NASH_TOLERANCE:.0e}")
+    return pi
+
+
+def cross_entropy(z: Tensor, margin: Tensor) -> Tensor:
+    """-z log sigma(margin) - (1 - z) log sigma(-margin), elementwise, in nats: Eq. (11), and Eq. (1) where the margin is a
+    difference of rewards. Its minimum over the margin is the entropy of z, at sigma(margin) = z."""
+    return -z * F.logsigmoid(margin) - (1 - z) * F.logsigmoid(-margin)
+
+
+def newton(F: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], u: Tensor, tolerance: float) -> Tensor:
+    """A root of F, each row of [X, Y] by itself: Newton's method from u, a step being halved until it does not increase |F|,
+    which leads to a root from anywhere if jacobian(u) [X, Y, Y] is nowhere singular. RuntimeError without success."""
+    F_u = F(u)
+    for _ in range(200):
+        if F_u.abs().max() <= tolerance:
+            return u
+        step, size = torch.linalg.solve(jacobian(u), F_u), torch.ones_like(u[:, :1])
+        while (worse := (F_new := F(u - size * step)).norm(dim=-1, keepdim=True) > F_u.norm(dim=-1, keepdim=True)).any():
+            size = torch.where(worse, size / 2, size)
+        u, F_u = u - size * step, F_new
+    raise RuntimeError(f"Newton's method left a residual of {F_u.abs().max():.1e} after 200 steps; expected {tolerance:.0e}")
+
+
+def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
+    """argmin_s sum_{y,y'} weight(y, y') cross_entropy(z(y, y'), s(y) - s(y')) for each prompt, [X, Y], of mean 0.
+
+    z and weight: [X, Y, Y], z complementary, weight >= 0. With z = P it is the Bradley-Terry fit of Eq. (1); with z = sigma of
+    reward differences it is Eq. (8) over a tabular class, s = eta log(pi/pi_t). Newton's method on the gradient (the loss is
+    convex). ValueError if no finite minimiser exists: some responses always win, always lose or are never compared."""
+    weight = (weight + weight.mT) / weight.sum((-2, -1), keepdim=True)  # (y, y') and (y', y) say the same
+
+    def gradient(s: Tensor) -> Tensor:
+        return (weight * (torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2)) - z)).sum(-1) + s.mean(-1, keepdim=True)
+
+    def hessian(s: Tensor) -> Tensor:  # the last term, like the gradient's, pins the mean of s to 0
+        z_hat = torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2))
+        curvature = weight * z_hat * (1 - z_hat)
+        return torch.diag_embed(curvature.sum(-1)) - curvature + 1 / s.shape[-1]
+
+    try:
+        scores = newton(gradient, hessian, torch.zeros_like(z[..., 0]), tolerance=1e-14)
+    except (RuntimeError, torch.linalg.LinAlgError) as error:
+        raise ValueError(f"no finite unique scores: {error}") from error
+    if scores.abs().max() > 25:  # sigma(25) = 1 - 1e-11: the loss is still falling towards scores without end
+        raise ValueError("no finite scores: some responses always win or always lose their comparisons")
+    return scores
+
+
+def bradley_terry_fit(P: Tensor, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
+    """Eq. (1) on infinitely many comparisons of y1 ~ mu1, y2 ~ mu2 (each [X, Y], uniform when None) labelled by P: the reward
+    argmax_r E log sigma(r(y+) - r(y-)), [X, Y], of mean 0. ValueError on a bad P, or if no finite unique reward exists."""
+    P = check_preferences(P)
+    uniform = torch.full_like(P[..., 0], 1 / P.shape[1])
+    mu1, mu2 = (uniform if mu is None else check_policy(mu, P.shape[:2], "mu") for mu in (mu1, mu2))
+    return fit_scores(P, mu1.unsqueeze(-1) * mu2.unsqueeze(-2))
+
+
+# --- Section 3: soft policy iteration and its regression --------------------------------------------------------------------
+
+
+def soft_policy_iteration(log_pi: Tensor, r: Tensor, eta: float) -> Tensor:
+    """log pi*, pi*(y|x) = pi(y|x) exp(r(x, y) / eta) / Z(x): Eq. (9), [X, Y]; with pi_ref and beta in place of pi and eta it
+    is the solution of Eq. (2). log_pi need not be normalised. ValueError unless eta > 0."""
+    check_positive(eta=eta)
+    return (log_pi + r / eta).log_softmax(-1)
+
+
+def internal_reward(log_pi: Tensor, log_pi_t: Tensor, eta: float) -> Tensor:
+    """r_{pi,t} = eta log(pi / pi_t), the reward for which pi is the target of soft policy iteration from pi_t: Eq. (10) up to
+    eta log Z(x), which no difference of rewards can see (the paper prints eta Z(x))."""
+    return eta * (log_pi - log_pi_t)
+
+
+def dno_loss(log_ratio1: Tensor, log_ratio2: Tensor, r1: Tensor, r2: Tensor, eta: float) -> Tensor:
+    """Eq. (8) = Eq. (12) as a loss [B] in nats: cross-entropy of z = sigma(r1 - r2) against z^ = sigma(eta log_ratio1 - eta
+    log_ratio2), with log_ratio = log pi(y|x) - log pi_t(y|x) of whole responses (a sum over tokens, never a mean).
+    No gradient flows through r1, r2. Its minimum is the entropy of z, at z^ = z; ln 2 at pi = pi_t if r1 = r2."""
+    z = torch.sigmoid(r1 - r2).detach()
+    return cross_entropy(z, eta * (log_ratio1 - log_ratio2))
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_y p log(p/q) along the last axis, in nats; 0 log 0 = 0."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """TV(p, q) = sum_y |p - q| / 2 along the last axis, in [0, 1]."""
+    return (p - q).abs().sum(-1) / 2
+
+
+def concentrability(pi_star: Tensor, pi: Tensor, mu1: Tensor, mu2: Tensor, rho: Tensor | None = None) -> float:
+    """C_t of Theorem 1: E_x E_{y1~pi_star, y2~pi}[(d(y1) - d(y2))^2] over the same under y1 ~ mu1, y2 ~ mu2, where
+    d = log(pi_star / pi); all [X, Y], pi_star and pi of full support. By how much pairs of mu1, mu2 show less of the difference
+    between pi_star and pi than pairs of these two would. NaN if pi_star = pi (0/0); ValueError where d is undefined."""
+    for name, table in {"pi_star": pi_star, "pi": pi, "mu1": mu1, "mu2": mu2}.items():
+        check_policy(table, pi_star.shape, name)
+    if not ((pi_star > 0) & (pi > 0)).all():
+        raise ValueError("pi_star or pi has an entry 0; expected full support, or log(pi_star / pi) is undefined")
+    d = (pi_star / pi).log()
+    return float(_mean_square_difference(d, pi_star, pi, rho) / _mean_square_difference(d, mu1, mu2, rho))
+
+
+def _mean_square_difference(d: Tensor, p: Tensor, q: Tensor, rho: Tensor | None) -> Tensor:
+    """E_x E_{y1~p, y2~q}[(d(y1) - d(y2))^2] from means and variances, without a [Y, Y] table or cancellation."""
+    mean_p, mean_q = ((m * d).sum(-1, keepdim=True) for m in (p, q))
+    variances = (p * (d - mean_p) ** 2).sum(-1) + (q * (d - mean_q) ** 2).sum(-1)
+    return prompt_mean(variances + (mean_p - mean_q).squeeze(-1) ** 2, rho)
+
+
+# --- Algorithm 1 ------------------------------------------------------------------------------------------------------------
+
+
+class Policy(Protocol):
+    """What Algorithms 1 and 3 need of a policy whose responses can be enumerated, be it a table or a transformer."""
+
+    def log_probs(self) -> Tensor:
+        """log pi(y|x) of every response, [X, Y], rows normalised, differentiable in `parameters()`."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The tensors that line 4 trains."""
+
+
+MU = {  # where a response of D_t is drawn from, given (pi_t, pi_star)
+    "on-policy": lambda pi_t, pi_star: pi_t,  # what the paper recommends
+    "uniform": lambda pi_t, pi_star: torch.full_like(pi_t, 1 / pi_t.shape[-1]),
+    "target": lambda pi_t, pi_star: pi_star,  # the ideal of Theorem 1
+}
+
+
+@dataclass(frozen=True)
+class Regression:
+    """How line 4 is solved: Adam on Eq. (8), once over N = steps * pairs tuples D_t, from pi_t on (a warm start)."""
+
+    steps: int = 30  # Adam steps, unless the tolerance is met before
+    pairs: int = 2048  # tuples (x, y1, y2) a step
+    learning_rate: float = 5e-3  # of the first step; falls linearly to 0 within the iteration
+    tolerance: float = 0.0  # nats; stop once a batch's loss is this close to its lower bound, the entropy of z
+    mu1: str | Tensor = "on-policy"  # a name in `MU`, or a fixed table [X, Y]: off-policy data
+    mu2: str | Tensor = "on-policy"
+
+    def __post_init__(self) -> None:
+        check_positive(steps=self.steps, pairs=self.pairs, learning_rate=self.learning_rate)
+        for mu in (self.mu1, self.mu2):
+            if isinstance(mu, str) and mu not in MU:
+                raise ValueError(f"mu is {mu!r}; expected one of {', '.join(MU)}, or a table [X, Y]")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What iteration t did; tables are [X, Y], float64 and detached. With the states of policy, optimizer and generator it is
+    all that is needed to go on after iteration t (the algorithms' argument `after`)."""
+
+    t: int  # 1..T
+    log_pi_t: Tensor
+    r_t: Tensor
+    log_pi_star: Tensor  # the exact minimiser of line 4
+    log_pi_next: Tensor  # pi_{t+1}: what line 4 reached
+    pi_bar: Tensor  # unif(pi_1..pi_t)
+    log_pi_ref: Tensor  # Algorithm 3's reference in iteration t + 1; Algorithm 1 never looks at it
+    loss: float  # Eq. (8) on the last batch, nats
+    excess_loss: float  # that minus the mean entropy of z; >= 0
+    steps: int  # Adam steps taken
+
+
+def log_table(policy: Policy) -> Tensor:
+    """The policy's log-probabilities as a frozen float64 table [X, Y], normalised to float64's precision."""
+    with torch.no_grad():
+        return policy.log_probs().double().log_softmax(-1)
+
+
+def adam(policy: Policy) -> torch.optim.Adam:
+    """The optimizer of line 4. Its moments outlive the iterations; `Regression` sets its learning rate."""
+    return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95), fused=True)
+
+
+def draw_tuples(rho: Tensor | None, mu1: Tensor, mu2: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """D_t: n tuples x ~ rho, y1 ~ mu1(.|x), y2 ~ mu2(.|x), each [n] int64, drawn on the CPU, where the generator lives."""
+    X, Y = mu1.shape
+    x = torch.multinomial(torch.ones(X) if rho is None else rho.cpu(), n, replacement=True, generator=generator)
+
+    def draw(mu: Tensor) -> Tensor:  # the rows' distribution functions laid end to end, inverted by one binary search
+        cdf = mu.cpu().double().cumsum(-1)
+        ends = (cdf / cdf[:, -1:] + torch.arange(X).unsqueeze(-1)).flatten()
+        u = torch.rand(n, generator=generator, dtype=torch.float64)
+        return (torch.searchsorted(ends, x + u, right=True) - x * Y).clamp(0, Y - 1)
+
+    return tuple(part.to(mu1.device) for part in (x, draw(mu1), draw(mu2)))
+
+
+def regress(policy: Policy, log_reference: Tensor, r_t: Tensor, D_t: tuple[Tensor, ...], eta: float,
+            optimizer: torch.optim.Optimizer, settings: Regression) -> dict[str, float]:  # fmt: skip
+    """Line 4: minimise Eq. (8) over D_t = (x, y1, y2) by `settings`, log_reference [X, Y] being log pi_t, frozen. Returns the
+    last batch's loss and excess_loss, in nats, and the steps taken."""
+    for step, (x, y1, y2) in enumerate(zip(*(part.chunk(settings.steps) for part in D_t), strict=True)):
+        log_ratio = policy.log_probs() - log_reference
+        r1, r2 = r_t[x, y1], r_t[x, y2]
+        loss = dno_loss(log_ratio[x, y1], log_ratio[x, y2], r1, r2, eta).mean()
+        excess = loss.item() - cross_entropy(torch.sigmoid(r1 - r2), r1 - r2).mean().item()
+        if excess < settings.tolerance:
+            return {"loss": loss.item(), "excess_loss": excess, "steps": step}
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - step / settings.steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {"loss": loss.item(), "excess_loss": excess, "steps": step + 1}
+
+
+def algorithm1(policy: Policy, P: Tensor, eta: float, iterations: int, *, rho: Tensor | None = None,
+               settings: Regression = Regression(), optimizer: torch.optim.Optimizer | None = None,
+               generator: torch.Generator | None = None, after: Iteration | None = None,
+               ) -> Generator[Iteration, None, Tensor]:  # fmt: skip
+    """Algorithm 1, DNO: yields an `Iteration` for each t = 1..T and returns pi_bar.
+
+    policy: trained in place; pi_1 is the policy as it comes, which the paper wants uniform, as new ones of model.py are.
+    P: [X, Y, Y]. optimizer: `adam(policy)` when None. generator: draws D_t; seed 0 when None. after: the iteration to go on
+    from, with policy, optimizer and generator in the states they had then. ValueError on a bad P, rho, mu, eta or T."""
+    check_positive(eta=eta, iterations=iterations)
+    optimizer, generator = optimizer or adam(policy), generator or torch.Generator().manual_seed(0)
+    log_pi_t = log_pi_1 = log_table(policy)  # Alg. 1, line 1: pi_1 <- uniform
+    pi_bar = after.pi_bar if after else torch.zeros_like(log_pi_t)
+    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 1, line 2
+        pi_t = log_pi_t.exp()
+        r_t = expected_win_rate(P, pi_t)  # Alg. 1, line 3
+        log_pi_star = soft_policy_iteration(log_pi_t, r_t, eta)  # Eq. (9): where line 4 leads
+        D_t = draw_tuples(rho, *_mus(settings, pi_t, log_pi_star.exp()), settings.steps * settings.pairs, generator)
+        fit = regress(policy, log_pi_t, r_t, D_t, eta, optimizer, settings)  # Alg. 1, line 4
+        log_pi_next = log_table(policy)
+        pi_bar = pi_bar + (pi_t - pi_bar) / t
+        yield Iteration(t, log_pi_t, r_t, log_pi_star, log_pi_next, pi_bar, log_pi_1, **fit)
+        log_pi_t = log_pi_next
+    return pi_bar  # Alg. 1, line 6
+
+
+def _mus(settings: Regression, pi_t: Tensor, pi_star: Tensor) -> tuple[Tensor, ...]:
+    """The tables mu_{1,t}, mu_{2,t}."""
+    chosen = (MU[mu](pi_t, pi_star) if isinstance(mu, str) else mu.to(pi_t) for mu in (settings.mu1, settings.mu2))
+    return tuple(check_policy(mu, pi_t.shape, "mu") for mu in chosen)
+
+
+# --- Section 4: the practical loss ------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(log_ratio_pos: Tensor, log_ratio_neg: Tensor, eta: float) -> Tensor:
+    """Eq. (13) as a loss [B] in nats: -log sigma(eta log_ratio_pos - eta log_ratio_neg), with log_ratio = log pi - log pi_t of
+    whole responses. Eq. (8) with z = 1; the DPO loss with reference pi_t and beta = eta (the paper's eta~)."""
+    return -F.logsigmoid(eta * (log_ratio_pos - log_ratio_neg))
+
+
+# --- Appendix A: the regularised game, Algorithm 3 --------------------------------------------------------------------------
+
+
+def geometric_mixture(log_pi: Tensor, log_pi_ref: Tensor, tau: float, eta: float) -> Tensor:
+    """log of pi^(1 - tau/eta) pi_ref^(tau/eta), unnormalised: log_softmax makes it Eq. (7)'s pi^tau. At tau = 0 it is log_pi."""
+    return log_pi if tau == 0 else (1 - tau / eta) * log_pi + (tau / eta) * log_pi_ref
+
+
+def regularized_win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, pi_ref: Tensor, tau: float,
+                         rho: Tensor | None = None) -> float:  # fmt: skip
+    """P_tau(pi > pi') = P(pi > pi') - tau E_x KL(pi || pi_ref) + tau E_x KL(pi' || pi_ref): Eq. (6), that is the expectation
+    of Eq. (5). ValueError on a bad table."""
+    log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").log()
+    costs = kl_divergence(pi_prime.log(), log_ref) - kl_divergence(pi.log(), log_ref)
+    return win_rate(P, pi, pi_prime, rho) + tau * float(prompt_mean(costs, rho))
+
+
+def regularized_gap(P: Tensor, pi: Tensor, pi_ref: Tensor, tau: float, rho: Tensor | None = None) -> float:
+    """Duality gap of P_tau, max_pi' P_tau(pi' > pi) - min_pi' P_tau(pi > pi') = 2 max_pi' P_tau(pi' > pi) - 1 >= 0; the best
+    reply is Eq. (2): E_x[2 tau log sum_y pi_ref exp(r/tau) + 2 tau KL(pi || pi_ref) - 1], r = P(. > pi). At tau = 0 it is the
+    duality gap. ValueError on a bad table, or unless tau >= 0."""
+    if tau == 0:
+        return duality_gap(P, pi, rho)
+    check_positive(tau=tau)
+    log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").log()
+    best = (log_ref + expected_win_rate(P, pi) / tau).logsumexp(-1)
+    return float(prompt_mean(2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1, rho))
+
+
+def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
+    """MW(P_tau) of Eq. (6), [X, Y], unique: the solution of pi = pi_ref exp(P(. > pi)/tau) / Z.
+
+    Newton's method on F(u) = u - log pi_ref - P softmax(u)/tau. The Jacobian I - A M/tau, with A = P - 1/2
+    skew-symmetric and M the covariance of softmax(u), is never singular: A M has imaginary eigenvalues only, M being positive
+    semidefinite. Raises ValueError on a bad table, a pi_ref without full support or tau <= 0, RuntimeError without success."""
+    P = check_preferences(P)
+    check_positive(tau=tau)
+    log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").log()
+    if not log_ref.isfinite().all():
+        raise ValueError("pi_ref has an entry 0; expected full support")
+    A, eye = P - 0.5, torch.eye(P.shape[1]).to(P)
+
+    def jacobian(u: Tensor) -> Tensor:
+        pi = u.softmax(-1)
+        return eye - A @ (torch.diag_embed(pi) - pi.unsqueeze(-1) * pi.unsqueeze(-2)) / tau
+
+    def residual(u: Tensor) -> Tensor:
+        return u - log_ref - _against(A, u.softmax(-1)) / tau
+
+    return newton(residual, jacobian, log_ref, tolerance=1e-13 * (1 + 1 / tau)).softmax(-1)
+
+
+def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: float, *, option: str = "I",
+               move_reference_every: int = 0, rho: Tensor | None = None, settings: Regression = Regression(),
+               optimizer: torch.optim.Optimizer | None = None, generator: torch.Generator | None = None,
+               after: Iteration | None = None) -> Generator[Iteration, None, Tensor]:  # fmt: skip
+    """Algorithm 3, regularised DNO: `algorithm1` with pi_t in the loss replaced by pi_t^(1 - tau/eta) pi_ref^(tau/eta), left
+    unnormalised, pi_ref = pi_1. What else changes: r_t is against pi_t (option "I": average iterate) or against the normalised
+    mixture pi_t^tau (option "II": last iterate). Ours, not the paper's: every `move_reference_every` iterations (0: never) the
+    reference becomes pi_{t+1}, so that the last iterate heads for the Nash policy of P itself (MPO, COMAL; needs option I).
+    ValueError also unless 0 <= tau <= eta and option is I or II."""
+    check_positive(eta=eta, iterations=iterations)
+    check_regularization(tau, eta)
+    if option not in ("I", "II"):
+        raise ValueError(f"option is {option!r}; expected I or II")
+    optimizer, generator = optimizer or adam(policy), generator or torch.Generator().manual_seed(0)
+    log_pi_t = log_table(policy)  # Alg. 3, line 1: pi_1 <- uniform
+    log_pi_ref = after.log_pi_ref if after else log_pi_t
+    pi_bar = after.pi_bar if after else torch.zeros_like(log_pi_t)
+    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 3, line 2
+        pi_t, log_mixture = log_pi_t.exp(), geometric_mixture(log_pi_t, log_pi_ref, tau, eta)
+        r_t = expected_win_rate(P, pi_t if option == "I" else log_mixture.softmax(-1))  # Alg. 3, line 3
+        log_pi_star = soft_policy_iteration(log_mixture, r_t, eta)  # Eq. (7): where line 4 leads
+        D_t = draw_tuples(rho, *_mus(settings, pi_t, log_pi_star.exp()), settings.steps * settings.pairs, generator)
+        fit = regress(policy, log_mixture, r_t, D_t, eta, optimizer, settings)  # Alg. 3, line 4
+        log_pi_next = log_table(policy)
+        pi_bar = pi_bar + (pi_t - pi_bar) / t
+        if move_reference_every and t % move_reference_every == 0:
+            log_pi_ref = log_pi_next
+        yield Iteration(t, log_pi_t, r_t, log_pi_star, log_pi_next, pi_bar, log_pi_ref, **fit)
+        log_pi_t = log_pi_next
+    return pi_bar  # Alg. 3, line 6
+
+
+def check_regularization(tau: float, eta: float) -> None:
+    """Raise ValueError unless 0 <= tau <= eta, so that tau/eta is a mixture weight."""
+    if not 0 <= tau <= eta:
+        raise ValueError(f"tau is {tau} and eta {eta}; expected 0 <= tau <= eta")
+
+
+# --- The same games with exact updates, by Eq. (9) and by its relatives -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The run of `solve`: policies [T+1, X, Y], pi_1 first; average = unif(pi_1..pi_T) and last = pi_{T+1}, [X, Y]; and the
+    duality gaps after each iteration t, [T]: of unif(pi_1..pi_t) and of pi_{t+1}."""
+
+    policies: Tensor
+    average: Tensor
+    last: Tensor
+    gap_average: Tensor
+    gap_last: Tensor
+
+
+def _dno_regression(mixture: Tensor, r: Tensor, eta: float, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
+    """Eq. (8) minimised over tabular logits by Newton's method, on all pairs of mu1, mu2 [X, Y], uniform when None."""
+    mu1, mu2 = (torch.full_like(r, 1 / r.shape[1]) if mu is None else mu for mu in (mu1, mu2))
+    z = torch.sigmoid(r.unsqueeze(-1) - r.unsqueeze(-2))
+    return mixture + fit_scores(z, mu1.unsqueeze(-1) * mu2.unsqueeze(-2)) / eta
+
+
+def _sppo(mixture: Tensor, r: Tensor, eta: float) -> Tensor:
+    """The policy pi_t e^h of least E_{y~pi_t}[(h - g)^2], g = (r - 1/2)/eta. The Lagrangian's derivative is 0 where
+    h + c e^h = g, with c such that the policy sums to 1; Newton's method on h and c together."""
+    pi, g = mixture.softmax(-1), (r - 0.5) / eta
+    h, c = g, torch.zeros_like(g[:, :1])
+    for _ in range(20):
+        weight, slope, off = h.exp(), 1 + c * h.exp(), h + c * h.exp() - g
+        dc = (pi * weight * (1 - off / slope)).sum(-1, keepdim=True) - 1
+        dc = dc / (pi * weight**2 / slope).sum(-1, keepdim=True)
+        h, c = h - (off + weight * dc) / slope, c + dc
+    return mixture.log_softmax(-1) + h
+
+
+# log pi_{t+1}, not normalised, from m = log(pi_t^(1 - tau/eta) pi_ref^(tau/eta)), the expected win rates r against pi_t and r0
+# against pi_{t-1}, and the function R(pi) that gives those against any pi.
+METHODS = {
+    "dno": lambda m, r, r0, R, eta: m + r / eta,  # Eq. (9); tau > 0: option I of Alg. 3, with pi_ref fixed INPO (Zhang 2024)
+    "dno-regression": lambda m, r, r0, R, eta, **mus: _dno_regression(m, r, eta, **mus),  # Eq. (8)
+    "nash-md": lambda m, r, r0, R, eta: m + R(m.softmax(-1)) / eta,  # Eq. (7), Munos 2023; option II of Alg. 3
+    "omwu": lambda m, r, r0, R, eta: m + (2 * r - r0) / eta,  # optimistic: r_t twice, r_{t-1} taken back
+    "sppo": lambda m, r, r0, R, eta: _sppo(m, r, eta),  # Wu 2024: squared loss in place of Eq. (8)
+    "moving-reference": lambda m, r, r0, R, eta: m + r / eta,  # MPO, Wang 2024; COMAL, Liu 2024
+    "extragradient": lambda m, r, r0, R, eta: m + R((m + r / eta).softmax(-1)) / eta,  # EGPO, Zhou 2025: r after a trial step
+}
+
+
+def solve(P: Tensor, method: str = "dno", eta: float = 1.0, iterations: int = 100, pi_ref: Tensor | None = None,
+          tau: float = 0.0, *, pi_1: Tensor | None = None, rho: Tensor | None = None, move_reference_every: int | None = None,
+          **options: Tensor) -> Solution:  # fmt: skip
+    """Run `iterations` exact updates on P [X, Y, Y] by a method of `METHODS`.
+
+    pi_ref [X, Y]: the reference, uniform when None. pi_1: the start, pi_ref when None. tau in [0, eta]: pull towards pi_ref;
+    at 0 the game is P itself, and "nash-md" and "moving-reference" are "dno". "moving-reference" sets pi_ref <- pi_{t+1} every
+    `move_reference_every` iterations (6 when None); other methods do so if told to. options: mu1, mu2 [X, Y] of
+    "dno-regression". ValueError on an unknown method, a bad table or a bad number."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    check_positive(eta=eta, iterations=iterations)
+    check_regularization(tau, eta)
+    P = check_preferences(P)
+    pi_ref = torch.full_like(P[..., 0], 1 / P.shape[1]) if pi_ref is None else check_policy(pi_ref, P.shape[:2], "pi_ref")
+    pi = pi_ref if pi_1 is None else check_policy(pi_1, P.shape[:2], "pi_1")
+    every = move_reference_every or (6 if method == "moving-reference" else iterations + 1)
+    log_pi, log_ref = pi.log(), pi_ref.log()
+    policies, rewards = (torch.empty(iterations + 1, *pi.shape).to(P) for _ in range(2))
+    policies[0], rewards[0] = pi, _against(P, pi)
+    for t in range(iterations):
+        mixture = geometric_mixture(log_pi, log_ref, tau, eta)
+        update = METHODS[method](mixture, rewards[t], rewards[max(t - 1, 0)], lambda pi: _against(P, pi), eta, **options)
+        log_pi = update.log_softmax(-1)
+        policies[t + 1] = pi = log_pi.exp()
+        rewards[t + 1] = _against(P, pi)
+        if (t + 1) % every == 0:
+            log_ref = log_pi
+    average_rewards = rewards[:-1].cumsum(0) / torch.arange(1, iterations + 1).to(P)[:, None, None]
+    gaps = gap_of_rewards(average_rewards, rho), gap_of_rewards(rewards[1:], rho)
+    return Solution(policies, policies[:-1].mean(0), policies[-1], *gaps)
