@@ -390,7 +390,7 @@ def contrastive_loss(log_ratio_pos: Tensor, log_ratio_neg: Tensor, eta: float) -
 
 
 def geometric_mixture(log_pi: Tensor, log_pi_ref: Tensor, tau: float, eta: float) -> Tensor:
-    """log of pi^(1 - tau/eta) pi_ref^(tau/eta), unnormalised: log_softmax makes it Eq. (7)'s pi^tau. At tau = 0 it is log_pi."""
+    """log of pi^(1 - tau/eta) pi_ref^(tau/eta), unnormalised: log_softmax makes it Eq. (7)'s pi^tau. At tau = 0, log_pi."""
     return log_pi if tau == 0 else (1 - tau / eta) * log_pi + (tau / eta) * log_pi_ref
 
 

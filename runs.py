@@ -1,0 +1,144 @@
+"""What every run of `train.py` shares: a command line made from a dataclass, the run's folder, the look of its figures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+import sys
+import typing
+from pathlib import Path
+from typing import Any, NoReturn
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STYLE = {
+    "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]),
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "font.size": 10,
+    "legend.frameon": False, "figure.constrained_layout.use": True, "savefig.dpi": 150,
+}  # fmt: skip  # colours told apart by colour-blind readers (Okabe and Ito); line styles tell them apart in grey
+
+
+class BadInput(Exception):
+    """The user can mend it: one line, exit code 2, nothing overwritten."""
+
+
+# --- The command line ------------------------------------------------------------------------------------------------------
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of a preset's dataclass: its default, and help that gives unit, range and the paper's value if it has one."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; `python train.py --help` lists what there is")
+
+
+def _parser(preset: str, config: type) -> argparse.ArgumentParser:
+    """A parser with one --option for each field of the dataclass."""
+    summary = (config.__doc__ or "").strip().splitlines()[0]
+    parser = _Parser(f"train.py {preset}", description=summary, allow_abbrev=False, add_help=False)
+    for field in dataclasses.fields(config):
+        kind = typing.get_type_hints(config)[field.name]
+        kind = next(part for part in typing.get_args(kind) or (kind,) if part is not type(None))
+        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=help)
+        else:
+            shown = "" if field.default is None else f" (default: {field.default})"
+            choices, metavar = field.metadata["choices"], None if field.metadata["choices"] else kind.__name__.upper()
+            parser.add_argument(flag, type=kind, default=field.default, choices=choices, metavar=metavar, help=help + shown)
+    return parser
+
+
+def parse(argv: list[str], presets: dict[str, type], default: str) -> tuple[str, Any]:
+    """(preset, its config) from the command line; prints the help and exits 0 if asked to. BadInput on anything unknown."""
+    preset, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (default, argv)
+    if preset not in presets:
+        raise BadInput(f"unknown preset {preset!r}; expected one of {', '.join(presets)}")
+    if "-h" in rest or "--help" in rest:
+        print(f"usage: python train.py [PRESET] [--field value ...]\n\npresets: {', '.join(presets)} (default: {default})\n")
+        for name, config in presets.items():
+            if name == preset or not argv[0].startswith("-"):
+                print(_parser(name, config).format_help())
+        sys.exit(0)
+    return preset, presets[preset](**vars(_parser(preset, presets[preset]).parse_args(rest)))
+
+
+# --- The folder of a run ---------------------------------------------------------------------------------------------------
+
+MAY_DIFFER = ("out", "resume", "device", "threads")  # between the start of a run and its resumption
+
+
+class Run:
+    """The folder of one run: config.json, metrics.jsonl, checkpoint/state.pt, and what the preset adds.
+
+    Raises BadInput, before anything is written, if `out` holds anything but a run of the same config, or one without --resume.
+    `state` is the last checkpoint, or None at the start."""
+
+    def __init__(self, preset: str, config: Any):
+        self.out = Path(config.out)
+        settings = {"preset": preset, **dataclasses.asdict(config)}
+        self.state = self._earlier(settings) if self.out.exists() and any(self.out.iterdir()) else None
+        (self.out / "checkpoint").mkdir(parents=True, exist_ok=True)
+        self.write("config.json", json.dumps(settings, indent=2) + "\n")
+        self.metrics = self.state["metrics"] if self.state else []
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
+
+    def _earlier(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            earlier = json.loads((self.out / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.out} holds something, but no readable config.json; choose another --out") from error
+        for name in sorted(settings.keys() | earlier.keys()):
+            if name not in MAY_DIFFER and settings.get(name) != earlier.get(name):
+                difference = f"{name} is {earlier.get(name)!r} there and {settings.get(name)!r} here"
+                raise BadInput(f"{self.out} holds another run: {difference}; choose another --out")
+        if not settings["resume"]:
+            raise BadInput(f"{self.out} holds this run already; add --resume to go on with it, or choose another --out")
+        path = self.out / "checkpoint" / "state.pt"
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, weights_only=True, map_location=settings["device"])
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__}); choose another --out") from error
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file of the folder in one piece: whoever looks sees the old content or the new, also after a crash."""
+        part = self.out / f".{Path(name).name}.part"
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, self.out / name)
+
+    def save(self, row: dict[str, Any], state: dict[str, Any]) -> None:
+        """End an iteration: its row joins metrics.jsonl, then row and state become the checkpoint, atomically."""
+        self.metrics.append(row)
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        part = self.out / "checkpoint" / "state.part"
+        torch.save({**state, "metrics": self.metrics}, part)
+        os.replace(part, self.out / "checkpoint" / "state.pt")
+
+    def figure(self, name: str, figure: plt.Figure) -> None:
+        """Save a figure as a PNG."""
+        figure.savefig(self.out / name)
+        plt.close(figure)
+
+
+def check_device(name: str) -> torch.device:
+    """The torch device of that name; BadInput if it is unknown or this machine has none."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device, dtype=torch.float64)  # exact quantities need float64
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"device {name!r} cannot be used ({reason}); expected cpu, cuda or cuda:N with float64") from error
+    return device
