@@ -216,8 +216,8 @@ def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Sol
         optimizer.load_state_dict(run.state["optimizer"])
         generator.set_state(run.state["generator"].cpu())
         after, policies = dno.Iteration(**run.state["after"]), list(run.state["policies"])
-    common = {"rho": game.rho, "optimizer": optimizer, "generator": generator, "after": after, "settings":
-              dno.Regression(config.steps, config.pairs, config.lr, config.tolerance, config.mu, config.mu)}  # fmt: skip
+    settings = dno.Regression(config.steps, config.pairs, config.lr, tolerance=config.tolerance, mu1=config.mu, mu2=config.mu)
+    common = {"rho": game.rho, "settings": settings, "optimizer": optimizer, "generator": generator, "after": after}
     if config.algorithm == 1:
         loop = dno.algorithm1(policy, game.P, config.eta, config.iterations, **common)
     else:
@@ -267,8 +267,8 @@ def summarise(config: GameConfig, game: Game, twin: dno.Solution, moving: dno.So
     tail = lasts[-max(1, len(lasts) // 5) :]
     converged = max(tail) <= first / 4
     verdict = "stayed below a quarter of the first" if converged else "did NOT converge; the average does the work"
-    print(f"\nLast iterate: gap {min(tail):.3f} to {max(tail):.3f} in the last {len(tail)} iterations (lowest ever {min(lasts):.3f}, "
-          f"in iteration {lasts.index(min(lasts)) + 1}): it {verdict}.")  # fmt: skip
+    print(f"\nLast iterate: gap {min(tail):.3f} to {max(tail):.3f} in the last {len(tail)} iterations "
+          f"(lowest ever {min(lasts):.3f}, in iteration {lasts.index(min(lasts)) + 1}): it {verdict}.")  # fmt: skip
     win_rates, distances = ([row[key] for row in metrics] for key in ("win_rate_vs_previous", "tv_to_target"))
     print(f"P(pi_t+1 > pi_t) > 1/2 in {sum(w > 0.5 for w in win_rates)} of {len(win_rates)} iterations, "
           f"at least {min(win_rates):.5f}; mean TV to the target {np.mean(distances):.4f}.")  # fmt: skip

@@ -1,0 +1,33 @@
+"""Random games, policies and prompt distributions that the claims are tried on, and the tolerances they must meet."""
+
+import pytest
+import torch
+
+from oracle import PreferenceTable, random_feature_game, random_game
+
+EXACT = 1e-12  # float64 identities: a few thousand roundings of 1e-16 each
+LP = 1e-8  # what the linear program promises
+
+
+def random_policy(X: int, Y: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    """softmax of normal logits, [X, Y] float64, of full support."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(X, Y, generator=generator, dtype=torch.float64)).softmax(-1)
+
+
+def random_rho(X: int, seed: int) -> torch.Tensor:
+    """A prompt distribution that is not uniform, [X]."""
+    return random_policy(1, X, seed + 1000)[0]
+
+
+SIZES = [(1, 2), (1, 3), (2, 3), (3, 5), (2, 8), (5, 13), (3, 21), (2, 40)]
+GAMES = [
+    pytest.param(make(X, Y, seed).P, id=f"{make.__name__}-{X}x{Y}")
+    for seed, (X, Y) in enumerate(SIZES)
+    for make in (random_game, random_feature_game)
+]
+games = pytest.mark.parametrize("P", GAMES)
+
+# Comparisons a > b 0.1, a > c 0.8, b > c 0.1: the 3x3 game of COMAL (Liu et al. 2024), and the start of its experiments.
+COMAL = PreferenceTable(torch.tensor([[[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]]], dtype=torch.float64)).P
+COMAL_START = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)

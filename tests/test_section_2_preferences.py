@@ -1,0 +1,226 @@
+"""Section 2: win rates, Nash policies, what a reward can and cannot express, the regularised preference. Claims C1 to C5."""
+
+import numpy as np
+import pytest
+import torch
+from games import EXACT, LP, games, random_policy, random_rho
+from scipy.optimize import minimize, nnls
+
+import dno
+from oracle import PreferenceTable, bradley_terry, random_game, rock_paper_scissors
+
+
+def loops(P, pi, pi_prime, rho):
+    """P(pi > pi') by its definition, one term at a time."""
+    X, Y, _ = P.shape
+    return sum(
+        float(rho[x] * pi[x, y] * pi_prime[x, z] * P[x, y, z]) for x in range(X) for y in range(Y) for z in range(Y)
+    )
+
+
+@games
+def test_win_rate_is_the_expectation_over_prompts_and_both_responses(P):
+    X, Y, _ = P.shape
+    pi, pi_prime, rho = random_policy(X, Y, 0), random_policy(X, Y, 1), random_rho(X, 2)
+    assert dno.win_rate(P, pi, pi_prime, rho) == pytest.approx(loops(P, pi, pi_prime, rho), abs=EXACT)
+    assert dno.win_rate(P, pi, pi_prime) == pytest.approx(loops(P, pi, pi_prime, torch.ones(X).double() / X), abs=EXACT)
+    assert dno.win_rate(P, pi, pi) == pytest.approx(0.5, abs=EXACT)  # symmetric game
+    assert dno.win_rate(P, pi, pi_prime, rho) + dno.win_rate(P, pi_prime, pi, rho) == pytest.approx(1, abs=EXACT)
+
+
+@games
+def test_duality_gap_is_best_reply_minus_worst_opponent_and_twice_the_best_reply_less_one(P):
+    X, Y, _ = P.shape
+    pi, rho = random_policy(X, Y, 3), random_rho(X, 4)
+    gap = 0.0
+    for x in range(X):
+        wins = [float(P[x, y] @ pi[x]) for y in range(Y)]  # P(y > pi)
+        losses = [float(pi[x] @ P[x, :, y]) for y in range(Y)]  # P(pi > y)
+        gap += float(rho[x]) * (max(wins) - min(losses))
+    assert dno.duality_gap(P, pi, rho) == pytest.approx(gap, abs=EXACT)
+    assert 0 <= gap <= 1
+
+
+def test_expected_win_rate_and_gap_of_weighted_rock_paper_scissors_by_hand():
+    P = rock_paper_scissors(0.4, 0.3, 0.2).P  # 1 beats 2 with .9, 2 beats 3 with .8, 3 beats 1 with .7
+    pi = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    # P(1 > pi) = .25 + .27 + .06, P(2 > pi) = .05 + .15 + .16, P(3 > pi) = .35 + .06 + .10
+    assert dno.expected_win_rate(P, pi)[0].tolist() == pytest.approx([0.58, 0.36, 0.51], abs=EXACT)
+    assert dno.duality_gap(P, pi) == pytest.approx(2 * 0.58 - 1, abs=EXACT)
+
+
+# --- C2: the symmetric game ---
+
+
+@games
+def test_C2_the_lp_nash_has_value_one_half_no_gap_and_satisfies_complementary_slackness(P):
+    pi = dno.nash(P)
+    assert dno.duality_gap(P, pi) < LP
+    best = dno.expected_win_rate(P, pi)
+    assert (best <= 0.5 + LP).all()  # no response beats it
+    assert (best[pi > 1e-6] >= 0.5 - 1e-6).all()  # and what it plays is a best reply; 1e-6: LP gap over the mass played
+
+
+@games
+def test_C2_the_lp_nash_agrees_with_nonnegative_least_squares(P):
+    """A different solver: find pi >= 0 and slack s >= 0 with A^T pi = s, sum pi = 1, by Lawson and Hanson's active sets.
+    Generic games have one Nash policy, which both must find."""
+    for x, A in enumerate((P - 0.5).numpy()):
+        Y = len(A)
+        system = np.block([[A.T, -np.eye(Y)], [np.ones((1, Y)), np.zeros((1, Y))]])
+        solution, residual = nnls(system, np.append(np.zeros(Y), 1.0), maxiter=100 * Y)
+        assert residual < 1e-10
+        assert dno.nash(P)[x].numpy() == pytest.approx(solution[:Y], abs=1e-6)
+
+
+def test_C2_a_condorcet_winner_is_the_pure_nash():
+    P = random_game(2, 7, seed=5).P.clone()
+    P[:, 3, :], P[:, :, 3] = 0.6, 0.4
+    P[:, 3, 3] = 0.5
+    assert torch.equal(dno.nash(P), torch.eye(7, dtype=torch.float64)[3].expand(2, 7))
+
+
+def test_C2_a_dominated_response_has_no_mass():
+    P = rock_paper_scissors().P[0]
+    dominated = P[0] - 0.05  # worse than rock against everything
+    P4 = torch.full((1, 4, 4), 0.5, dtype=torch.float64)
+    P4[0, :3, :3], P4[0, 3, :3], P4[0, :3, 3] = P, dominated, 1 - dominated
+    pi = dno.nash(P4)[0]
+    assert pi[3] == 0
+    assert pi[:3].tolist() == pytest.approx([1 / 3] * 3, abs=LP)
+
+
+def test_C2_duplicated_responses_share_their_mass_freely():
+    order = torch.tensor([0, 0, 1, 2])  # rock twice
+    P = rock_paper_scissors(0.4, 0.3, 0.2).P[:, order][:, :, order]
+    pi = dno.nash(P)[0]
+    assert (pi[0] + pi[1], pi[2], pi[3]) == pytest.approx((0.3 / 0.9, 0.2 / 0.9, 0.4 / 0.9), abs=LP)
+    for share in (0.0, 0.3, 1.0):
+        split = torch.tensor([[share * 3, (1 - share) * 3, 2, 4]], dtype=torch.float64) / 9
+        assert dno.duality_gap(P, split) < EXACT
+
+
+@pytest.mark.parametrize(("a", "b", "c"), [(0.4, 0.4, 0.4), (0.4, 0.3, 0.2), (0.05, 0.5, 0.31), (0.5, 0.01, 0.01)])
+def test_C2_a_cycle_of_edges_a_b_c_has_nash_b_c_a_normalised(a, b, c):
+    P = rock_paper_scissors(a, b, c).P
+    assert (P[0, 0, 1], P[0, 1, 2], P[0, 2, 0]) == pytest.approx((0.5 + a, 0.5 + b, 0.5 + c))
+    assert dno.nash(P)[0].tolist() == pytest.approx([v / (a + b + c) for v in (b, c, a)], abs=LP)
+
+
+# --- C1, C3: rewards ---
+
+
+def test_C1_the_bradley_terry_fit_of_rock_paper_scissors_under_uniform_data_learns_nothing():
+    assert dno.bradley_terry_fit(rock_paper_scissors().P).abs().max() < EXACT
+
+
+def test_C1_from_uneven_data_it_ranks_the_cycle_and_reward_maximisation_goes_to_one_response_of_gap_0_8():
+    P, mu = rock_paper_scissors().P, torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    r = dno.bradley_terry_fit(P, mu, mu)
+    weight = (mu[0][:, None] * mu[0]).numpy()
+
+    def loss(s):  # Eq. (1) as it stands, minimised by a general-purpose optimizer
+        return sum(weight[i, j] * P[0, i, j].item() * np.logaddexp(0, s[j] - s[i]) for i in range(3) for j in range(3))
+
+    independent = minimize(loss, np.zeros(3), tol=1e-14).x
+    assert r[0].numpy() == pytest.approx(independent - independent.mean(), abs=1e-5)  # its gradient is by differences
+    assert len(set(r[0].argsort().tolist())) == 3
+    assert r.max() - r.min() > 0.5
+    log_ref = mu.log()
+    gaps = [dno.duality_gap(P, dno.soft_policy_iteration(log_ref, r, beta).exp()) for beta in (1.0, 0.1, 0.01, 0.001)]
+    assert gaps[-1] == pytest.approx(0.8, abs=1e-9)  # a pure response loses to its counter with .9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_C3_if_the_preference_is_bradley_terry_the_fit_finds_the_reward_and_nash_is_its_argmax(seed):
+    rewards = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    P = bradley_terry(rewards).P
+    assert torch.equal(dno.nash(P).argmax(-1), rewards.argmax(-1))
+    assert dno.nash(P).max(-1).values.tolist() == pytest.approx([1.0] * 3, abs=LP)
+    mu1, mu2 = random_policy(3, 9, seed), random_policy(3, 9, seed + 50)
+    for fit in (dno.bradley_terry_fit(P), dno.bradley_terry_fit(P, mu1, mu2)):
+        assert (fit - (rewards - rewards.mean(-1, keepdim=True))).abs().max() < 1e-8  # gradient 1e-14 over curvature 1e-5
+
+
+def test_a_preference_that_no_finite_reward_fits_is_refused():
+    sure = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="no finite"):
+        dno.bradley_terry_fit(sure)
+    never = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)  # response 3 is never compared
+    with pytest.raises(ValueError, match="never compared"):
+        dno.bradley_terry_fit(rock_paper_scissors().P, never, never)
+
+
+def test_C5_dpo_on_population_bradley_terry_data_is_minimised_by_eq_2():
+    """The population DPO loss is convex in the logits, so a zero gradient at Eq. (2) is the proof; for uneven mu as well."""
+    rewards, beta = torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0.3
+    P, pi_ref, mu = bradley_terry(rewards).P, random_policy(2, 6, 2), random_policy(2, 6, 3)
+    pairs = mu[:, :, None] * mu[:, None, :]
+
+    def dpo(log_pi):
+        log_ratio = log_pi - pi_ref.log()
+        loss = dno.contrastive_loss(log_ratio[:, :, None], log_ratio[:, None, :], beta)  # y preferred to y'
+        return (pairs * P * loss).sum()
+
+    logits = dno.soft_policy_iteration(pi_ref.log(), rewards, beta).requires_grad_()
+    (gradient,) = torch.autograd.grad(dpo(logits.log_softmax(-1)), logits)
+    assert gradient.abs().max() < EXACT
+    elsewhere = pi_ref.log().requires_grad_()
+    assert torch.autograd.grad(dpo(elsewhere.log_softmax(-1)), elsewhere)[0].abs().max() > 1e-3
+
+
+# --- C4: the regularised preference ---
+
+
+@games
+def test_C4_eq_6_is_the_expectation_of_eq_5(P):
+    X, Y, _ = P.shape
+    pi, other, ref, rho, tau = *(random_policy(X, Y, seed) for seed in (1, 2, 3)), random_rho(X, 4), 0.37
+    a, b = (tau * (p / ref).log() for p in (pi, other))
+    eq5 = P - a[:, :, None] + b[:, None, :]  # P_tau^{pi, pi'}(y > y')
+    expected = float(rho @ torch.einsum("xy,xyz,xz->x", pi, eq5, other))
+    assert dno.regularized_win_rate(P, pi, other, ref, tau, rho) == pytest.approx(expected, abs=EXACT)
+
+
+# --- Bad input is named ---
+
+
+def test_the_first_bad_entry_of_P_is_named():
+    good = random_game(2, 4, seed=0).P
+    assert dno.check_preferences(good) is good
+    for entry, value, message in [
+        ((1, 2, 3), float("nan"), r"P\[1, 2, 3\] = nan"),
+        ((0, 1, 2), 1.2, r"P\[0, 1, 2\] = 1.2; expected a probability"),
+        ((0, 0, 1), -0.1, r"P\[0, 0, 1\] = -0.1"),
+        ((1, 3, 3), 0.6, r"P\[1, 3, 3\] = 0.6; expected 1 - P\[1, 3, 3\] = 0.4"),
+    ]:
+        bad = good.clone()
+        bad[entry] = value
+        with pytest.raises(ValueError, match=message):
+            dno.check_preferences(bad)
+    bad = good.clone()
+    bad[1, 0, 2] += 0.01 if bad[1, 0, 2] < 0.9 else -0.01
+    with pytest.raises(ValueError, match=r"P\[1, 0, 2\]"):
+        PreferenceTable(bad)
+    for shape in ((4, 4), (2, 4, 3), (0, 4, 4)):
+        with pytest.raises(ValueError, match="expected floating point of shape"):
+            dno.check_preferences(torch.full(shape, 0.5))
+    with pytest.raises(ValueError, match="int64"):
+        dno.check_preferences(torch.ones(1, 2, 2, dtype=torch.int64))
+
+
+def test_bad_policies_and_prompt_distributions_are_named():
+    P = random_game(2, 3, seed=0).P
+    pi = random_policy(2, 3, 0)
+    for bad, message in [
+        (pi * torch.tensor([[1.0], [1.1]]), r"pi\[1\] has sum 1.1"),
+        (pi - torch.tensor([[0.0], [1.0]]) * torch.tensor([1.0, -0.5, -0.5]), r"pi\[1\].*minimum -"),
+        (pi[:1], r"pi has shape \[1, 3\]; expected \[2, 3\]"),
+    ]:
+        for function in (dno.duality_gap, dno.expected_win_rate, lambda P, pi: dno.win_rate(P, pi, random_policy(2, 3, 1))):
+            with pytest.raises(ValueError, match=message):
+                function(P, bad)
+    with pytest.raises(ValueError, match="rho"):
+        dno.duality_gap(P, pi, torch.tensor([0.5, 0.6]))
+    with pytest.raises(ValueError, match="rho"):
+        dno.win_rate(P, pi, pi, torch.tensor([1.0]))
