@@ -273,7 +273,7 @@ class Regression:
     steps: int = 24  # Adam steps, unless the tolerance is met before
     pairs: int = 2048  # tuples (x, y1, y2) a step
     learning_rate: float = 5e-3  # of the first step; falls linearly to 0 within the iteration
-    max_grad_norm: float = 0.1  # gradients longer than that are cut; without it about one iteration in 500 goes astray
+    max_grad_norm: float = 0.1  # gradients longer than that are cut; without it one in 600 iterations went astray
     tolerance: float = 0.0  # nats; stop once a batch's loss is this close to its lower bound, the entropy of z
     mu1: str | Tensor = "on-policy"  # a name in `MU`, or a fixed table [X, Y]: off-policy data
     mu2: str | Tensor = "on-policy"
@@ -316,6 +316,8 @@ def adam(policy: Policy) -> torch.optim.Adam:
 def draw_tuples(rho: Tensor | None, mu1: Tensor, mu2: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """D_t: n tuples x ~ rho, y1 ~ mu1(.|x), y2 ~ mu2(.|x), each [n] int64, drawn on the CPU, where the generator lives."""
     X, Y = mu1.shape
+    if rho is not None:
+        check_policy(rho, mu1.shape[:1], "rho")
     x = torch.multinomial(torch.ones(X) if rho is None else rho.cpu(), n, replacement=True, generator=generator)
 
     def draw(mu: Tensor) -> Tensor:  # the rows' distribution functions laid end to end, inverted by one binary search
@@ -358,7 +360,8 @@ def algorithm1(policy: Policy, P: Tensor, eta: float, iterations: int, *, rho: T
     from, with policy, optimizer and generator in the states they had then. ValueError on a bad P, rho, mu, eta or T."""
     check_positive(eta=eta, iterations=iterations)
     optimizer, generator = optimizer or adam(policy), generator or torch.Generator().manual_seed(0)
-    log_pi_t = log_pi_1 = log_table(policy)  # Alg. 1, line 1: pi_1 <- uniform
+    log_pi_t = log_table(policy)  # Alg. 1, line 1: pi_1 <- uniform
+    log_pi_ref = after.log_pi_ref if after else log_pi_t
     pi_bar = after.pi_bar if after else torch.zeros_like(log_pi_t)
     for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 1, line 2
         pi_t = log_pi_t.exp()
@@ -368,7 +371,7 @@ def algorithm1(policy: Policy, P: Tensor, eta: float, iterations: int, *, rho: T
         fit = regress(policy, log_pi_t, r_t, D_t, eta, optimizer, settings)  # Alg. 1, line 4
         log_pi_next = log_table(policy)
         pi_bar = pi_bar + (pi_t - pi_bar) / t
-        yield Iteration(t, log_pi_t, r_t, log_pi_star, log_pi_next, pi_bar, log_pi_1, **fit)
+        yield Iteration(t, log_pi_t, r_t, log_pi_star, log_pi_next, pi_bar, log_pi_ref, **fit)
         log_pi_t = log_pi_next
     return pi_bar  # Alg. 1, line 6
 

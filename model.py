@@ -39,9 +39,9 @@ class Config:
 
 
 def rotary(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., T, D/2] of the angles position * theta^(-2i/D) (Su et al. 2021)."""
-    wavelengths = theta ** (-torch.arange(0, head_width, 2, device=positions.device) / head_width)
-    angles = positions.unsqueeze(-1) * wavelengths
+    """cos and sin [..., T, D/2], float64, of the angles position * theta^(-2i/D) (Su et al. 2021)."""
+    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device=positions.device) / head_width)
+    angles = positions.unsqueeze(-1) * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -178,7 +178,7 @@ def token_log_prob(model: Transformer, prompts: list[Tensor], responses: list[Te
 def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     """The token [B] that u [B] in [0, 1) picks from the distribution function of softmax(log_probs [B, V] / temperature),
     cut down to the fewest most probable tokens that hold `top_p` of it (nucleus sampling, Holtzman et al. 2020)."""
-    p, order = (log_probs.double() / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    p, order = (log_probs.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     p = p * (p.cumsum(-1) - p < top_p)
     cdf = p.cumsum(-1)
     place = torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
