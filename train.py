@@ -78,6 +78,11 @@ class GameConfig:
         dno.check_regularization(self.tau, self.eta)
         if self.vocabulary and self.vocabulary**self.length > 20_000:
             raise ValueError(f"{self.vocabulary}^{self.length} responses are too many for a table P; expected at most 20,000")
+        self.transformer(1)  # checks its shape
+
+    def transformer(self, X: int) -> Config:
+        """The shape of the transformer for X prompts, each a token of its own after the V words."""
+        return Config((self.vocabulary or 1) + X, self.layers, self.width, hidden=self.width * 11 // 4)
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,9 @@ def make_policy(config: GameConfig, game: Game) -> dno.Policy:
     if config.vocabulary is None:
         return TabularPolicy(X, Y, DTYPES[config.dtype])
     torch.manual_seed(config.seed)
-    shape = Config(config.vocabulary + X, config.layers, config.width, hidden=config.width * 11 // 4)
     prompts = torch.arange(config.vocabulary, config.vocabulary + X).unsqueeze(-1)
-    return TransformerPolicy(Transformer(shape), prompts, config.vocabulary, config.length).to(DTYPES[config.dtype])
+    model = Transformer(config.transformer(X)).to(DTYPES[config.dtype])
+    return TransformerPolicy(model, prompts, config.vocabulary, config.length)
 
 
 def measure(P: Tensor, it: dno.Iteration, eta: float, rho: Tensor | None = None) -> dict[str, float | None]:

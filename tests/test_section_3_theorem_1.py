@@ -106,9 +106,9 @@ def test_erratum_7_4_the_printed_slope_bound_fails_for_small_eta_R_max():
     def printed(eta_R_max):
         return eta_R_max / (1 - expit(1))
 
-    assert slope_bound(1) == pytest.approx(5.083, abs=2e-3)
+    assert slope_bound(1) == pytest.approx(1 / (expit(1) * expit(-1)), rel=1e-12)  # 5.0862, at a = b = 1
     assert printed(1) == pytest.approx(3.718, abs=1e-3)  # too small
-    assert slope_bound(2) == pytest.approx(6.678, abs=2e-3)
+    assert slope_bound(2) == pytest.approx(1 / (expit(2) - expit(1)), rel=1e-12)  # 6.678, at a = 1, b = 2
     assert printed(2) == pytest.approx(7.437, abs=1e-3)  # holds
 
 

@@ -1,0 +1,276 @@
+"""The command line: what a run writes, how it resumes, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from games import LP, random_rho
+
+import dno
+import train
+from oracle import random_feature_game, style_game
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 --width 16 --layers 1".split()
+
+
+def start(*arguments):
+    """train.py as a user starts it."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(out):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows(out)]
+
+
+def everything_in(folder):
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(capsys, *arguments):
+    """The one line on stderr with which main refuses the arguments."""
+    assert train.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted small run of Algorithm 1."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_writes_the_files_and_columns_it_promises(finished):
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    figures, tables = {"gaps.png", "simplex.png"}, {"config.json", "metrics.jsonl", "summary.json", "tables.npz"}
+    assert names == figures | tables | {"checkpoint/state.pt"}
+    config = json.loads((finished / "config.json").read_text())
+    assert {field.name for field in fields(train.GameConfig)} | {"preset"} == set(config)
+    assert [row["iteration"] for row in rows(finished)] == [1, 2, 3, 4, 5, 6]
+    required = {"seconds", "loss", "win_rate_vs_previous", "gap_last", "gap_average", "gap_nash", "tv_to_target"}
+    assert required <= set(rows(finished)[0])
+    assert json.loads((finished / "summary.json").read_text())["gap_last"] == rows(finished)[-1]["gap_last"]
+
+
+def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
+    """Recomputed from P and the policies alone; the prediction is what the exact target would reach (identity C11)."""
+    tables = {name: torch.from_numpy(table) for name, table in np.load(finished / "tables.npz").items()}
+    P, rho, policies = tables["P"], tables["rho"], tables["policies"]
+    assert set(tables) == {"P", "rho", "nash", "policies", "average", "tabular_policies"}
+    assert policies.shape == tables["tabular_policies"].shape == (7, 2, 9)
+    assert torch.equal(P, style_game(2, 3, 2, seed=0).P)
+    assert (tables["average"] - policies[:-1].mean(0)).abs().max() < 1e-15
+    assert torch.equal(tables["tabular_policies"], dno.solve(P, "dno", 1.0, 6).policies)
+    for t, row in enumerate(rows(finished)):
+        pi_t, pi_next = policies[t], policies[t + 1]
+        target = dno.soft_policy_iteration(pi_t.log(), dno.expected_win_rate(P, pi_t), 1.0).exp()
+        expected = {
+            "gap_last": dno.duality_gap(P, pi_next, rho),
+            "gap_average": dno.duality_gap(P, policies[: t + 1].mean(0), rho),
+            "gap_nash": dno.duality_gap(P, tables["nash"], rho),
+            "tv_to_target": float((pi_next - target).abs().sum(-1).mean() / 2),
+            "win_rate_vs_previous": dno.win_rate(P, pi_next, pi_t, rho),
+            "win_rate_predicted": dno.win_rate(P, target, pi_t, rho),
+            "concentrability": dno.concentrability(target, pi_next, pi_t, pi_t, rho),
+        }
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(value, abs=1e-9, rel=1e-6), name
+        assert row["gap_nash"] < LP
+
+
+def test_the_bound_is_that_of_C12_by_hand():
+    assert train.bound(100, 216, 1.0) == pytest.approx(0.1075056 + 0.25, abs=1e-6)  # 2 ln 216 / 100 = 0.10751
+
+
+@pytest.mark.parametrize("algorithm", [["--algorithm", "1"], ["--algorithm", "3", "--move-reference-every", "2"]])
+def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm, tmp_path):
+    """kill -9 at two moments, whatever was being written, then --resume to the end."""
+    arguments = [*SMALL, *algorithm, "--iterations", "40", "--steps", "12"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main([*arguments, "--out", str(whole)]) == 0
+    for lines in (3, 25):
+        run = start(*arguments, "--out", cut, "--resume")
+        while run.poll() is None and (not (cut / "metrics.jsonl").exists() or len(rows_so_far(cut)) < lines):
+            time.sleep(0.01)
+        assert run.poll() is None, run.stderr.read()
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    run = start(*arguments, "--out", cut, "--resume")
+    assert run.wait() == 0, run.stderr.read()
+    assert timeless(cut) == timeless(whole)
+    for name, table in np.load(whole / "tables.npz").items():
+        assert np.array_equal(table, np.load(cut / "tables.npz")[name])
+    states = [torch.load(out / "checkpoint" / "state.pt", weights_only=True) for out in (whole, cut)]
+    for name, weight in states[0]["policy"].items():
+        assert torch.equal(weight, states[1]["policy"][name])
+
+
+def rows_so_far(out):
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
+def test_interrupted_it_exits_with_130_and_can_go_on(tmp_path):
+    out = tmp_path / "run"
+    run = start(*SMALL, "--iterations", "5000", "--out", out)
+    while not (out / "metrics.jsonl").exists() or len(rows_so_far(out)) < 3:
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert run.wait() == 130
+    assert "--resume goes on" in run.stderr.read()
+    assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["after"]["t"] >= 3
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys):
+    before = {name: content for name, content in everything_in(finished).items() if not name.endswith((".png", "config.json"))}
+    assert train.main([*SMALL, "--out", str(finished), "--resume"]) == 0
+    after = everything_in(finished)
+    for name, content in before.items():
+        if name.endswith("tables.npz"):
+            continue  # a zip archive: it carries the time
+        if name.endswith("summary.json"):
+            assert {**json.loads(content), "config": 0} == {**json.loads(after[name]), "config": 0}
+        else:
+            assert after[name] == content
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(finished, capsys, tmp_path):
+    before = everything_in(finished)
+    assert "add --resume" in refused(capsys, *SMALL, "--out", finished)
+    assert "seed is 0 there and 5 here" in refused(capsys, *SMALL, "--seed", 5, "--out", finished, "--resume")
+    assert "eta is 1.0 there and 2.0 here" in refused(capsys, *SMALL, "--eta", 2, "--out", finished)
+    assert everything_in(finished) == before
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert "no readable config.json" in refused(capsys, *SMALL, "--out", tmp_path)
+    assert everything_in(tmp_path) == {str(tmp_path / "thesis.tex"): b"precious"}
+
+
+def test_a_corrupt_checkpoint_is_refused_and_left_alone(capsys, tmp_path):
+    assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 0
+    state = tmp_path / "run" / "checkpoint" / "state.pt"
+    for content in (state.read_bytes()[: state.stat().st_size // 2], b"", b"not a checkpoint"):
+        state.write_bytes(content)
+        before = everything_in(tmp_path)
+        assert "not a readable checkpoint" in refused(capsys, *SMALL, "--out", tmp_path / "run", "--resume")
+        assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nope", "unknown preset 'nope'; expected one of game"),
+        ("game --bogus 3", "unrecognized arguments: --bogus 3"),
+        ("--eta 0", "eta is 0.0; expected a finite number above 0"),
+        ("--eta -1", "eta is -1.0"),
+        ("--eta nan", "eta is nan"),
+        ("--eta x", "invalid float value: 'x'"),
+        ("--iterations 0", "iterations is 0; expected at least 1"),
+        ("--steps 0", "steps is 0"),
+        ("--lr inf", "lr is inf"),
+        ("--seed -1", "seed"),
+        ("--device tpu9", "device 'tpu9' cannot be used"),
+        ("--device meta", "device 'meta' cannot be used"),
+        ("--dtype float8", "invalid choice: 'float8'"),
+        ("--mu offline", "invalid choice: 'offline'"),
+        ("--algorithm 2", "invalid choice: 2"),
+        ("--tau 0.1", "add --algorithm 3"),
+        ("--algorithm 3 --tau 2 --eta 1", "tau is 2.0 and eta 1.0; expected 0 <= tau <= eta"),
+        ("--vocabulary 9 --length 9", "too many for a table"),
+        ("--width 30", "width 30"),
+        ("--game missing.npz", "missing.npz"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *arguments.split(), "--out", "run") if "nope" not in arguments else True
+    assert message in refused(capsys, *arguments.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_game_of_ones_own_runs_with_a_table_and_with_a_transformer(tmp_path):
+    P, rho = random_feature_game(3, 8, seed=0).P, random_rho(3, 0)
+    np.savez(tmp_path / "game.npz", P=P, rho=rho)
+    for extra, parameters in (([], 24), (["--vocabulary", "2", "--length", "3"], None)):
+        out = tmp_path / f"run{len(extra)}"
+        assert train.main([*"--iterations 3 --steps 5 --pairs 64 --width 16 --game".split(), str(tmp_path / "game.npz"),
+                           *extra, "--out", str(out)]) == 0  # fmt: skip
+        tables = np.load(out / "tables.npz")
+        assert np.array_equal(tables["P"], P.numpy())
+        assert np.array_equal(tables["rho"], rho.numpy())
+        pi = torch.from_numpy(tables["policies"][-1])
+        assert rows(out)[-1]["gap_last"] == pytest.approx(dno.duality_gap(P, pi, rho))
+        if parameters:
+            state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
+            assert sum(weight.numel() for weight in state.values()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"Q": np.eye(3)}, "has no array P"),
+        ({"P": np.full((1, 3, 3), 0.6)}, "P[0, 0, 0] = 0.6; expected 1 - P[0, 0, 0] = 0.4"),
+        ({"P": np.full((1, 3, 3), np.nan)}, "P[0, 0, 0] = nan"),
+        ({"P": np.full((3, 3), 0.5)}, "of shape [3, 3]; expected floating point of shape [X, Y, Y]"),
+        ({"P": np.full((1, 3, 3), 0.5), "rho": np.ones(2) / 2}, "rho has shape [2]; expected [1]"),
+        ({"P": np.full((2, 3, 3), 0.5), "rho": np.ones(2)}, "rho[] has sum 2"),
+        ({"P": np.array([{"a": 1}], dtype=object)}, "allow_pickle"),
+    ],
+)
+def test_a_bad_game_file_is_refused(arrays, message, capsys, tmp_path):
+    np.savez(tmp_path / "game.npz", **arrays)
+    assert message in refused(capsys, "--game", tmp_path / "game.npz", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_does_not_fit_the_game_is_refused(capsys, tmp_path):
+    np.savez(tmp_path / "game.npz", P=np.full((1, 9, 9), 0.5))
+    game = ("--game", tmp_path / "game.npz", "--out", tmp_path / "run")
+    assert "has 9 responses; expected V^L = 8" in refused(capsys, *game, "--vocabulary", 2, "--length", 3)
+    assert "go together" in refused(capsys, *game, "--vocabulary", 3)
+    (tmp_path / "game.npz").write_bytes(b"not an archive")
+    assert "expected an .npz file" in refused(capsys, *game)
+
+
+def test_a_preference_that_no_reward_fits_is_said_and_the_run_goes_on(capsys, tmp_path):
+    P = np.array([[[0.5, 1.0], [0.0, 0.5]]])
+    np.savez(tmp_path / "game.npz", P=P)
+    game = ("--game", str(tmp_path / "game.npz"), "--out", str(tmp_path / "run"))
+    assert train.main([*game, "--iterations", "2", "--steps", "2", "--pairs", "8"]) == 0
+    assert "no reward maximiser to compare with" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["gaps"]["reward maximiser (Bradley-Terry)"] is None
+
+
+def test_help_lists_presets_and_every_field(capsys):
+    for arguments in (["--help"], ["game", "-h"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(arguments)
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert "presets: game" in text
+        for field in fields(train.GameConfig):
+            assert "--" + field.name.replace("_", "-") in text
+
+
+def test_importing_the_modules_runs_nothing(tmp_path):
+    code = "import dno, model, oracle, runs, train"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
+    assert list(tmp_path.iterdir()) == []
