@@ -33,6 +33,7 @@ def random_policy_of(config, V=3, L=3, T=2, seed=0):
     return TransformerPolicy(random_model(config, seed), prompts, V, L)
 
 
+@torch.no_grad()
 def slow_logits(model, tokens):
     """The architecture again, for one sequence [T], in loops over positions and heads, from its definition."""
     c, D = model.config, model.config.width // model.config.heads

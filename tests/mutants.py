@@ -1,0 +1,128 @@
+"""Does every formula have a test that fails when it is broken? One-line mutants of dno.py and model.py, one test run each.
+
+    python tests/mutants.py [--jobs 2]          (about 10 minutes)
+
+Prints which test caught each mutant, exits 1 if one survives. Not part of the test suite: for after a change of formula."""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MUTANTS = [  # (file, text that occurs in it once, what it becomes)
+    ("dno.py", "return torch.bmm(pi.unsqueeze(1), P.mT)", "return torch.bmm(pi.unsqueeze(1), P)"),
+    ("dno.py", "return prompt_mean(2 * r.amax(-1) - 1, rho)", "return prompt_mean(r.amax(-1) - 0.5, rho)"),
+    ("dno.py", "return prompt_mean(2 * r.amax(-1) - 1, rho)", "return prompt_mean(1 - 2 * r.amin(-1), rho)"),
+    ("dno.py", "return prompt_mean(2 * r.amax(-1) - 1, rho)", "return prompt_mean(2 * r.amax(-1) - 1)"),
+    ("dno.py", "return values.mean(-1)", "return values.sum(-1)"),
+    ("dno.py", "(check_policy(pi, P.shape[:2]) * r).sum(-1), rho)", "(check_policy(pi, P.shape[:2]) * r).mean(-1), rho)"),
+    ("dno.py", "A_ub=np.hstack([-table.T,", "A_ub=np.hstack([-table,"),
+    ("dno.py", "return -z * F.logsigmoid(margin) - (1 - z) * F.logsigmoid(-margin)", "return -z * F.logsigmoid(margin)"),
+    ("dno.py", "(1 - z) * F.logsigmoid(-margin)", "(1 - z) * F.logsigmoid(margin)"),
+    ("dno.py", "weight = (weight + weight.mT) /", "weight = weight /"),
+    ("dno.py", "curvature = weight * z_hat * (1 - z_hat)", "curvature = weight * z_hat"),
+    ("dno.py", "return fit_scores(P, mu1.unsqueeze(-1) * mu2.unsqueeze(-2))", "return fit_scores(P, mu1.unsqueeze(-1) * mu1.unsqueeze(-2))"),
+    ("dno.py", "return (log_pi + r / eta).log_softmax(-1)", "return (log_pi + r * eta).log_softmax(-1)"),
+    ("dno.py", "return (log_pi + r / eta).log_softmax(-1)", "return (log_pi - r / eta).log_softmax(-1)"),
+    ("dno.py", "return (log_pi + r / eta).log_softmax(-1)", "return (r / eta).log_softmax(-1)"),
+    ("dno.py", "return (log_pi + r / eta).log_softmax(-1)", "return log_pi + r / eta"),
+    ("dno.py", "return eta * (log_pi - log_pi_t)", "return (log_pi - log_pi_t) / eta"),
+    ("dno.py", "return eta * (log_pi - log_pi_t)", "return eta * log_pi"),
+    ("dno.py", "z = torch.sigmoid(r1 - r2).detach()", "z = torch.sigmoid(r1 - r2)"),
+    ("dno.py", "z = torch.sigmoid(r1 - r2).detach()", "z = torch.sigmoid(r2 - r1).detach()"),
+    ("dno.py", "z = torch.sigmoid(r1 - r2).detach()", "z = (r1 > r2).to(r1)"),
+    ("dno.py", "return cross_entropy(z, eta * (log_ratio1 - log_ratio2))", "return cross_entropy(z, (log_ratio1 - log_ratio2) / eta)"),
+    ("dno.py", "return cross_entropy(z, eta * (log_ratio1 - log_ratio2))", "return cross_entropy(z, eta * (log_ratio1 + log_ratio2))"),
+    ("dno.py", "return -F.logsigmoid(eta * (log_ratio_pos - log_ratio_neg))", "return -F.logsigmoid(log_ratio_pos - log_ratio_neg)"),
+    ("dno.py", "return -F.logsigmoid(eta * (log_ratio_pos - log_ratio_neg))", "return F.logsigmoid(eta * (log_ratio_neg - log_ratio_pos))"),
+    ("dno.py", "torch.where(p > 0, p * (log_p - log_q), 0.0)", "torch.where(p > 0, p * (log_q - log_p), 0.0)"),
+    ("dno.py", "return (p - q).abs().sum(-1) / 2", "return (p - q).abs().sum(-1)"),
+    ("dno.py", "return prompt_mean(variances + (mean_p - mean_q).squeeze(-1) ** 2, rho)", "return prompt_mean(variances, rho)"),
+    ("dno.py", "_mean_square_difference(d, pi_star, pi, rho) /", "_mean_square_difference(d, pi_star, pi_star, rho) /"),
+    ("dno.py", '"target": lambda pi_t, pi_star: pi_star', '"target": lambda pi_t, pi_star: pi_t'),
+    ("dno.py", '"uniform": lambda pi_t, pi_star: torch.full_like(pi_t, 1 / pi_t.shape[-1])',
+     '"uniform": lambda pi_t, pi_star: pi_t'),
+    ("dno.py", "(x, draw(mu1), draw(mu2))", "(x, draw(mu1), draw(mu1))"),
+    ("dno.py", "torch.ones(X) if rho is None else rho.cpu()", "torch.ones(X)"),
+    ("dno.py", "x + u, right=True) - x * Y", "x + u) - x * Y + 1"),
+    ("dno.py", "log_ratio = policy.log_probs() - log_reference", "log_ratio = policy.log_probs() - policy.log_probs().detach()"),
+    ("dno.py", "log_ratio = policy.log_probs() - log_reference", "log_ratio = policy.log_probs()"),
+    ("dno.py", "r1, r2 = r_t[x, y1], r_t[x, y2]", "r1, r2 = r_t[x, y2], r_t[x, y1]"),
+    ("dno.py", "if excess < settings.tolerance:", "if excess < 0:"),
+    ("dno.py", "settings.learning_rate * (1 - step / settings.steps)", "settings.learning_rate"),
+    ("dno.py", "        optimizer.zero_grad()", "        pass"),
+    ("dno.py", "r_t = expected_win_rate(P, pi_t)  # Alg. 1, line 3", "r_t = 1 - expected_win_rate(P, pi_t)  # Alg. 1, line 3"),
+    ("dno.py", "fit = regress(policy, log_pi_t, r_t, D_t, eta, optimizer, settings)  # Alg. 1",
+     "fit = regress(policy, log_pi_ref, r_t, D_t, eta, optimizer, settings)  # Alg. 1"),
+    ("dno.py", "fit = regress(policy, log_mixture, r_t,", "fit = regress(policy, log_pi_t, r_t,"),
+    ("dno.py", "(1 - tau / eta) * log_pi + (tau / eta) * log_pi_ref", "(1 - tau) * log_pi + tau * log_pi_ref"),
+    ("dno.py", "(1 - tau / eta) * log_pi + (tau / eta) * log_pi_ref", "(tau / eta) * log_pi + (1 - tau / eta) * log_pi_ref"),
+    ("dno.py", "costs = kl_divergence(pi_prime.log(), log_ref) - kl_divergence(pi.log(), log_ref)",
+     "costs = -kl_divergence(pi.log(), log_ref)"),
+    ("dno.py", "return float(prompt_mean(2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1, rho))",
+     "return float(prompt_mean(2 * tau * best - 1, rho))"),
+    ("dno.py", "best = (log_ref + expected_win_rate(P, pi) / tau)", "best = (log_ref + expected_win_rate(P, pi))"),
+    ("dno.py", "return u - log_ref - _against(A, u.softmax(-1)) / tau", "return u - log_ref + _against(A, u.softmax(-1)) / tau"),
+    ("dno.py", 'pi_t if option == "I" else log_mixture.softmax(-1)', "pi_t"),
+    ("dno.py", "t % move_reference_every == 0:", "t % move_reference_every == 1:"),
+    ("dno.py", "(torch.full_like(r, 1 / r.shape[1]) if mu is None else mu for mu", "(torch.full_like(r, 1 / r.shape[1]) for mu"),
+    ("dno.py", "m + R(m.softmax(-1)) / eta,  # Eq. (7)", "m + r / eta,  # Eq. (7)"),
+    ("dno.py", "m + (2 * r - r0) / eta", "m + (r + r0) / eta"),
+    ("dno.py", "m + R((m + r / eta).softmax(-1)) / eta", "m + r / eta + R((m + r / eta).softmax(-1)) / eta"),
+    ("dno.py", "pi, g = mixture.softmax(-1), (r - 0.5) / eta", "pi, g = mixture.softmax(-1), r / eta"),
+    ("dno.py", "rewards[max(t - 1, 0)]", "rewards[max(t - 2, 0)]"),
+    ("dno.py", "if (t + 1) % every == 0:", "if t % every == 0:"),
+    ("dno.py", "gap_of_rewards(rewards[1:], rho)", "gap_of_rewards(rewards[:-1], rho)"),
+    ("dno.py", "policies[:-1].mean(0), policies[-1]", "policies.mean(0), policies[-1]"),
+    ("dno.py", "pi_bar = pi_bar + (pi_t - pi_bar) / t\n        yield", "pi_bar = pi_bar + (pi_t - pi_bar) / (t + 1)\n        yield"),
+    ("model.py", "logits[:, self.prompts.shape[1] - 1 :, : self.V]", "logits[:, self.prompts.shape[1] - 1 :]"),
+    ("model.py", "mask[nodes] = mask[parents]", "mask[nodes] = mask[parents - 1]"),
+    ("model.py", "positions=self.mask.sum(-1) - 1", "positions=None"),
+    ("model.py", "start, end = (torch.tensor([len(part) for part in parts]", "start, end = (torch.tensor([len(part) - 1 for part in parts]"),
+    ("model.py", "& (place < end[:, None]))).sum(-1)", "& (place < end[:, None]))).mean(-1)"),
+    ("model.py", "& (place < end[:, None]))).sum(-1)", "& (place < end[:, None] - 1))).sum(-1)"),
+    ("model.py", "total = total + log_probs.gather", "total = total + (log_probs / temperature).log_softmax(-1).gather"),
+    ("model.py", "positions = torch.arange(past, past + T,", "positions = torch.arange(0, T,"),
+    ("model.py", "dtype=torch.bool, device=tokens.device).tril(past)", "dtype=torch.bool, device=tokens.device).tril()"),
+    ("model.py", "F.rms_norm(x, x.shape[-1:], self.weight, self.eps)", "x * self.weight"),
+    ("model.py", "[a * cos - b * sin, b * cos + a * sin]", "[a * cos + b * sin, b * cos + a * sin]"),
+]  # fmt: skip
+
+
+def outcome(mutant: tuple[str, str, str]) -> str:
+    """Name of the first test that fails on a copy of the project with the mutation, or "" if none does."""
+    file, old, new = mutant
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+        text = (copy / file).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{file} has {text.count(old)} times {old!r}; expected it once")
+        (copy / file).write_text(text.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--deselect", "tests/test_train.py"]
+        run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        found = re.search(r"^(?:FAILED|ERROR) tests/(.*?)(?: - |$)", run.stdout, re.M)
+        return found[1] if found else "" if run.returncode == 0 else run.stdout[-300:]
+
+
+def main() -> int:
+    """Try all mutants; 1 if any survives."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    survivors = 0
+    with ThreadPoolExecutor(parser.parse_args().jobs) as pool:
+        for number, (mutant, test) in enumerate(zip(MUTANTS, pool.map(outcome, MUTANTS), strict=True), 1):
+            survivors += not test
+            file, old, new = mutant
+            print(f"{number:2d} {file}: {old.strip()}\n     -> {new.strip()}\n     {test or 'SURVIVED'}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants caught")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
