@@ -132,6 +132,23 @@ def test_C1_from_uneven_data_it_ranks_the_cycle_and_reward_maximisation_goes_to_
 
 
 @pytest.mark.parametrize("seed", range(5))
+def test_C1_the_fit_to_intransitive_data_from_two_policies_minimises_eq_1(seed):
+    """Where no reward is right, which pairs are seen decides: mu1 and mu2 differ, each pair (y1, y2) is labelled by P."""
+    P, mu1, mu2 = random_game(1, 4, seed).P, random_policy(1, 4, seed + 1), random_policy(1, 4, seed + 2)
+    weight, table = (mu1[0][:, None] * mu2[0]).numpy(), P[0].numpy()
+
+    def loss(s):
+        margin = s[:, None] - s[None, :]
+        return (weight * (table * np.logaddexp(0, -margin) + (1 - table) * np.logaddexp(0, margin))).sum()
+
+    found = dno.bradley_terry_fit(P, mu1, mu2)[0].numpy()
+    assert loss(found) <= minimize(loss, np.zeros(4), tol=1e-14).fun + EXACT
+    assert found.sum() == pytest.approx(0, abs=EXACT)
+    for direction in np.eye(4) - 0.25:  # and nothing near it is better
+        assert loss(found + 1e-3 * direction) > loss(found) < loss(found - 1e-3 * direction)
+
+
+@pytest.mark.parametrize("seed", range(5))
 def test_C3_if_the_preference_is_bradley_terry_the_fit_finds_the_reward_and_nash_is_its_argmax(seed):
     rewards = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     P = bradley_terry(rewards).P

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,12 @@ def test_a_run_writes_the_files_and_columns_it_promises(finished):
     required = {"seconds", "loss", "win_rate_vs_previous", "gap_last", "gap_average", "gap_nash", "tv_to_target"}
     assert required <= set(rows(finished)[0])
     assert json.loads((finished / "summary.json").read_text())["gap_last"] == rows(finished)[-1]["gap_last"]
+
+
+def test_the_readme_explains_every_column(finished):
+    table = (ROOT / "README.md").read_text().split("The columns:")[1].split("\n## ")[0]
+    explained = {name for cell in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`(\w+)`", cell)}
+    assert explained == set(rows(finished)[0])
 
 
 def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
