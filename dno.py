@@ -92,7 +92,7 @@ def _against(P: Tensor, pi: Tensor) -> Tensor:
 def expected_win_rate(P: Tensor, pi: Tensor) -> Tensor:
     """r(x, y) = E_{y'~pi(.|x)} P(y > y' | x), [X, Y] in [0, 1]: Alg. 1, line 3. ValueError on a bad P or pi."""
     P = check_preferences(P)
-    return _against(P, check_policy(pi, P.shape[:2]))
+    return _against(P, check_policy(pi, P.shape[:2]).to(P))
 
 
 def win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, rho: Tensor | None = None) -> float:
@@ -105,7 +105,7 @@ def gap_of_rewards(r: Tensor, rho: Tensor | None = None) -> Tensor:
     """Duality gap of the policy whose expected win rates are r [..., X, Y]: E_x[2 max_y r(x, y) - 1], shape [...].
 
     r is linear in the policy: the average policy's r is the average r, so its gap costs no further product with P."""
-    return prompt_mean(2 * r.amax(-1) - 1, rho)
+    return prompt_mean((2 * r.amax(-1) - 1).clamp(min=0), rho)  # rounding alone could take it below 0
 
 
 def duality_gap(P: Tensor, pi: Tensor, rho: Tensor | None = None) -> float:
@@ -146,18 +146,18 @@ def cross_entropy(z: Tensor, margin: Tensor) -> Tensor:
     return -z * F.logsigmoid(margin) - (1 - z) * F.logsigmoid(-margin)
 
 
-def newton(F: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], u: Tensor, tolerance: float) -> Tensor:
-    """A root of F, each row of [X, Y] by itself: Newton's method from u, a step being halved until it does not increase |F|,
-    which leads to a root from anywhere if jacobian(u) [X, Y, Y] is nowhere singular. RuntimeError without success."""
-    F_u = F(u)
+def newton(residual: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], u: Tensor, tolerance: float) -> Tensor:
+    """A root of residual, each row of [X, Y] by itself: Newton's method from u, halving a step until it does not lengthen the
+    residual, which reaches a root from anywhere if jacobian(u) [X, Y, Y] is nowhere singular. RuntimeError without success."""
+    f = residual(u)
     for _ in range(200):
-        if F_u.abs().max() <= tolerance:
+        if f.abs().max() <= tolerance:
             return u
-        step, size = torch.linalg.solve(jacobian(u), F_u), torch.ones_like(u[:, :1])
-        while (worse := (F_new := F(u - size * step)).norm(dim=-1, keepdim=True) > F_u.norm(dim=-1, keepdim=True)).any():
-            size = torch.where(worse, size / 2, size)
-        u, F_u = u - size * step, F_new
-    raise RuntimeError(f"Newton's method left a residual of {F_u.abs().max():.1e} after 200 steps; expected {tolerance:.0e}")
+        step, size = torch.linalg.solve(jacobian(u), f), torch.ones_like(u[:, :1])
+        while (longer := (new := residual(u - size * step)).norm(dim=-1, keepdim=True) > f.norm(dim=-1, keepdim=True)).any():
+            size = torch.where(longer, size / 2, size)
+        u, f = u - size * step, new
+    raise RuntimeError(f"Newton's method left a residual of {f.abs().max():.1e} after 200 steps; expected {tolerance:.0e}")
 
 
 def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def internal_reward(log_pi: Tensor, log_pi_t: Tensor, eta: float) -> Tensor:
 def dno_loss(log_ratio1: Tensor, log_ratio2: Tensor, r1: Tensor, r2: Tensor, eta: float) -> Tensor:
     """Eq. (8) = Eq. (12) as a loss [B] in nats: cross-entropy of z = sigma(r1 - r2) against z^ = sigma(eta log_ratio1 - eta
     log_ratio2), with log_ratio = log pi(y|x) - log pi_t(y|x) of whole responses (a sum over tokens, never a mean).
-    No gradient flows through r1, r2. Its minimum is the entropy of z, at z^ = z; ln 2 at pi = pi_t if r1 = r2."""
+    No gradient flows through r1, r2. Its minimum is the entropy of z, at z^ = z; at pi = pi_t it is ln 2, whatever r1, r2."""
     z = torch.sigmoid(r1 - r2).detach()
     return cross_entropy(z, eta * (log_ratio1 - log_ratio2))
 
@@ -330,6 +330,12 @@ def draw_tuples(rho: Tensor | None, mu1: Tensor, mu2: Tensor, n: int, generator:
     return tuple(part.to(mu1.device) for part in (x, draw(mu1), draw(mu2)))
 
 
+def _mus(settings: Regression, pi_t: Tensor, pi_star: Tensor) -> tuple[Tensor, ...]:
+    """The tables mu_{1,t}, mu_{2,t}."""
+    chosen = (MU[mu](pi_t, pi_star) if isinstance(mu, str) else mu.to(pi_t) for mu in (settings.mu1, settings.mu2))
+    return tuple(check_policy(mu, pi_t.shape, "mu") for mu in chosen)
+
+
 def regress(policy: Policy, log_reference: Tensor, r_t: Tensor, D_t: tuple[Tensor, ...], eta: float,
             optimizer: torch.optim.Optimizer, settings: Regression) -> dict[str, float]:  # fmt: skip
     """Line 4: minimise Eq. (8) over D_t = (x, y1, y2) by `settings`, log_reference [X, Y] being log pi_t, frozen. Returns the
@@ -338,16 +344,18 @@ def regress(policy: Policy, log_reference: Tensor, r_t: Tensor, D_t: tuple[Tenso
         log_ratio = policy.log_probs() - log_reference
         r1, r2 = r_t[x, y1], r_t[x, y2]
         loss = dno_loss(log_ratio[x, y1], log_ratio[x, y2], r1, r2, eta).mean()
-        excess = loss.item() - cross_entropy(torch.sigmoid(r1 - r2), r1 - r2).mean().item()
-        if excess < settings.tolerance:
-            return {"loss": loss.item(), "excess_loss": excess, "steps": step}
+        excess = loss.detach() - cross_entropy(torch.sigmoid(r1 - r2), r1 - r2).mean()
+        if settings.tolerance and excess < settings.tolerance:
+            break
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - step / settings.steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
         optimizer.step()
-    return {"loss": loss.item(), "excess_loss": excess, "steps": step + 1}
+    else:
+        step = settings.steps
+    return {"loss": loss.item(), "excess_loss": excess.item(), "steps": step}
 
 
 def algorithm1(policy: Policy, P: Tensor, eta: float, iterations: int, *, rho: Tensor | None = None,
@@ -375,12 +383,6 @@ def algorithm1(policy: Policy, P: Tensor, eta: float, iterations: int, *, rho: T
         yield Iteration(t, log_pi_t, r_t, log_pi_star, log_pi_next, pi_bar, log_pi_ref, **fit)
         log_pi_t = log_pi_next
     return pi_bar  # Alg. 1, line 6
-
-
-def _mus(settings: Regression, pi_t: Tensor, pi_star: Tensor) -> tuple[Tensor, ...]:
-    """The tables mu_{1,t}, mu_{2,t}."""
-    chosen = (MU[mu](pi_t, pi_star) if isinstance(mu, str) else mu.to(pi_t) for mu in (settings.mu1, settings.mu2))
-    return tuple(check_policy(mu, pi_t.shape, "mu") for mu in chosen)
 
 
 # --- Section 4: the practical loss ------------------------------------------------------------------------------------------
@@ -418,7 +420,7 @@ def regularized_gap(P: Tensor, pi: Tensor, pi_ref: Tensor, tau: float, rho: Tens
     check_positive(tau=tau)
     log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").log()
     best = (log_ref + expected_win_rate(P, pi) / tau).logsumexp(-1)
-    return float(prompt_mean(2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1, rho))
+    return float(prompt_mean((2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1).clamp(min=0), rho))
 
 
 def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:

@@ -87,9 +87,11 @@ class Run:
     def __init__(self, preset: str, config: Any):
         self.out = Path(config.out)
         settings = {"preset": preset, **dataclasses.asdict(config)}
-        self.state = self._earlier(settings) if self.out.exists() and any(self.out.iterdir()) else None
-        (self.out / "checkpoint").mkdir(parents=True, exist_ok=True)
+        started = self.out.exists() and any(path.suffix != ".part" for path in self.out.iterdir())
+        self.state = self._earlier(settings) if started else None
+        self.out.mkdir(parents=True, exist_ok=True)
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
+        (self.out / "checkpoint").mkdir(exist_ok=True)
         self.metrics = self.state["metrics"] if self.state else []
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 

@@ -49,6 +49,15 @@ def test_expected_win_rate_and_gap_of_weighted_rock_paper_scissors_by_hand():
     assert dno.duality_gap(P, pi) == pytest.approx(2 * 0.58 - 1, abs=EXACT)
 
 
+@games
+def test_gaps_are_never_negative_and_a_float32_policy_is_good_enough(P):
+    pi = random_policy(*P.shape[:2], 0)
+    assert dno.duality_gap(P, dno.nash(P)) >= 0
+    assert dno.regularized_gap(P, dno.regularized_nash(P, pi, 0.1), pi, 0.1) >= 0
+    assert dno.duality_gap(P, pi.float()) == pytest.approx(dno.duality_gap(P, pi), abs=1e-6)  # float32 rounding
+    assert dno.duality_gap(P.float(), pi.float()) == pytest.approx(dno.duality_gap(P, pi), abs=1e-6)
+
+
 # --- C2: the symmetric game ---
 
 

@@ -169,6 +169,12 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, capsys, tmp
     assert everything_in(tmp_path) == {str(tmp_path / "thesis.tex"): b"precious"}
 
 
+def test_a_run_killed_before_its_config_was_written_starts_anew(tmp_path):
+    (tmp_path / ".config.json.part").write_text('{"preset": "ga')
+    assert train.main([*SMALL, "--out", str(tmp_path), "--resume"]) == 0
+    assert len(rows(tmp_path)) == 6
+
+
 def test_a_corrupt_checkpoint_is_refused_and_left_alone(capsys, tmp_path):
     assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 0
     state = tmp_path / "run" / "checkpoint" / "state.pt"
