@@ -550,7 +550,7 @@ def solve(P: Tensor, method: str = "dno", eta: float = 1.0, iterations: int = 10
     pi = pi_ref if pi_1 is None else check_policy(pi_1, P.shape[:2], "pi_1")
     every = move_reference_every or (6 if method == "moving-reference" else iterations + 1)
     log_pi, log_ref = pi.log(), pi_ref.log()
-    policies, rewards = (torch.empty(iterations + 1, *pi.shape).to(P) for _ in range(2))
+    policies, rewards = (P.new_empty(iterations + 1, *pi.shape) for _ in range(2))
     policies[0], rewards[0] = pi, _against(P, pi)
     for t in range(iterations):
         mixture = geometric_mixture(log_pi, log_ref, tau, eta)

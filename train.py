@@ -63,7 +63,7 @@ class GameConfig:
             self.vocabulary, self.length = self.vocabulary or 6, self.length or 3
         if (self.vocabulary is None) != (self.length is None):
             raise ValueError("vocabulary and length go together: give both (a transformer) or neither (a table)")
-        if self.algorithm == 1 and (self.tau is not None or self.move_reference_every or self.option != "I"):
+        if self.algorithm == 1 and (self.tau or self.move_reference_every or self.option != "I"):
             raise ValueError("tau, option and move-reference-every belong to Algorithm 3; add --algorithm 3")
         self.eta = self.eta if self.eta is not None else {1: 1.0, 3: MOVING["eta"]}[self.algorithm]
         self.tau = self.tau if self.tau is not None else {1: 0.0, 3: self.eta / 2}[self.algorithm]
@@ -76,8 +76,8 @@ class GameConfig:
             raise ValueError("move-reference-every, tolerance and seed must be at least 0")
         dno.check_positive(eta=self.eta, lr=self.lr)
         dno.check_regularization(self.tau, self.eta)
-        if self.vocabulary and self.vocabulary**self.length > 20_000:
-            raise ValueError(f"{self.vocabulary}^{self.length} responses are too many for a table P; expected at most 20,000")
+        if self.vocabulary and self.vocabulary**self.length > 5_000:
+            raise ValueError(f"{self.vocabulary}^{self.length} responses are too many for a table P; expected at most 5,000")
         self.transformer(1)  # checks its shape
 
     def transformer(self, X: int) -> Config:

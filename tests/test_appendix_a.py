@@ -5,7 +5,7 @@ import torch
 from games import EXACT, games, random_policy, random_rho
 
 import dno
-from model import Config, Transformer, TransformerPolicy, chain
+from model import Config, TabularPolicy, Transformer, TransformerPolicy, chain
 from oracle import random_feature_game, random_game
 
 TAUS = (0.02, 0.1, 0.5, 3.0)
@@ -121,8 +121,6 @@ def test_C21_the_unnormalised_reference_in_the_loss_gives_the_same_loss_as_the_n
 
 @pytest.mark.parametrize("option", ["I", "II"])
 def test_algorithm_3_records_the_exact_target_of_its_option(option):
-    from model import TabularPolicy
-
     P, policy = random_feature_game(2, 6, seed=0).P, TabularPolicy(2, 6)
     with torch.no_grad():
         policy.logits.copy_(random_policy(2, 6, 1).log())
@@ -135,9 +133,18 @@ def test_algorithm_3_records_the_exact_target_of_its_option(option):
         assert torch.equal(it.log_pi_ref, records[0].log_pi_t)
 
 
-def test_the_reference_moves_to_the_current_policy_when_told_to():
-    from model import TabularPolicy
+@pytest.mark.parametrize("option", ["I", "II"])
+def test_C21_the_regression_against_the_mixture_reaches_the_regularised_target(option):
+    """Not the target of Algorithm 1, which a loss against pi_t alone would lead to."""
+    P, policy = random_feature_game(2, 6, seed=0).P, TabularPolicy(2, 6)
+    settings = dno.Regression(steps=100, pairs=512, learning_rate=0.05)
+    records = list(dno.algorithm3(policy, P, 0.25, 6, 0.2, option=option, settings=settings))
+    plain = [dno.soft_policy_iteration(it.log_pi_t, dno.expected_win_rate(P, it.log_pi_t.exp()), 0.25) for it in records]
+    assert max(float(dno.total_variation(it.log_pi_next.exp(), it.log_pi_star.exp()).max()) for it in records) < 0.02
+    assert dno.total_variation(plain[-1].exp(), records[-1].log_pi_star.exp()).max() > 0.05
 
+
+def test_the_reference_moves_to_the_current_policy_when_told_to():
     P = random_feature_game(2, 6, seed=0).P
     settings = dno.Regression(steps=5, pairs=64)
     records = list(dno.algorithm3(TabularPolicy(2, 6), P, 0.5, 5, 0.2, move_reference_every=2, settings=settings))
@@ -146,8 +153,6 @@ def test_the_reference_moves_to_the_current_policy_when_told_to():
 
 
 def test_bad_regularisation_is_refused():
-    from model import TabularPolicy
-
     P = random_game(1, 3, seed=0).P
     for tau, option, message in [(0.6, "I", "tau is 0.6"), (-0.1, "I", "tau"), (0.1, "III", "option is 'III'")]:
         with pytest.raises(ValueError, match=message):

@@ -102,6 +102,22 @@ def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
         assert row["gap_nash"] < LP
 
 
+def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
+    """`python train.py` as it comes (about 35 s): C15 at full size, C11 in every step, C13."""
+    assert train.main(["--out", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["gap_average_over_first"] <= 1 / 4
+    assert summary["gap_average_over_table"] <= 1.25
+    assert summary["tv_to_target_mean"] <= 0.03
+    assert summary["win_rate_vs_previous_min"] > 0.5
+    assert summary["gap_nash"] < LP
+    assert not summary["last_iterate_converged"]
+    assert "it did NOT converge" in capsys.readouterr().out
+    gaps = summary["gaps"]
+    assert gaps["reward maximiser (Bradley-Terry)"] > 2 * summary["gap_average"]
+    assert gaps["table with moving reference, last"] < summary["gap_average"]
+
+
 def test_the_bound_is_that_of_C12_by_hand():
     assert train.bound(100, 216, 1.0) == pytest.approx(0.1075056 + 0.25, abs=1e-6)  # 2 ln 216 / 100 = 0.10751
 
