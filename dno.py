@@ -96,7 +96,7 @@ def expected_win_rate(P: Tensor, pi: Tensor) -> Tensor:
 
 
 def win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, rho: Tensor | None = None) -> float:
-    """P(pi > pi') = E_{x~rho, y~pi, y'~pi'} P(y > y' | x), in [0, 1] (section 2.2). ValueError on a bad argument."""
+    """P(pi > pi') = E_{x~rho, y~pi, y'~pi'} P(y > y' | x), in [0, 1] (section 2). ValueError on a bad argument."""
     r = expected_win_rate(P, pi_prime)
     return float(prompt_mean((check_policy(pi, P.shape[:2]) * r).sum(-1), rho))
 

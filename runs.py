@@ -110,9 +110,12 @@ class Run:
         if not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True, map_location=settings["device"])
+            state = torch.load(path, weights_only=True, map_location=settings["device"])
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__}); choose another --out") from error
+        if not isinstance(state, dict) or "metrics" not in state:
+            raise BadInput(f"{path} is not a checkpoint of a run; choose another --out")
+        return state
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the folder in one piece: whoever looks sees the old content or the new, also after a crash."""

@@ -212,15 +212,26 @@ def run_game(config: GameConfig) -> None:
     print(f"\nFigures and tables: {run.out}")
 
 
-def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Solution, run: Run) -> Tensor:
-    """Run the algorithm from the run's last checkpoint on, a line and a checkpoint an iteration; pi_1..pi_{T+1} [T+1, X, Y]."""
-    optimizer, generator, after = dno.adam(policy), torch.Generator().manual_seed(config.seed), None
-    policies = [dno.log_table(policy).exp()]
-    if run.state:
+def restore(run: Run, policy: dno.Policy, optimizer: torch.optim.Optimizer,
+            generator: torch.Generator) -> tuple[dno.Iteration, list[Tensor]]:  # fmt: skip
+    """Put the three back into the state of the run's checkpoint; the iteration to go on after, and the policies so far.
+    BadInput if the checkpoint is not one of this run."""
+    try:
         policy.load_state_dict(run.state["policy"])
         optimizer.load_state_dict(run.state["optimizer"])
         generator.set_state(run.state["generator"].cpu())
-        after, policies = dno.Iteration(**run.state["after"]), list(run.state["policies"])
+        return dno.Iteration(**run.state["after"]), list(run.state["policies"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"the checkpoint in {run.out} is not of this run ({reason}); choose another --out") from error
+
+
+def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Solution, run: Run) -> Tensor:
+    """Run the algorithm from the run's last checkpoint on, a line and a checkpoint an iteration; pi_1..pi_{T+1} [T+1, X, Y]."""
+    optimizer, generator = dno.adam(policy), torch.Generator().manual_seed(config.seed)
+    after, policies = None, [dno.log_table(policy).exp()]
+    if run.state:
+        after, policies = restore(run, policy, optimizer, generator)
     settings = dno.Regression(config.steps, config.pairs, config.lr, tolerance=config.tolerance, mu1=config.mu, mu2=config.mu)
     common = {"rho": game.rho, "settings": settings, "optimizer": optimizer, "generator": generator, "after": after}
     if config.algorithm == 1:
@@ -241,10 +252,10 @@ def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Sol
         run.save(row, {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
                        "after": {name: getattr(it, name) for name in it.__dataclass_fields__},
                        "policies": torch.stack(policies)})  # fmt: skip
+        predicted = f"{row['win_rate_predicted']:9.4f}" if config.algorithm == 1 else " " * 9
         tqdm.write(
-            f"{it.t:4d} |     {row['gap_last']:.4f}   {row['gap_average']:.4f} ({row['tabular_gap_average']:.4f}) |"
-            f"       {row['tv_to_target']:.4f} |       {row['win_rate_vs_previous']:.4f}  "
-            f"{row.get('win_rate_predicted', float('nan')):9.4f} | {row['excess_loss']:12.1e}"
+            f"{it.t:4d} |     {row['gap_last']:.4f}   {row['gap_average']:.4f} ({row['tabular_gap_average']:.4f}) |       "
+            f"{row['tv_to_target']:.4f} |       {row['win_rate_vs_previous']:.4f}  {predicted} | {row['excess_loss']:12.1e}"
         )
         start = time.perf_counter()
     return torch.stack(policies)

@@ -201,6 +201,16 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(capsys, tmp_path):
         assert everything_in(tmp_path) == before
 
 
+def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
+    for name, width in (("run", "16"), ("other", "32")):
+        assert train.main([*SMALL, "--width", width, "--out", str(tmp_path / name)]) == 0
+    state = tmp_path / "run" / "checkpoint" / "state.pt"
+    state.write_bytes((tmp_path / "other" / "checkpoint" / "state.pt").read_bytes())
+    assert "not of this run" in refused(capsys, *SMALL, "--out", tmp_path / "run", "--resume")
+    torch.save({"weights": torch.zeros(3)}, state)
+    assert "not a checkpoint of a run" in refused(capsys, *SMALL, "--out", tmp_path / "run", "--resume")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
