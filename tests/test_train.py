@@ -158,7 +158,8 @@ def test_interrupted_it_exits_with_130_and_can_go_on(tmp_path):
     run.send_signal(signal.SIGINT)
     assert run.wait() == 130
     assert "--resume goes on" in run.stderr.read()
-    assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["after"]["t"] >= 3
+    done = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["after"]["t"]
+    assert done >= 2  # the third line may have been written just before the third checkpoint
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
