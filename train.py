@@ -140,14 +140,15 @@ def measure(P: Tensor, it: dno.Iteration, eta: float, rho: Tensor | None = None)
     KL(pi_t || pi*_{t+1})] (Algorithm 1's monotonic improvement as an identity); and C_t of Theorem 1, on-policy."""
     pi_t, pi_star, pi_next = it.log_pi_t.exp(), it.log_pi_star.exp(), it.log_pi_next.exp()
     divergences = dno.kl_divergence(it.log_pi_star, it.log_pi_t) + dno.kl_divergence(it.log_pi_t, it.log_pi_star)
-    full_support = bool((torch.minimum(pi_star, pi_next) > 0).all())  # or else C_t is undefined: a probability underflowed
+    full_support = bool((torch.minimum(pi_star, pi_next) > 0).all())  # or else C_t is undefined, a probability having
+    moved = bool((pi_star != pi_next).any())  # underflowed; and 0/0 where the target is hit exactly
     return {
         "gap_last": dno.duality_gap(P, pi_next, rho),
         "gap_average": dno.duality_gap(P, it.pi_bar, rho),
         "tv_to_target": float(dno.prompt_mean(dno.total_variation(pi_next, pi_star), rho)),
         "win_rate_vs_previous": dno.win_rate(P, pi_next, pi_t, rho),
         "win_rate_predicted": float(0.5 + eta * dno.prompt_mean(divergences, rho)),
-        "concentrability": dno.concentrability(pi_star, pi_next, pi_t, pi_t, rho) if full_support else None,
+        "concentrability": dno.concentrability(pi_star, pi_next, pi_t, pi_t, rho) if full_support and moved else None,
     }
 
 
@@ -261,6 +262,11 @@ def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Sol
     return torch.stack(policies)
 
 
+def ratio(gap: float | None, other: float) -> float | None:
+    """gap / other; None without a gap, or where the other is 0 up to rounding, as when the uniform policy is Nash already."""
+    return None if gap is None or other < 1e-12 else gap / other
+
+
 def summarise(config: GameConfig, game: Game, twin: dno.Solution, moving: dno.Solution, maximiser_gap: float | None,
               metrics: list[dict[str, Any]]) -> dict[str, Any]:  # fmt: skip
     """The headline numbers; prints them as a table, and says whether the last iterate's gap converged."""
@@ -279,10 +285,12 @@ def summarise(config: GameConfig, game: Game, twin: dno.Solution, moving: dno.So
     }
     print("\ngap      of first   policy")
     for name, gap in gaps.items():
-        print("-".ljust(20) + name if gap is None else f"{gap:<8.2g} {gap / first:<10.3f} {name}")
+        share = ratio(gap, first)
+        print(f"{'-' if gap is None else f'{gap:.2g}':8} {'-' if share is None else f'{share:.3f}':10} {name}")
     tail = lasts[-max(1, len(lasts) // 5) :]
-    converged = max(tail) <= first / 4
-    verdict = "stayed below a quarter of the first" if converged else "did NOT converge; the average does the work"
+    converged, rose = max(tail) <= first / 4, max(tail) > 1.1 * min(lasts)
+    verdict = "stayed below a quarter of the first" if converged else "did NOT converge" if rose else "is still falling"
+    verdict += "; the average does the work" if rose and not converged and last["gap_average"] < min(tail) else ""
     print(f"\nLast iterate: gap {min(tail):.3f} to {max(tail):.3f} in the last {len(tail)} iterations "
           f"(lowest ever {min(lasts):.3f}, in iteration {lasts.index(min(lasts)) + 1}): it {verdict}.")  # fmt: skip
     win_rates, distances = ([row[key] for row in metrics] for key in ("win_rate_vs_previous", "tv_to_target"))
@@ -290,9 +298,9 @@ def summarise(config: GameConfig, game: Game, twin: dno.Solution, moving: dno.So
           f"at least {min(win_rates):.5f}; mean TV to the target {np.mean(distances):.4f}.")  # fmt: skip
     return {"config": asdict(config), "gaps": gaps, "gap_last": last["gap_last"], "gap_average": last["gap_average"],
             "gap_nash": last["gap_nash"], "gap_first": first,
-            "gap_average_over_first": last["gap_average"] / first, "gap_last_over_first": last["gap_last"] / first,
-            "gap_average_over_table": last["gap_average"] / twin.gap_average[-1].item(),
-            "gap_last_over_table": last["gap_last"] / twin.gap_last[-1].item(), "last_iterate_converged": converged,
+            "gap_average_over_first": ratio(last["gap_average"], first), "gap_last_over_first": ratio(last["gap_last"], first),
+            "gap_average_over_table": ratio(last["gap_average"], twin.gap_average[-1].item()),
+            "gap_last_over_table": ratio(last["gap_last"], twin.gap_last[-1].item()), "last_iterate_converged": converged,
             "tv_to_target_mean": float(np.mean(distances)),
             "win_rate_vs_previous_min": min(win_rates), "seconds": sum(row["seconds"] for row in metrics)}  # fmt: skip
 

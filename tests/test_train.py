@@ -17,7 +17,7 @@ from games import LP, random_rho
 
 import dno
 import train
-from oracle import random_feature_game, style_game
+from oracle import random_feature_game, rock_paper_scissors, style_game
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 --width 16 --layers 1".split()
@@ -295,6 +295,26 @@ def test_a_preference_that_no_reward_fits_is_said_and_the_run_goes_on(capsys, tm
     assert train.main([*game, "--iterations", "2", "--steps", "2", "--pairs", "8"]) == 0
     assert "no reward maximiser to compare with" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["gaps"]["reward maximiser (Bradley-Terry)"] is None
+
+
+def test_a_game_whose_uniform_policy_is_nash_leaves_no_ratio_and_valid_json(capsys, tmp_path):
+    np.savez(tmp_path / "game.npz", P=rock_paper_scissors().P)
+    game = ("--game", str(tmp_path / "game.npz"), "--out", str(tmp_path / "run"))
+    assert train.main([*game, "--iterations", "3", "--steps", "2", "--pairs", "8"]) == 0
+    assert "stayed below a quarter" in capsys.readouterr().out
+    for text in [(tmp_path / "run" / "summary.json").read_text(), *rows_so_far(tmp_path / "run")]:
+        values = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert values["concentrability"] is None
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["gap_last_over_first"] is None
+    assert summary["gap_last"] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_transitive_game_that_is_still_being_learnt_is_said_to_be(capsys, tmp_path):
+    np.savez(tmp_path / "game.npz", P=np.array([[[0.5, 0.7], [0.3, 0.5]]]))
+    game = ("--game", str(tmp_path / "game.npz"), "--out", str(tmp_path / "run"))
+    assert train.main([*game, "--iterations", "3", "--lr", "0.05"]) == 0
+    assert "it is still falling." in capsys.readouterr().out
 
 
 def test_help_lists_presets_and_every_field(capsys):
