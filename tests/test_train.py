@@ -24,9 +24,11 @@ SMALL = "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pa
 
 
 def start(*arguments):
-    """train.py as a user starts it."""
+    """train.py as a user starts it: what it prints is thrown away, and Ctrl-C reaches it, even if the tests run where a shell
+    made background jobs deaf to it."""
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 
 def rows(out):
@@ -136,7 +138,7 @@ def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm
         run.send_signal(signal.SIGKILL)
         run.wait()
     run = start(*arguments, "--out", cut, "--resume")
-    assert run.wait() == 0, run.stderr.read()
+    assert run.wait(timeout=300) == 0, run.stderr.read()
     assert timeless(cut) == timeless(whole)
     for name, table in np.load(whole / "tables.npz").items():
         assert np.array_equal(table, np.load(cut / "tables.npz")[name])
@@ -156,7 +158,7 @@ def test_interrupted_it_exits_with_130_and_can_go_on(tmp_path):
         assert run.poll() is None, run.stderr.read()
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
-    assert run.wait() == 130
+    assert run.wait(timeout=60) == 130
     assert "--resume goes on" in run.stderr.read()
     done = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["after"]["t"]
     assert done >= 2  # the third line may have been written just before the third checkpoint
