@@ -291,8 +291,8 @@ def summarise(config: GameConfig, game: Game, twin: dno.Solution, moving: dno.So
     converged, rose = max(tail) <= first / 4, max(tail) > 1.1 * min(lasts)
     verdict = "stayed below a quarter of the first" if converged else "did NOT converge" if rose else "is still falling"
     verdict += "; the average does the work" if rose and not converged and last["gap_average"] < min(tail) else ""
-    print(f"\nLast iterate: gap {min(tail):.3f} to {max(tail):.3f} in the last {len(tail)} iterations "
-          f"(lowest ever {min(lasts):.3f}, in iteration {lasts.index(min(lasts)) + 1}): it {verdict}.")  # fmt: skip
+    print(f"\nLast iterate: gap {min(tail):.3f} to {max(tail):.3f} in the last {len(tail)} iterations, "
+          f"lowest {min(lasts):.3f} in iteration {lasts.index(min(lasts)) + 1}:\nit {verdict}.")  # fmt: skip
     win_rates, distances = ([row[key] for row in metrics] for key in ("win_rate_vs_previous", "tv_to_target"))
     print(f"P(pi_t+1 > pi_t) > 1/2 in {sum(w > 0.5 for w in win_rates)} of {len(win_rates)} iterations, "
           f"at least {min(win_rates):.5f}; mean TV to the target {np.mean(distances):.4f}.")  # fmt: skip
