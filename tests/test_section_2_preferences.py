@@ -7,7 +7,7 @@ from games import EXACT, LP, games, random_policy, random_rho
 from scipy.optimize import minimize, nnls
 
 import dno
-from oracle import PreferenceTable, bradley_terry, random_game, rock_paper_scissors
+from oracle import PreferenceTable, bradley_terry, random_feature_game, random_game, rock_paper_scissors
 
 
 def loops(P, pi, pi_prime, rho):
@@ -80,6 +80,18 @@ def test_C2_the_lp_nash_agrees_with_nonnegative_least_squares(P):
         solution, residual = nnls(system, np.append(np.zeros(Y), 1.0), maxiter=100 * Y)
         assert residual < 1e-10
         assert dno.nash(P)[x].numpy() == pytest.approx(solution[:Y], abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [random_game, random_feature_game])
+def test_C2_the_lp_nash_of_a_hundred_games_has_no_gap_and_odd_support(make):
+    """Sizes 2 to 40. Nash policies of generic symmetric zero-sum games have supports of odd size: on the support A pi = 0, and
+    a generic skew-symmetric matrix of even size has no kernel. (Feature games of rank 8 are generic up to support 9.)"""
+    for seed in range(100):
+        P = make(1, 2 + seed % 39, seed).P
+        pi = dno.nash(P)
+        assert dno.duality_gap(P, pi) < LP
+        if make is random_game:
+            assert (pi > 1e-9).sum() % 2 == 1
 
 
 def test_C2_a_condorcet_winner_is_the_pure_nash():
