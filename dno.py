@@ -184,13 +184,18 @@ def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
     return scores
 
 
+def pair_weights(like: Tensor, mu1: Tensor | None, mu2: Tensor | None) -> Tensor:
+    """mu1(y) mu2(y'), [X, Y, Y], for tables of the shape of like [X, Y], uniform when None. ValueError on a bad table."""
+    uniform = torch.full_like(like, 1 / like.shape[1])
+    mu1, mu2 = (uniform if mu is None else check_policy(mu, like.shape, "mu") for mu in (mu1, mu2))
+    return mu1.unsqueeze(-1) * mu2.unsqueeze(-2)
+
+
 def bradley_terry_fit(P: Tensor, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
     """Eq. (1) on infinitely many comparisons of y1 ~ mu1, y2 ~ mu2 (each [X, Y], uniform when None) labelled by P: the reward
     argmax_r E log sigma(r(y+) - r(y-)), [X, Y], of mean 0. ValueError on a bad P, or if no finite unique reward exists."""
     P = check_preferences(P)
-    uniform = torch.full_like(P[..., 0], 1 / P.shape[1])
-    mu1, mu2 = (uniform if mu is None else check_policy(mu, P.shape[:2], "mu") for mu in (mu1, mu2))
-    return fit_scores(P, mu1.unsqueeze(-1) * mu2.unsqueeze(-2))
+    return fit_scores(P, pair_weights(P[..., 0], mu1, mu2))
 
 
 # --- Section 3: soft policy iteration and its regression --------------------------------------------------------------------
@@ -501,22 +506,27 @@ class Solution:
 
 def _dno_regression(mixture: Tensor, r: Tensor, eta: float, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
     """Eq. (8) minimised over tabular logits by Newton's method, on all pairs of mu1, mu2 [X, Y], uniform when None."""
-    mu1, mu2 = (torch.full_like(r, 1 / r.shape[1]) if mu is None else mu for mu in (mu1, mu2))
     z = torch.sigmoid(r.unsqueeze(-1) - r.unsqueeze(-2))
-    return mixture + fit_scores(z, mu1.unsqueeze(-1) * mu2.unsqueeze(-2)) / eta
+    return mixture + fit_scores(z, pair_weights(r, mu1, mu2)) / eta
 
 
 def _sppo(mixture: Tensor, r: Tensor, eta: float) -> Tensor:
     """The policy pi_t e^h of least E_{y~pi_t}[(h - g)^2], g = (r - 1/2)/eta. The Lagrangian's derivative is 0 where
-    h + c e^h = g, with c such that the policy sums to 1; Newton's method on h and c together."""
+    h + c e^h = g, with c such that the policy sums to 1: Newton's method on h and c together, g growing from 0 by steps of
+    at most 1/2. RuntimeError without success."""
     pi, g = mixture.softmax(-1), (r - 0.5) / eta
-    h, c = g, torch.zeros_like(g[:, :1])
-    for _ in range(20):
-        weight, slope, off = h.exp(), 1 + c * h.exp(), h + c * h.exp() - g
+    h, c = torch.zeros_like(g), torch.zeros_like(g[:, :1])
+    stages = max(1, int(2 * g.abs().max()) + 1)
+    for step in range(10 * min(stages, 200)):  # beyond that eta is too small for float64 anyway
+        weight = h.exp()
+        slope, off = 1 + c * weight, h + c * weight - g * (step // 10 + 1) / stages
         dc = (pi * weight * (1 - off / slope)).sum(-1, keepdim=True) - 1
         dc = dc / (pi * weight**2 / slope).sum(-1, keepdim=True)
         h, c = h - (off + weight * dc) / slope, c + dc
-    return mixture.log_softmax(-1) + h
+    log_pi = mixture.log_softmax(-1) + h
+    if not (log_pi.logsumexp(-1).abs().max() < 1e-9 and (h + c * h.exp() - g).abs().max() < 1e-9 * (1 + g.abs().max())):
+        raise RuntimeError(f"no SPPO update found at eta {eta}; expected a larger eta")
+    return log_pi
 
 
 # log pi_{t+1}, not normalised, from m = log(pi_t^(1 - tau/eta) pi_ref^(tau/eta)), the expected win rates r against pi_t and r0

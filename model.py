@@ -273,8 +273,9 @@ class TransformerPolicy(nn.Module):
         self.model, self.V, self.L = model, V, L
         words, mask = prefix_tree(V, L, prompts.shape[1])
         tree = torch.cat([prompts, words.to(prompts.device).expand(len(prompts), -1)], dim=1)
-        for name, buffer in {"prompts": prompts, "tree": tree, "mask": mask.to(prompts.device)}.items():
-            self.register_buffer(name, buffer, persistent=False)
+        powers = V ** torch.arange(L - 1, -1, -1)  # the worth of each digit of a response's number
+        for name, buffer in {"prompts": prompts, "tree": tree, "mask": mask, "powers": powers}.items():
+            self.register_buffer(name, buffer.to(prompts.device), persistent=False)
 
     def next_word_log_probs(self) -> Tensor:
         """log pi(word | prompt, prefix) at every node of the prefix tree, [X, 1 + V + ... + V^(L-1), V]."""
@@ -287,8 +288,7 @@ class TransformerPolicy(nn.Module):
 
     def words(self, responses: Tensor) -> Tensor:
         """The words [..., L] of responses [...], most significant digit first."""
-        powers = self.V ** torch.arange(self.L - 1, -1, -1, device=responses.device)
-        return responses.unsqueeze(-1) // powers % self.V
+        return responses.unsqueeze(-1) // self.powers % self.V
 
     def log_prob(self, prompts: Tensor, responses: Tensor) -> Tensor:
         """log pi(y|x) [B] of responses [B] to prompts [B], each read by itself: what `log_probs` must agree with."""
@@ -298,5 +298,4 @@ class TransformerPolicy(nn.Module):
                seed: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
         """k responses for each of prompts [B], [B, k], with their log-probabilities under the policy itself, [B, k]."""
         tokens, log_probs = sample_tokens(self.model, self.prompts[prompts], k, self.L, self.V, temperature, top_p, seed)
-        powers = self.V ** torch.arange(self.L - 1, -1, -1, device=tokens.device)
-        return (tokens * powers).sum(-1), log_probs
+        return (tokens * self.powers).sum(-1), log_probs

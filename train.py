@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -213,11 +214,18 @@ def run_game(config: GameConfig) -> None:
     print(f"\nFigures and tables: {run.out}")
 
 
-def restore(run: Run, policy: dno.Policy, optimizer: torch.optim.Optimizer,
+def fingerprint(game: Game) -> str:
+    """SHA-256 of P and rho: a game file may change between the start of a run and its resumption."""
+    return hashlib.sha256(game.P.cpu().numpy().tobytes() + game.rho.cpu().numpy().tobytes()).hexdigest()
+
+
+def restore(run: Run, game: Game, policy: dno.Policy, optimizer: torch.optim.Optimizer,
             generator: torch.Generator) -> tuple[dno.Iteration, list[Tensor]]:  # fmt: skip
-    """Put the three back into the state of the run's checkpoint; the iteration to go on after, and the policies so far.
+    """Put the last three back into the state of the run's checkpoint; the iteration to go on after, and the policies so far.
     BadInput if the checkpoint is not one of this run."""
     try:
+        if run.state["game"] != fingerprint(game):
+            raise ValueError("the game is another than when it started")
         policy.load_state_dict(run.state["policy"])
         optimizer.load_state_dict(run.state["optimizer"])
         generator.set_state(run.state["generator"].cpu())
@@ -232,7 +240,7 @@ def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Sol
     optimizer, generator = dno.adam(policy), torch.Generator().manual_seed(config.seed)
     after, policies = None, [dno.log_table(policy).exp()]
     if run.state:
-        after, policies = restore(run, policy, optimizer, generator)
+        after, policies = restore(run, game, policy, optimizer, generator)
     settings = dno.Regression(config.steps, config.pairs, config.lr, tolerance=config.tolerance, mu1=config.mu, mu2=config.mu)
     common = {"rho": game.rho, "settings": settings, "optimizer": optimizer, "generator": generator, "after": after}
     if config.algorithm == 1:
@@ -240,7 +248,7 @@ def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Sol
     else:
         loop = dno.algorithm3(policy, game.P, config.eta, config.iterations, config.tau, option=config.option,
                               move_reference_every=config.move_reference_every, **common)  # fmt: skip
-    gap_nash, start = dno.duality_gap(game.P, game.nash, game.rho), time.perf_counter()
+    game_hash, gap_nash, start = fingerprint(game), dno.duality_gap(game.P, game.nash, game.rho), time.perf_counter()
     print("   t | gap: last  average (table) | TV to target | P(new > old)  predicted | loss - bound")
     for it in tqdm(loop, total=config.iterations, initial=after.t if after else 0, unit="iteration", disable=None, leave=False):
         exact = measure(game.P, it, config.eta, game.rho)
@@ -252,7 +260,7 @@ def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Sol
             del row["win_rate_predicted"]  # an identity of Algorithm 1
         run.save(row, {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
                        "after": {name: getattr(it, name) for name in it.__dataclass_fields__},
-                       "policies": torch.stack(policies)})  # fmt: skip
+                       "policies": torch.stack(policies), "game": game_hash})  # fmt: skip
         predicted = f"{row['win_rate_predicted']:9.4f}" if config.algorithm == 1 else " " * 9
         tqdm.write(
             f"{it.t:4d} |     {row['gap_last']:.4f}   {row['gap_average']:.4f} ({row['tabular_gap_average']:.4f}) |       "

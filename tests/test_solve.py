@@ -89,7 +89,7 @@ def test_optimistic_weights_and_extragradient_step_as_defined():
     assert (dno.solve(P, "extragradient", eta, 1, pi_1=pi).last - step(pi, wins(first))).abs().max() < EXACT
 
 
-@pytest.mark.parametrize("eta", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("eta", [0.02, 0.1, 0.5, 2.0])
 def test_sppo_minimises_its_squared_loss_over_normalised_policies(eta):
     P, pi = random_game(1, 5, seed=2).P, random_policy(1, 5, 0)
     found = dno.solve(P, "sppo", eta, 1, pi_1=pi).last[0]
@@ -104,6 +104,11 @@ def test_sppo_minimises_its_squared_loss_over_normalised_policies(eta):
     assert float(found.sum()) == pytest.approx(1, abs=EXACT)
     plain = dno.solve(P, "dno", eta, 1, pi_1=pi).last[0]
     assert loss(plain.log().numpy()) > 1.001 * best  # not the same update
+
+
+def test_sppo_says_so_where_it_finds_no_update():
+    with pytest.raises(RuntimeError, match="no SPPO update found at eta"):
+        dno.solve(random_feature_game(1, 5, seed=2).P, "sppo", 0.001, 2)
 
 
 @pytest.mark.parametrize("method", ["omwu", "extragradient"])

@@ -246,6 +246,14 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, messag
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_game_file_that_changed_since_the_start_is_refused(capsys, tmp_path):
+    game = ("--game", str(tmp_path / "game.npz"), "--iterations", "2", "--out", str(tmp_path / "run"))
+    np.savez(tmp_path / "game.npz", P=rock_paper_scissors(0.4, 0.3, 0.2).P)
+    assert train.main([*game]) == 0
+    np.savez(tmp_path / "game.npz", P=rock_paper_scissors(0.4, 0.3, 0.3).P)
+    assert "the game is another than when it started" in refused(capsys, *game, "--resume")
+
+
 def test_a_game_of_ones_own_runs_with_a_table_and_with_a_transformer(tmp_path):
     P, rho = random_feature_game(3, 8, seed=0).P, random_rho(3, 0)
     np.savez(tmp_path / "game.npz", P=P, rho=rho)
