@@ -24,9 +24,10 @@ twice what some libraries call exploitability; no other measure of the distance 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+import copy
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -314,9 +315,9 @@ def log_table(policy: Policy) -> Tensor:
         return policy.log_probs().double().log_softmax(-1)
 
 
-def adam(policy: Policy) -> torch.optim.Adam:
-    """The optimizer of line 4. Its moments outlive the iterations; `Regression` sets its learning rate."""
-    return torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95), fused=True)
+def adam(policy: Policy | SampledPolicy, momentum: float = 0.9) -> torch.optim.Adam:
+    """The optimizer of line 4 (7 in Algorithm 2). Its moments outlive the iterations; the algorithms set its learning rate."""
+    return torch.optim.Adam(policy.parameters(), betas=(momentum, 0.95), fused=True)
 
 
 def draw_tuples(rho: Tensor | None, mu1: Tensor, mu2: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -390,13 +391,345 @@ def algorithm1(policy: Policy, P: Tensor, eta: float, iterations: int, *, rho: T
     return pi_bar  # Alg. 1, line 6
 
 
-# --- Section 4: the practical loss ------------------------------------------------------------------------------------------
+# --- Section 4: Algorithm 2, with responses sampled, ranked and contrasted --------------------------------------------------
 
 
 def contrastive_loss(log_ratio_pos: Tensor, log_ratio_neg: Tensor, eta: float) -> Tensor:
     """Eq. (13) as a loss [B] in nats: -log sigma(eta log_ratio_pos - eta log_ratio_neg), with log_ratio = log pi - log pi_t of
     whole responses. Eq. (8) with z = 1; the DPO loss with reference pi_t and beta = eta (the paper's eta~)."""
     return -F.logsigmoid(eta * (log_ratio_pos - log_ratio_neg))
+
+
+class SampledPolicy(Protocol):
+    """What Algorithms 2 and 4 need of a policy whose responses, of any kind, can only be sampled and scored."""
+
+    def sample(self, prompts: list[Any], k: int, temperature: float = 1.0, top_p: float = 1.0,
+               seed: int = 0) -> tuple[Sequence[Sequence[Any]], Tensor]:  # fmt: skip
+        """k responses to each of X prompts, [X][k], and their log-probabilities under the policy itself, [X, k]."""
+
+    def log_prob(self, prompts: list[Any], responses: list[Any]) -> Tensor:
+        """log pi(y|x) [M] of whole responses, differentiable in `parameters()`."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """The tensors that line 7 trains."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """X prompts with n responses each: K samples, then the gold one if there is any. log_pi_t [X, n], NaN where not known."""
+
+    prompts: list[Any]
+    responses: list[list[Any]]
+    log_pi_t: Tensor
+
+
+@dataclass(frozen=True)
+class Practice:
+    """What Algorithms 2 and 4 leave to practice; defaults are section 5's, or made for small models where it says so."""
+
+    samples: int = 5  # K
+    temperature: float = 0.7
+    top_p: float = 0.95
+    outcomes: bool = True  # rank by {0, 1} samples of P, as line 5 says; else by the probabilities that the oracle gives
+    ngram: int = 3  # a response in which a run of this many words occurs twice is a repetition: it loses all, 0 for never
+    replay: float = 0.3  # share of iteration t - 1's pairs to train on again, at most; half of it of t - 2's, and so on
+    replay_iterations: int = 4  # how far back
+    prompts_per_step: int = 12  # whose pairs make up a batch (small models; the paper has 64 pairs)
+    learning_rate: float = 1e-3  # of the first step; falls to 0 within an iteration (small models; the paper's is 5e-5)
+    fall: float = 0.8  # by which share the learning rate has fallen in the last iteration
+    max_grad_norm: float = 0.05  # a malformed sample can have a gradient 20 times the usual (small models)
+    trained: int | None = None  # of the soft-target regression: so many of the K samples are trained on, all are opponents
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "prompts_per_step", "temperature", "top_p", "learning_rate", "max_grad_norm"):
+            check_positive(**{name: getattr(self, name)})
+        if self.top_p > 1 or not 0 <= self.replay <= 1 or not 0 <= self.fall <= 1:
+            raise ValueError(f"top_p {self.top_p}, replay {self.replay}, fall {self.fall}: expected shares of at most 1")
+
+    def rate(self, t: int, iterations: int) -> float:
+        """The learning rate at the start of iteration t of 1..T."""
+        return self.learning_rate * (1 - self.fall * (t - 1) / max(1, iterations - 1))
+
+
+def sample_groups(policy: SampledPolicy, prompts: list[Any], gold: list[Any] | None, settings: Practice, seed: int) -> Groups:
+    """Lines 3 and 4: K samples a prompt, with the log-probabilities recorded on the way, and the gold responses after them."""
+    responses, log_pi_t = policy.sample(prompts, settings.samples, settings.temperature, settings.top_p, seed)
+    groups = [list(ys) for ys in (responses.tolist() if isinstance(responses, Tensor) else responses)]
+    if gold is None:
+        return Groups(prompts, groups, log_pi_t)
+    unknown = torch.full_like(log_pi_t[:, :1], float("nan"))
+    return Groups(prompts, [[*ys, y] for ys, y in zip(groups, gold, strict=True)], torch.cat([log_pi_t, unknown], dim=1))
+
+
+def judge_groups(oracle: Any, groups: Groups) -> Tensor:
+    """P(y_i > y_j | x) of every two responses of a group, [X, n, n], float64 on the CPU, by oracle.prefer(prompts, a, b): one
+    question for each unordered pair, all of them asked together; the answer the other way round is taken to be 1 - P."""
+    X, n = len(groups.prompts), len(groups.responses[0])
+    i, j = torch.triu_indices(n, n, 1).tolist()
+    prompts = [x for x in groups.prompts for _ in i]
+    a, b = ([ys[m] for ys in groups.responses for m in which] for which in (i, j))
+    wins = torch.full((X, n, n), 0.5, dtype=torch.float64)
+    wins[:, i, j] = oracle.prefer(prompts, a, b).to(wins).view(X, -1)
+    wins[:, j, i] = 1 - wins[:, i, j]
+    return wins
+
+
+def draw_outcomes(wins: Tensor, generator: torch.Generator) -> Tensor:
+    """1_P of line 5, [X, n, n]: for each unordered pair one {0, 1} sample of its probability; the diagonal stays 1/2."""
+    won = (torch.rand(wins.shape, generator=generator, dtype=wins.dtype) < wins).to(wins).triu(1)
+    return won + (1 - won).mT.tril(-1) + 0.5 * torch.eye(wins.shape[-1]).to(wins)
+
+
+def group_win_rates(wins: Tensor) -> Tensor:
+    """r_t(x, y_i) = mean over the n - 1 others of wins(y_i, y_j), [X, n] in [0, 1]: line 5. Where the others are samples of
+    pi_t, an unbiased estimate of P(y_i > pi_t) of variance <= 1/(4 (n - 1)); a gold one enters it with weight 1/(n - 1)."""
+    return (wins.sum(-1) - wins.diagonal(dim1=-2, dim2=-1)) / (wins.shape[-1] - 1)
+
+
+def repeats_ngrams(words: Sequence[Any], n: int) -> bool:
+    """Does some run of n words occur twice?"""
+    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(runs)) < len(runs)
+
+
+def demote_repetitions(r: Tensor, groups: Groups, words: Callable[[Any], Sequence[Any]], n: int) -> tuple[Tensor, Tensor]:
+    """Repetitions are automatic negatives (section 5): r [X, n] with theirs set to 0, and who may be a positive, [X, n]."""
+    repeats = torch.tensor([[n > 0 and repeats_ngrams(words(y), n) for y in ys] for ys in groups.responses])
+    return r.masked_fill(repeats, 0.0), ~repeats
+
+
+# Rules of line 6: which pairs (x, y+, y-) of the groups to train on, int64 [B, 3], from the win rates (or scores) r [X, n], the
+# gold response's last, and from who may be a positive, usable [X, n].
+
+ROUNDING = 1e-9  # .6 - .2 is below .4 in floating point
+
+
+def large_margin_pairs(r: Tensor, usable: Tensor, margin: float) -> Tensor:
+    """All pairs with r(y+) - r(y-) >= margin and r(y+) > r(y-): Alg. 2, line 6."""
+    lead = r.unsqueeze(-1) - r.unsqueeze(-2)
+    return ((lead >= margin - ROUNDING) & (lead > ROUNDING) & usable.unsqueeze(-1)).nonzero()
+
+
+def scored_pairs(scores: Tensor, usable: Tensor) -> Tensor:
+    """Section 5's rule for scores of 0 to 6: a positive has at least 5, its negative at least 2 less, or at least 1 less if the
+    positive is the student's."""
+    lead = torch.full_like(scores, 1.0)
+    lead[:, -1] = 2.0
+    enough = scores.unsqueeze(-1) - scores.unsqueeze(-2) >= lead.unsqueeze(-1)
+    return (enough & ((scores >= 5) & usable).unsqueeze(-1)).nonzero()
+
+
+def best_against_worst(r: Tensor, usable: Tensor) -> Tensor:
+    """One pair a prompt: the best response that may be a positive against the worst (the first of equals), if it is better."""
+    x, best, worst = torch.arange(len(r)), r.masked_fill(~usable, float("-inf")).argmax(-1), r.argmin(-1)
+    return torch.stack([x, best, worst], dim=-1)[usable[x, best] & (r[x, best] > r[x, worst] + ROUNDING)]
+
+
+def teacher_pairs(r: Tensor, usable: Tensor, margin: float) -> Tensor:
+    """DNO-Restrictive: of the large-margin pairs those in which the gold response beats a student's."""
+    pairs = large_margin_pairs(r, usable, margin)
+    return pairs[pairs[:, 1] == r.shape[1] - 1]
+
+
+def gold_against_students(r: Tensor, usable: Tensor) -> Tensor:
+    """SPIN (Chen et al. 2024): the gold response against each of the student's, whoever is better."""
+    wanted = torch.zeros(*r.shape, r.shape[1], dtype=torch.bool)
+    wanted[:, -1, :-1] = True
+    return wanted.nonzero()
+
+
+def all_pairs(r: Tensor) -> Tensor:
+    """Every unordered pair of every group once, for soft targets, which need no ranking: [B, 3]."""
+    return torch.ones(*r.shape, r.shape[1], dtype=torch.bool).triu(1).nonzero()
+
+
+def pair_kinds(pairs: Tensor, gold: int) -> dict[str, int]:
+    """How many pairs (x, y+, y-) set teacher over student, student over teacher, student over student (Table 2); gold is the
+    gold response's place in its group."""
+    pos, neg = pairs[:, 1] == gold, pairs[:, 2] == gold
+    return {"teacher_student": int(pos.sum()), "student_teacher": int(neg.sum()), "student_student": int((~pos & ~neg).sum())}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Training data of line 7: M responses, each there once, and B pairs of them. Of prompt number group [M], with estimated
+    win rates r [M]; log_reference [M] is the reference of the loss, NaN where it is still to be found."""
+
+    prompts: list[Any]
+    responses: list[Any]
+    group: Tensor
+    r: Tensor
+    log_reference: Tensor
+    first: Tensor  # [B], index into the M responses: y+, or y1
+    second: Tensor  # [B]: y-, or y2
+
+    def take(self, which: Tensor) -> Pairs:
+        """Only the pairs of these numbers, and only the responses that they need."""
+        members, place = torch.cat([self.first[which], self.second[which]]).unique(return_inverse=True)
+        prompts, responses = ([part[m] for m in members.tolist()] for part in (self.prompts, self.responses))
+        return Pairs(prompts, responses, self.group[members], self.r[members], self.log_reference[members],
+                     *place.view(2, -1))  # fmt: skip
+
+    def batches(self, prompts: int, generator: torch.Generator) -> list[Pairs]:
+        """All pairs, their prompts in random order, those of so many prompts a batch."""
+        groups, of_pair = self.group[self.first].unique(return_inverse=True)
+        place = torch.randperm(len(groups), generator=generator)[of_pair]
+        return [self.take((place // prompts == batch).nonzero()[:, 0]) for batch in range(-(-len(groups) // prompts))]
+
+
+def form_pairs(groups: Groups, r: Tensor, pairs: Tensor) -> Pairs:
+    """The given pairs (x, y+, y-) [B, 3] of the groups, whose win rates are r [X, n]."""
+    n, (x, pos, neg) = r.shape[1], pairs.unbind(-1)
+    prompts = [prompt for prompt in groups.prompts for _ in range(n)]
+    responses, group = [y for ys in groups.responses for y in ys], torch.arange(len(prompts)) // n
+    everything = Pairs(prompts, responses, group, r.flatten(), groups.log_pi_t.cpu().flatten(), x * n + pos, x * n + neg)
+    return everything.take(torch.arange(len(pairs)))
+
+
+def join(parts: Sequence[Pairs]) -> Pairs:
+    """All pairs of the parts together, their prompts kept apart."""
+    starts = np.cumsum([0] + [len(part.responses) for part in parts]).tolist()
+    prompts, responses = ([item for part in parts for item in getattr(part, name)] for name in ("prompts", "responses"))
+    group, r, log_reference = (torch.cat([getattr(part, name) for part in parts]) for name in ("group", "r", "log_reference"))
+    number = torch.cat([torch.full_like(part.group, i) for i, part in enumerate(parts)])
+    group = (number * (1 + int(group.max()) if len(group) else 1) + group).unique(return_inverse=True)[1]
+    first, second = (torch.cat([getattr(part, name) + start for part, start in zip(parts, starts, strict=False)])
+                     for name in ("first", "second"))  # fmt: skip
+    return Pairs(prompts, responses, group, r, log_reference, first, second)
+
+
+def replay(earlier: Sequence[Pairs], share: float, generator: torch.Generator) -> list[Pairs]:
+    """Of the pairs of iterations t-1, t-2, ... a share, half of it, ..., drawn at random: at most 30%, 15%, ... in section 5.
+    What pi_t makes of them is not known yet."""
+    chosen = []
+    for age, pairs in enumerate(earlier):
+        kept = torch.randperm(len(pairs.first), generator=generator)[: int(share * 0.5**age * len(pairs.first))]
+        part = pairs.take(kept)
+        chosen.append(replace(part, log_reference=torch.full_like(part.log_reference, float("nan"))))
+    return chosen
+
+
+@torch.no_grad()
+def with_reference(D: Pairs, policy: SampledPolicy) -> Pairs:
+    """D with log pi_t in place of every NaN, scored by the policy while it is still pi_t."""
+    missing = D.log_reference.isnan().nonzero()[:, 0].tolist()
+    if not missing:
+        return D
+    log_reference = D.log_reference.clone()
+    scores = policy.log_prob(*([part[m] for m in missing] for part in (D.prompts, D.responses)))
+    log_reference[missing] = scores.to(log_reference)
+    return replace(D, log_reference=log_reference)
+
+
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of (log_ratio1, log_ratio2, r1, r2), each [B], to [B]
+
+
+def hard_targets(eta: float) -> PairLoss:
+    """Eq. (13), for which the first response of a pair is simply the better one."""
+    return lambda log_ratio1, log_ratio2, r1, r2: contrastive_loss(log_ratio1, log_ratio2, eta)
+
+
+def soft_targets(eta: float) -> PairLoss:
+    """Eq. (8), with estimated win rates."""
+    return lambda log_ratio1, log_ratio2, r1, r2: dno_loss(log_ratio1, log_ratio2, r1, r2, eta)
+
+
+def fit_pairs(policy: SampledPolicy, D: Pairs, loss: PairLoss, optimizer: torch.optim.Optimizer,
+              settings: Practice, rate: float, generator: torch.Generator) -> dict[str, float]:  # fmt: skip
+    """Line 7: one epoch over D of loss(log_ratio1, log_ratio2, r1, r2), log_ratio = log pi - log_reference, at a learning rate
+    that falls from rate to 0. Each response of a batch is scored once, however many its pairs. Returns the mean loss in nats
+    and the steps taken."""
+    total, batches = 0.0, D.batches(settings.prompts_per_step, generator)
+    for step, batch in enumerate(batches):
+        log_pi = policy.log_prob(batch.prompts, batch.responses)
+        log_ratio, r = log_pi - batch.log_reference.to(log_pi), batch.r.to(log_pi)
+        losses = loss(log_ratio[batch.first], log_ratio[batch.second], r[batch.first], r[batch.second])
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / len(batches))
+        optimizer.zero_grad()
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        total += losses.detach().sum().item()
+    return {"loss": total / max(1, len(D.first)), "steps": len(batches)}
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best policy on validation data so far: pi_t, its score and a copy of its parameters."""
+
+    t: int
+    score: float
+    parameters: list[Tensor]
+
+
+def validated(policy: SampledPolicy, t: int, validate: Callable[[], float], best: Best | None = None) -> Best:
+    """The better of `best` and of the policy as it is, which is pi_t; of equals the earlier."""
+    score = validate()
+    if best is not None and score <= best.score:
+        return best
+    return Best(t, score, [parameter.detach().clone() for parameter in policy.parameters()])
+
+
+@dataclass(frozen=True)
+class Round:
+    """What iteration t of an algorithm with samples did. With the states of policy and optimizer it is all that is needed to go
+    on after it (the algorithms' argument `after`)."""
+
+    t: int  # 1..T
+    groups: Groups
+    r_t: Tensor  # [X, n], line 5
+    chosen: Tensor  # [B, 3], the new pairs of line 6
+    earlier: list[Pairs]  # for replay: the new pairs of this iteration and of those before it
+    best: Best  # of pi_1..pi_{t+1}
+    loss: float  # mean over the epoch, nats
+    steps: int
+    pi_ref: Any = None  # Algorithm 4's reference in iteration t + 1, a policy
+
+
+Data = Callable[[int], tuple[list[Any], list[Any]]]  # t -> prompts [X] and gold responses [X] of iteration t
+Remember = Callable[..., Any]  # (t, phase, function, *arguments) -> function(*arguments), or what it once was
+
+
+def compute_anew(t: int, phase: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Remember nothing. A `Remember` that keeps results on disk lets a run go on in the middle of an iteration."""
+    return function(*arguments)
+
+
+def random_numbers(seed: int, t: int) -> tuple[int, torch.Generator]:
+    """All the chance of iteration t: the seed of its samples and the generator of its outcomes, replay and batches."""
+    return seed * 1_000_003 + t, torch.Generator().manual_seed(seed * 1_000_003 + t)
+
+
+def algorithm2(policy: SampledPolicy, oracle: Any, data: Data, eta: float, iterations: int,
+               rule: Callable[[Tensor, Tensor], Tensor], validate: Callable[[], float], *, settings: Practice = Practice(),
+               words: Callable[[Any], Sequence[Any]] = str.split, optimizer: torch.optim.Optimizer | None = None,
+               seed: int = 0, after: Round | None = None, remember: Remember = compute_anew,
+               ) -> Generator[Round, None, Best]:  # fmt: skip
+    """Algorithm 2, DNO-Prct: `algorithm1` for responses that can only be sampled. What changes: r_t is estimated within groups
+    of K samples and a gold response, D_t are pairs of large margin, the loss is Eq. (13), and the best policy on validation
+    data is returned. Yields a `Round` for each t = 1..T, returns the `Best`.
+
+    policy: trained in place; pi_1 is the policy as it comes. oracle: has prefer(prompts, a, b). eta: the paper's eta~. rule: of
+    line 6, such as `large_margin_pairs` with its margin. validate(): score of the policy as it is, higher is better. words(y):
+    what n-grams are made of. remember: keeps what was sampled and judged. ValueError on a bad number."""
+    check_positive(eta=eta, iterations=iterations)
+    optimizer = optimizer or adam(policy)
+    best, earlier = (after.best, after.earlier) if after else (validated(policy, 1, validate), [])  # Alg. 2, line 1
+    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 2, line 2
+        sample_seed, generator = random_numbers(seed, t)
+        prompts, gold = data(t)  # Alg. 2, line 3
+        groups = remember(t, "sampled", sample_groups, policy, prompts, gold, settings, sample_seed)  # Alg. 2, line 4
+        wins = remember(t, "judged", judge_groups, oracle, groups)
+        r_t = group_win_rates(draw_outcomes(wins, generator) if settings.outcomes else wins)  # Alg. 2, line 5
+        r_t, usable = demote_repetitions(r_t, groups, words, settings.ngram)
+        chosen = rule(r_t, usable)  # Alg. 2, line 6
+        D = join([new := form_pairs(groups, r_t, chosen), *replay(earlier, settings.replay, generator)])
+        loss, rate = hard_targets(eta), settings.rate(t, iterations)
+        fit = fit_pairs(policy, with_reference(D, policy), loss, optimizer, settings, rate, generator)  # Alg. 2, line 7
+        best, earlier = validated(policy, t + 1, validate, best), [new, *earlier][: settings.replay_iterations]
+        yield Round(t, groups, r_t, chosen, earlier, best, **fit)
+    return best  # Alg. 2, line 9
 
 
 # --- Appendix A: the regularised game, Algorithm 3 --------------------------------------------------------------------------
@@ -462,8 +795,7 @@ def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: floa
     ValueError also unless 0 <= tau <= eta and option is I or II."""
     check_positive(eta=eta, iterations=iterations)
     check_regularization(tau, eta)
-    if option not in ("I", "II"):
-        raise ValueError(f"option is {option!r}; expected I or II")
+    check_option(option)
     optimizer, generator = optimizer or adam(policy), generator or torch.Generator().manual_seed(0)
     log_pi_t = log_table(policy)  # Alg. 3, line 1: pi_1 <- uniform
     log_pi_ref = after.log_pi_ref if after else log_pi_t
@@ -481,6 +813,84 @@ def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: floa
         yield Iteration(t, log_pi_t, r_t, log_pi_star, log_pi_next, pi_bar, log_pi_ref, **fit)
         log_pi_t = log_pi_next
     return pi_bar  # Alg. 3, line 6
+
+
+def mixed_reference(D: Pairs, policy: SampledPolicy, pi_ref: SampledPolicy, tau: float, eta: float) -> Pairs:
+    """D with the unnormalised log pi_t^(1 - tau/eta) pi_ref^(tau/eta) of its responses as the loss's reference."""
+    D = with_reference(D, policy)
+    with torch.no_grad():
+        log_pi_ref = pi_ref.log_prob(D.prompts, D.responses).to(D.log_reference) if tau else D.log_reference
+    return replace(D, log_reference=geometric_mixture(D.log_reference, log_pi_ref, tau, eta))
+
+
+def algorithm4(policy: SampledPolicy, oracle: Any, data: Data, eta: float, iterations: int,
+               rule: Callable[[Tensor, Tensor], Tensor], validate: Callable[[], float], tau: float, *, option: str = "I",
+               move_reference_every: int = 0, settings: Practice = Practice(),
+               words: Callable[[Any], Sequence[Any]] = str.split, optimizer: torch.optim.Optimizer | None = None, seed: int = 0,
+               after: Round | None = None, remember: Remember = compute_anew) -> Generator[Round, None, Best]:  # fmt: skip
+    """Algorithm 4, regularised DNO-Prct: `algorithm2` with pi_t in the loss replaced as in `algorithm3`, pi_ref = pi_1. What
+    else changes: samples are of pi_t (option "I") or of the mixture of pi_t and pi_ref (option "II"), for which the policy
+    has a method mixed_with(pi_ref, weight); the paper suggests to mix token by token, another policy than pi_t^tau.
+    Every `move_reference_every` iterations (0: never) the reference becomes pi_{t+1}. ValueError on a bad tau or option too."""
+    check_positive(eta=eta, iterations=iterations)
+    check_regularization(tau, eta)
+    check_option(option)
+    optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)
+    best, earlier = (after.best, after.earlier) if after else (validated(policy, 1, validate), [])  # Alg. 4, line 1
+    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 4, line 2
+        sample_seed, generator = random_numbers(seed, t)
+        prompts, gold = data(t)  # Alg. 4, line 3
+        sampler = policy if option == "I" else policy.mixed_with(pi_ref, tau / eta)
+        groups = remember(t, "sampled", sample_groups, sampler, prompts, gold, settings, sample_seed)  # Alg. 4, line 4
+        if option == "II":  # what was recorded is the mixture's log-probability
+            groups = replace(groups, log_pi_t=torch.full_like(groups.log_pi_t, float("nan")))
+        wins = remember(t, "judged", judge_groups, oracle, groups)
+        r_t = group_win_rates(draw_outcomes(wins, generator) if settings.outcomes else wins)  # Alg. 4, line 5
+        r_t, usable = demote_repetitions(r_t, groups, words, settings.ngram)
+        chosen = rule(r_t, usable)  # Alg. 4, line 6
+        D = join([new := form_pairs(groups, r_t, chosen), *replay(earlier, settings.replay, generator)])
+        D, loss, rate = mixed_reference(D, policy, pi_ref, tau, eta), hard_targets(eta), settings.rate(t, iterations)
+        fit = fit_pairs(policy, D, loss, optimizer, settings, rate, generator)  # Alg. 4, line 7
+        best, earlier = validated(policy, t + 1, validate, best), [new, *earlier][: settings.replay_iterations]
+        if move_reference_every and t % move_reference_every == 0:
+            pi_ref = copy.deepcopy(policy)
+        yield Round(t, groups, r_t, chosen, earlier, best, **fit, pi_ref=pi_ref)
+    return best  # Alg. 4, line 9
+
+
+def algorithm3_sampled(policy: SampledPolicy, oracle: Any, data: Data, eta: float, iterations: int,
+                       validate: Callable[[], float], tau: float = 0.0, *, move_reference_every: int = 0,
+                       settings: Practice = Practice(), optimizer: torch.optim.Optimizer | None = None, seed: int = 0,
+                       after: Round | None = None, remember: Remember = compute_anew,
+                       ) -> Generator[Round, None, Best]:  # fmt: skip
+    """Algorithm 3, option I (Algorithm 1 at tau = 0), for responses that can only be sampled: `algorithm4` with soft targets,
+    Eq. (8). r_t is estimated, without bias, from the K samples of the prompt itself: each one's opponents are the other
+    K - 1. There is no teacher, no ranking and no filter, and the size of r_t, which ranking throws away, stays."""
+    check_positive(eta=eta, iterations=iterations)
+    check_regularization(tau, eta)
+    optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)
+    best = after.best if after else validated(policy, 1, validate)  # Alg. 3, line 1
+    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 3, line 2
+        sample_seed, generator = random_numbers(seed, t)
+        prompts, _ = data(t)
+        groups = remember(t, "sampled", sample_groups, policy, prompts, None, settings, sample_seed)
+        wins = remember(t, "judged", judge_groups, oracle, groups)
+        r_t = group_win_rates(wins)  # Alg. 3, line 3, estimated
+        chosen = all_pairs(r_t[:, : settings.trained])  # D_t: y1, y2 ~ pi_t
+        D = mixed_reference(form_pairs(groups, r_t, chosen), policy, pi_ref, tau, eta)
+        loss, rate = soft_targets(eta), settings.rate(t, iterations)
+        fit = fit_pairs(policy, D, loss, optimizer, settings, rate, generator)  # Alg. 3, line 4
+        best = validated(policy, t + 1, validate, best)
+        if move_reference_every and t % move_reference_every == 0:
+            pi_ref = copy.deepcopy(policy)
+        yield Round(t, groups, r_t, chosen, [], best, **fit, pi_ref=pi_ref)
+    return best
+
+
+def check_option(option: str) -> None:
+    """Raise ValueError unless option is "I" or "II"."""
+    if option not in ("I", "II"):
+        raise ValueError(f"option is {option!r}; expected I or II")
 
 
 def check_regularization(tau: float, eta: float) -> None:

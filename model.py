@@ -1,4 +1,5 @@
-"""A decoder-only transformer from scratch, and the policies over enumerable responses that Algorithms 1 and 3 train.
+"""A decoder-only transformer from scratch, and the policies made of it: over enumerable responses for Algorithms 1 and 3, over
+text for Algorithms 2 and 4.
 
 Axes: B sequences, T tokens, C channels (width), H query heads, G key-value heads, D channels of a head; X prompts, Y responses,
 V words, L words of a response, K samples of a prompt.
@@ -6,9 +7,15 @@ V words, L words of a response, K samples of a prompt.
 
 from __future__ import annotations
 
+import copy
 import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +34,7 @@ class Config:
     kv_heads: int = 2  # G, divides heads; G = H is multi-head attention, G < H grouped-query attention
     hidden: int = 176  # channels inside the feed-forward network
     rope_theta: float = 10_000.0  # base of the rotary wavelengths, tokens
+    embedding_std: float | None = None  # of a new embedding's entries; 1/sqrt(width) when None
     norm_eps: float = 1e-5
     tied: bool = False  # one matrix for the embedding and the head
 
@@ -82,6 +90,10 @@ class Cache:
         self.tables = self.tables.repeat_interleave(k, dim=2)
         return self
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, given by index or by a mask."""
+        self.tables = self.tables[:, :, rows]
+
 
 class Attention(nn.Module):
     """Grouped-query self-attention (Ainslie et al. 2023) with rotary positions."""
@@ -135,14 +147,16 @@ class Transformer(nn.Module):
             if weight.ndim == 2:
                 shrink = 2 * config.layers if name.endswith(("out.weight", "down.weight")) else 1  # 2 residual sums a block
                 nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1] * shrink))
+        if config.embedding_std:
+            nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if config.tied:
             self.head.weight = self.embedding.weight
         else:
             nn.init.zeros_(self.head.weight)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:  # fmt: skip
-        """Logits [B, T, vocab_size] of the token after each of tokens [B, T] int64.
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+               cache: Cache | None = None) -> Tensor:  # fmt: skip
+        """What the head reads after each of tokens [B, T] int64, [B, T, C].
 
         positions: [T] or [B, T], counted on from the cache when None. mask: True where a query may look, broadcastable to
         [B, 1, T, tokens in all]; causal when None. cache: earlier tokens' keys and values, to which these tokens' are added."""
@@ -160,52 +174,104 @@ class Transformer(nn.Module):
             x = block(x, rope, mask, cache, layer)
         if cache:
             cache.length += T
-        return self.head(self.norm(x))
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:  # fmt: skip
+        """Logits [B, T, vocab_size] of the token after each of tokens [B, T]; arguments as of `hidden`."""
+        return self.head(self.hidden(tokens, positions, mask, cache))
 
 
-def token_log_prob(model: Transformer, prompts: list[Tensor], responses: list[Tensor], words: int) -> Tensor:
-    """log pi(y|x) [B] of responses [L_b] after prompts [T_b], any lengths: the sum of its tokens' log-probabilities, each
-    given all before it, among the first `words` tokens of the vocabulary. Pads on the right, where causality hides it."""
+def token_log_prob(models: dict[Transformer, float], prompts: Sequence[Tensor], responses: Sequence[Tensor],
+                   words: int) -> Tensor:  # fmt: skip
+    """log pi(y|x) [B] of responses [L_b] after prompts [T_b], any lengths: the sum of its tokens' log-probabilities, never the
+    mean, each given all before it, among the first `words` tokens of the vocabulary; models as for `generate`. Pads on the
+    right, where causality hides it, and asks the head about the responses' tokens only."""
     rows = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
-    log_probs = model(tokens[:, :-1])[..., :words].log_softmax(-1)
-    chosen = log_probs.gather(-1, tokens[:, 1:, None].clamp(max=words - 1)).squeeze(-1)  # token t is predicted at t - 1
     place = torch.arange(1, tokens.shape[1], device=tokens.device)
-    start, end = (torch.tensor([len(part) for part in parts], device=tokens.device) for parts in (prompts, rows))
-    return (chosen * ((place >= start[:, None]) & (place < end[:, None]))).sum(-1)
+    start, end = (torch.tensor([len(part) for part in parts], device=tokens.device)[:, None] for parts in (prompts, rows))
+    read = (place >= start) & (place < end)  # token t is predicted at t - 1
+    logits = sum(weight * model.head(model.hidden(tokens[:, :-1])[read])[:, :words] for model, weight in models.items())
+    log_probs = -F.cross_entropy(logits, tokens[:, 1:][read], reduction="none")
+    return log_probs.new_zeros(len(rows)).index_add(0, read.nonzero()[:, 0], log_probs)
 
 
 def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     """The token [B] that u [B] in [0, 1) picks from the distribution function of softmax(log_probs [B, V] / temperature),
     cut down to the fewest most probable tokens that hold `top_p` of it (nucleus sampling, Holtzman et al. 2020)."""
-    p, order = (log_probs.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    p = p * (p.cumsum(-1) - p < top_p)
+    p, order = (log_probs.double() / temperature).softmax(-1), None
+    if top_p < 1:  # the most probable tokens first; sorting all is slow, so first see whether some will do
+        few = min(64, p.shape[-1])
+        top, order = p.topk(few)
+        if (top.sum(-1) < top_p).any():
+            top, order = p.sort(dim=-1, descending=True, stable=True)
+        p = top * (top.cumsum(-1) - top < top_p)
     cdf = p.cumsum(-1)
     place = torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
-    return order.gather(-1, place).squeeze(-1)
+    return (place if order is None else order.gather(-1, place)).squeeze(-1)
+
+
+def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token rows [T_b] as one tensor [B, T], ending together, and how many places before each are empty, [B]."""
+    tokens = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_side="left")
+    return tokens, tokens.shape[1] - torch.tensor([len(row) for row in rows], device=tokens.device)
 
 
 @torch.no_grad()
-def sample_tokens(model: Transformer, prompts: Tensor, k: int, length: int, words: int, temperature: float = 1.0,
-                  top_p: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """k responses of `length` tokens, among the first `words`, for each of prompts [B, T]: tokens [B, k, length] and their
-    log-probabilities [B, k] under the policy itself (temperature 1, nothing cut off), whatever they were drawn with.
+def generate(models: dict[Transformer, float], prompts: Sequence[Tensor], u: Tensor, words: int, end: int | None = None,
+             temperature: float = 1.0, top_p: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """k responses to each of prompts [T_b], drawn by numbers u [B, k, length] in [0, 1), one a token: tokens [B, k, length],
+    the number that counts [B, k] (up to the token `end`, it included), and their log-probabilities [B, k] under the policy
+    itself (temperature 1, nothing cut off), whatever they were drawn with.
 
-    Each prompt is read once; then every step reads one token a sample, the rest being in the cache."""
-    B, T = prompts.shape
-    u = torch.rand(B * k, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(prompts.device)
-    cache = Cache(model.config, B, T + length, model.head.weight)
-    logits = model(prompts, cache=cache)[:, -1].repeat_interleave(k, dim=0)  # (B k, vocabulary)
-    cache.repeat(k)
-    tokens, total = [], 0.0
+    models: usually one, of weight 1; of several, the next token follows the normalised product of their probabilities to the
+    power of their weights. Each prompt is read once; then every step reads one token a response, the rest being in the cache;
+    responses that have ended leave the batch."""
+    (B, k, length), (tokens, empty) = u.shape, left_padded(prompts)
+    T, device = tokens.shape[1], tokens.device
+    caches = [Cache(model.config, B, T + length, model.head.weight) for model in models]
+    positions, seen = (torch.arange(T, device=device) - empty[:, None]).clamp(min=0), None
+    if empty.any():  # an empty place sees itself, lest it divide by 0; nobody sees it
+        seen = torch.arange(T + length, device=device) >= empty[:, None]
+    mask = None if seen is None else (seen[:, None, :T].tril() | torch.eye(T, dtype=torch.bool, device=device))[:, None]
+
+    def read(tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        last = (model.head(model.hidden(tokens, positions, mask, cache)[:, -1])[:, :words]
+                for model, cache in zip(models, caches, strict=True))  # fmt: skip
+        return sum(weight * logits for weight, logits in zip(models.values(), last, strict=True)).log_softmax(-1)
+
+    log_probs = read(tokens, positions, mask).repeat_interleave(k, dim=0)  # (B k, words)
+    for cache in caches:
+        cache.repeat(k)
+    rows, place = torch.arange(B * k, device=device), (T - empty).repeat_interleave(k)
+    seen = None if seen is None else seen.repeat_interleave(k, dim=0)
+    out, count = tokens.new_zeros(B * k, length), tokens.new_zeros(B * k)
+    total, going = log_probs.new_zeros(B * k), torch.ones(B * k, dtype=torch.bool, device=device)
     for step in range(length):
-        log_probs = logits[:, :words].log_softmax(-1)
-        token = choose(log_probs, u[:, step], temperature, top_p).unsqueeze(-1)
-        tokens.append(token)
-        total = total + log_probs.gather(-1, token).squeeze(-1)
+        token = choose(log_probs, u.view(B * k, length)[rows.cpu(), step].to(device), temperature, top_p)
+        out[rows, step] = token
+        count[rows] += going
+        total[rows] += going * log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        if end is not None:
+            going &= token != end
+            if not going.any():
+                break
+            if going.sum() < 0.9 * len(rows):  # else copying the cache costs more than it saves
+                rows, place, token = rows[going], place[going], token[going]
+                seen = None if seen is None else seen[going]
+                for cache in caches:
+                    cache.keep(going)
+                going = going[going]
         if step + 1 < length:
-            logits = model(token, cache=cache)[:, -1]
-    return torch.cat(tokens, dim=-1).view(B, k, length), total.view(B, k)
+            mask = None if seen is None else seen[:, None, None, : T + step + 1]
+            log_probs = read(token.unsqueeze(-1), (place + step).unsqueeze(-1), mask)
+    return out.view(B, k, length), count.view(B, k), total.view(B, k)
+
+
+def uniform_numbers(n: int, k: int, length: int, seed: int) -> Tensor:
+    """Numbers in [0, 1) for `generate`, [n, k, length] float64: those of a prompt do not depend on how many follow it."""
+    return torch.rand(n, k, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- Policies over enumerable responses -------------------------------------------------------------------------------------
@@ -292,10 +358,172 @@ class TransformerPolicy(nn.Module):
 
     def log_prob(self, prompts: Tensor, responses: Tensor) -> Tensor:
         """log pi(y|x) [B] of responses [B] to prompts [B], each read by itself: what `log_probs` must agree with."""
-        return token_log_prob(self.model, list(self.prompts[prompts]), list(self.words(responses)), self.V)
+        return token_log_prob({self.model: 1.0}, list(self.prompts[prompts]), list(self.words(responses)), self.V)
 
     def sample(self, prompts: Tensor, k: int, temperature: float = 1.0, top_p: float = 1.0,
                seed: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
         """k responses for each of prompts [B], [B, k], with their log-probabilities under the policy itself, [B, k]."""
-        tokens, log_probs = sample_tokens(self.model, self.prompts[prompts], k, self.L, self.V, temperature, top_p, seed)
+        u = uniform_numbers(len(prompts), k, self.L, seed)
+        tokens, _, log_probs = generate({self.model: 1.0}, self.prompts[prompts], u, self.V, None, temperature, top_p)
         return (tokens * self.powers).sum(-1), log_probs
+
+
+# --- Text -------------------------------------------------------------------------------------------------------------------
+
+SPLIT = r" ?\w+| ?[^\w\s]+|\s+"  # words, signs and gaps, a word with the space before it: tokens never cross these borders
+ANSWER, END = "<|answer|>", "<|end|>"  # special tokens: between prompt and response, and after the response
+
+
+def learn_byte_pairs(corpus: Iterable[str], size: int) -> dict[bytes, int]:
+    """Byte-pair encoding (Sennrich et al. 2016): the 256 bytes, then, until there are `size` tokens or nothing to join, the
+    adjacent pair that is most frequent in the corpus (of equals, the first in byte order). Token -> rank, in that order."""
+    pieces = Counter(piece for text in corpus for piece in re.findall(SPLIT, text))
+    words = {tuple(bytes([byte]) for byte in piece.encode()): count for piece, count in pieces.items()}
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < size:
+        pairs: Counter[tuple[bytes, bytes]] = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        ranks[best[0] + best[1]] = len(ranks)
+        words = {tuple(joined(word, best)): count for word, count in words.items()}
+    return ranks
+
+
+def joined(word: tuple[bytes, ...], pair: tuple[bytes, bytes]) -> Iterator[bytes]:
+    """The word's tokens with every occurrence of the pair, from the left, made one."""
+    i = 0
+    while i < len(word):
+        width = 2 if word[i : i + 2] == pair else 1
+        yield b"".join(word[i : i + width])
+        i += width
+
+
+def make_tokenizer(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """The encoding of these byte pairs, with the special tokens `ANSWER` and `END` after them."""
+    special = {ANSWER: len(ranks), END: len(ranks) + 1}
+    return tiktoken.Encoding("byte pairs of the corpus", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+
+
+class Response(str):
+    """A text that remembers the tokens it was sampled as, which need not be those it would be encoded as; without the end
+    token if it was cut off."""
+
+    tokens: tuple[int, ...]
+
+    def __new__(cls, text: str, tokens: Iterable[int]) -> Response:
+        response = super().__new__(cls, text)
+        response.tokens = tuple(tokens)
+        return response
+
+    def __getnewargs__(self) -> tuple[str, tuple[int, ...]]:  # how to copy and to pickle it
+        return str(self), self.tokens
+
+
+class TextPolicy(nn.Module):
+    """A transformer that answers prompts, as text: the prompt's tokens, `ANSWER`, the response's tokens, `END`."""
+
+    def __init__(self, model: Transformer, tokenizer: tiktoken.Encoding, max_new_tokens: int):
+        super().__init__()
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.answer, self.end = (tokenizer.encode_single_token(special) for special in (ANSWER, END))
+
+    def prompt_tokens(self, prompts: Iterable[str]) -> list[Tensor]:
+        """What the transformer reads before it answers; special tokens in a prompt are mere text."""
+        rows = ([*self.tokenizer.encode_ordinary(prompt), self.answer] for prompt in prompts)
+        return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
+
+    def response(self, tokens: Sequence[int]) -> Response:
+        """The response of these tokens; the end token is not part of the text. Bytes that are no UTF-8 become U+FFFD."""
+        return Response(self.tokenizer.decode([token for token in tokens if token != self.end]), tokens)
+
+    def response_tokens(self, responses: Iterable[str]) -> list[Tensor]:
+        """A response's own tokens if it was sampled, else those it is encoded as and the end token."""
+        rows = (y.tokens if isinstance(y, Response) else [*self.tokenizer.encode_ordinary(y), self.end] for y in responses)
+        return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
+
+    def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """log pi(y|x) [B]: the sum over the response's tokens, the end token included, never their mean. Differentiable."""
+        return self._score({self.model: 1.0}, prompts, responses)
+
+    def sample(self, prompts: Sequence[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
+               seed: int = 0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
+        """k responses to each of B prompts, and their log-probabilities [B, k] under the policy itself, whatever temperature
+        and top_p they were drawn with."""
+        return self._answer({self.model: 1.0}, prompts, uniform_numbers(len(prompts), k, self.max_new_tokens, seed),
+                            temperature, top_p)  # fmt: skip
+
+    @torch.no_grad()
+    def survey(self, prompts: Sequence[str], k: int, seed: int) -> list[list[Response]]:
+        """As `sample`, for measuring: the k first tokens of a prompt are drawn from k equal parts of the distribution, so that
+        how often each occurs is right to 1/k. Each response by itself still follows the policy."""
+        u = uniform_numbers(len(prompts), k, self.max_new_tokens, seed)
+        u[:, :, 0] = (torch.arange(k) + u[:, :, 0]) / k
+        return self._answer({self.model: 1.0}, prompts, u)[0]
+
+    def mixed_with(self, reference: TextPolicy, weight: float) -> TokenMixture:
+        """This policy and a reference of the given weight, mixed token by token."""
+        return TokenMixture(self, reference, weight)
+
+    def _score(self, models: dict[Transformer, float], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        words = self.model.config.vocab_size
+        return token_log_prob(models, self.prompt_tokens(prompts), self.response_tokens(responses), words)
+
+    def _answer(self, models: dict[Transformer, float], prompts: Sequence[str], u: Tensor, temperature: float = 1.0,
+                top_p: float = 1.0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
+        words = self.model.config.vocab_size
+        tokens, count, log_probs = generate(models, self.prompt_tokens(prompts), u, words, self.end, temperature, top_p)
+        groups = zip(tokens.tolist(), count.tolist(), strict=True)
+        return [[self.response(y[:n]) for y, n in zip(*group, strict=True)] for group in groups], log_probs
+
+
+class TokenMixture:
+    """pi^(1 - weight) pi_ref^weight of two text policies, normalised at every token, as section 4 suggests for Algorithm 4's
+    option II. It is not the mixture pi^tau of Eq. (7), which is normalised over whole responses."""
+
+    def __init__(self, policy: TextPolicy, reference: TextPolicy, weight: float):
+        self.policy, self.models = policy, {policy.model: 1 - weight, reference.model: weight}
+
+    def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Log-probability [B] of whole responses under the mixture."""
+        return self.policy._score(self.models, prompts, responses)
+
+    def sample(self, prompts: Sequence[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
+               seed: int = 0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
+        """As of `TextPolicy`; the log-probabilities are the mixture's."""
+        u = uniform_numbers(len(prompts), k, self.policy.max_new_tokens, seed)
+        return self.policy._answer(self.models, prompts, u, temperature, top_p)
+
+
+class UniformMixture:
+    """unif(pi_1..pi_T), what Algorithm 1 returns, as a policy: draw t once for a response, then answer with pi_t.
+
+    states: functions that load the parameters of each pi_t, from disk for example; one is in memory at a time."""
+
+    def __init__(self, policy: TextPolicy, states: Sequence[Callable[[], dict[str, Tensor]]]):
+        self.policy, self.states = copy.deepcopy(policy), states
+
+    @torch.no_grad()
+    def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """log of the mean over t of pi_t(y|x), [B]."""
+        members = []
+        for load in self.states:
+            self.policy.load_state_dict(load())
+            members.append(self.policy.log_prob(prompts, responses))
+        return torch.stack(members).logsumexp(0) - math.log(len(members))
+
+    def sample(self, prompts: Sequence[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
+               seed: int = 0) -> list[list[Response]]:  # fmt: skip
+        """k responses to each of B prompts."""
+        which = torch.randint(len(self.states), (len(prompts), k), generator=torch.Generator().manual_seed(seed))
+        responses: list[list[Response]] = [[Response("", ())] * k for _ in prompts]
+        for t in which.unique().tolist():
+            self.policy.load_state_dict(self.states[t]())
+            places = (which == t).nonzero().tolist()
+            answers, _ = self.policy.sample([prompts[x] for x, _ in places], 1, temperature, top_p, seed * len(self.states) + t)
+            for (x, i), (y,) in zip(places, answers, strict=True):
+                responses[x][i] = y
+        return responses

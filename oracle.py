@@ -1,12 +1,16 @@
 """Preference oracles: with which probability does one response beat another?
 
 An oracle is any object with `prefer` and `win_rates` (the `Oracle` protocol); `check_oracle` puts one through its paces.
-Tables (`PreferenceTable`) know every probability; prompts and responses are then indices.
+Tables (`PreferenceTable`) know every probability; prompts and responses are then indices. `RegisterJudge` reads text: it rules
+over a small world of prompts and answers, made up below, in which preferences go round in a circle.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -144,3 +148,121 @@ def style_game(prompts: int, vocabulary: int, length: int, seed: int) -> Prefere
     noise = f @ (_skew(prompts, 8, generator) / 8) @ f.T
     weight = s.sum(-1)
     return PreferenceTable(torch.sigmoid(s @ cycle @ s.T + 4 * (weight[:, None] - weight) + 0.3 * noise))
+
+
+# --- A world of text --------------------------------------------------------------------------------------------------------
+# A prompt is a verb and a topic: "Describe the sea." An answer is written in one of three registers, told apart by its words.
+
+VERBS = tuple("Describe Explain Praise".split())  # the class of a prompt: who beats whom depends on it
+TOPICS = tuple(
+    "sea moon forest river mountain desert storm garden city bridge clock violin candle mirror library harbour "
+    "island volcano glacier meadow lighthouse train market castle winter summer rain snow fire wind star cloud".split()
+)
+PROMPTS = tuple(f"{verb} the {topic}." for verb in VERBS for topic in TOPICS)
+_PLACE = {prompt: place for place, prompt in enumerate(PROMPTS)}
+
+
+@dataclass(frozen=True)
+class Register:
+    """A way to answer: an opening with the topic, then clauses of a word from each slot, no clause twice, then an ending."""
+
+    opening: str
+    slots: tuple[tuple[str, ...], ...]
+    clauses: tuple[int, int]  # fewest and most
+    ending: str
+
+    def write(self, topic: str, draw: random.Random) -> str:
+        """An answer about the topic, its words drawn at random."""
+        n = draw.randint(*self.clauses)
+        columns = [slot * n if len(slot) == 1 else draw.sample(slot, n) for slot in self.slots]
+        clauses = (" ".join(words) for words in zip(*columns, strict=True))
+        return self.opening.format(topic) + " and ".join(clauses) + self.ending
+
+    def wrote(self, text: str) -> bool:
+        """Is the text exactly of this form?"""
+        before, after = self.opening.split("{}")
+        topic, found, body = text.removeprefix(before).partition(after)
+        if not (text.startswith(before) and found and topic in TOPICS and body.endswith(self.ending)):
+            return False
+        clauses = [tuple(clause.split(" ")) for clause in body.removesuffix(self.ending).split(" and ")]
+        if not self.clauses[0] <= len(clauses) <= self.clauses[1] or len(set(clauses)) < len(clauses):
+            return False
+        fits = (len(clause) == len(self.slots) and all(map(tuple.__contains__, self.slots, clause)) for clause in clauses)
+        return all(fits)
+
+
+AGES = tuple("old young vast small near far rich poor".split())
+MOODS = tuple("calm wild warm cold bright dark soft sharp".split())
+ACTIONS = tuple("sings burns dances whispers roars dreams trembles glows wanders laughs".split())
+IMAGES = tuple("silver honey thunder velvet smoke glass lightning water iron ice".split())
+NUMBERS = tuple(str(number) for number in range(10, 100, 10))
+UNITS = tuple("tons hours metres litres years miles".split())
+REGISTERS = {
+    "concise": Register("In short, the {} is ", (AGES, ("yet",), MOODS), (1, 1), "."),
+    "vivid": Register("Oh, the {}! It ", (ACTIONS, ("like",), IMAGES), (1, 2), "!"),
+    "precise": Register("By measure, the {} has ", (NUMBERS, UNITS), (1, 2), "."),
+}
+CLASSES = (*REGISTERS, "malformed")  # the classes of text
+
+
+@lru_cache(maxsize=1 << 16)
+def classify(text: str) -> int:
+    """The index in `CLASSES` of the register that wrote the text, or of "malformed" if none can have written it."""
+    return next((i for i, register in enumerate(REGISTERS.values()) if register.wrote(text)), len(REGISTERS))
+
+
+def prompt_class(prompt: str) -> int:
+    """The index in `VERBS` of the prompt's verb. ValueError if the prompt is not of this world."""
+    if prompt not in _PLACE:
+        raise ValueError(f"prompt {prompt!r} is not of this world; expected one like {PROMPTS[0]!r}")
+    return _PLACE[prompt] // len(TOPICS)
+
+
+def topic(prompt: str) -> str:
+    """What a prompt of this world asks about."""
+    return TOPICS[_PLACE[prompt] % len(TOPICS)]
+
+
+class RegisterJudge:
+    """The oracle of the world of text: P(a > b | x) = `P`[class of x, class of a, class of b], [3, 4, 4]. It looks at the
+    prompt's verb and at the two texts, nothing else (an answer about another topic is none the worse for it).
+
+    To be asked to describe or to explain, vivid beats concise, concise beats precise and precise beats vivid; to praise, each
+    the other way round. Malformed text loses to all. So each class of prompt has a Nash policy of its own, with all registers
+    in its support: for a cycle of edges 1/2 + a, 1/2 + b, 1/2 + c it is (b, c, a) / (a + b + c)."""
+
+    complementary = deterministic = True
+    EDGES = ((-0.40, 0.25, -0.30), (-0.35, 0.30, -0.25), (0.25, -0.30, 0.35))  # concise-vivid, -precise, vivid-precise
+
+    def __init__(self) -> None:
+        A = torch.full((len(VERBS), 4, 4), 0.0, dtype=torch.float64)
+        A[:, :3, 3] = 0.45
+        for upper, edges in zip(A, self.EDGES, strict=True):
+            upper[0, 1], upper[0, 2], upper[1, 2] = edges
+        self.P = check_preferences(0.5 + A - A.mT)
+
+    def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:
+        """P(a > b | x), [B]. ValueError on a prompt that is not of this world."""
+        classes = ([prompt_class(x) for x in prompts], [classify(y) for y in a], [classify(y) for y in b])
+        return self.P[tuple(torch.tensor(index, dtype=torch.long) for index in classes)]
+
+    def win_rates(self, prompt: str, responses: Sequence[str]) -> Tensor:
+        """Mean probability of each of responses [n] of beating one of the n - 1 others, [n]."""
+        y = torch.tensor([classify(response) for response in responses])
+        P = self.P[prompt_class(prompt)][y][:, y]
+        return (P.sum(1) - P.diagonal()) / (len(y) - 1)
+
+
+def teacher_answer(prompt: str, draw: random.Random) -> str:
+    """A gold response: the teacher always writes vividly. That beats the usual answer, concise, where one is to describe or to
+    explain; but whoever knows the teacher beats it in turn."""
+    return REGISTERS["vivid"].write(topic(prompt), draw)
+
+
+STUDENT = ((0.75, 0.15, 0.10), (0.75, 0.10, 0.15), (0.15, 0.10, 0.75))  # how often it writes in each register, by verb
+
+
+def student_answer(prompt: str, draw: random.Random) -> str:
+    """An answer to learn to write from: concise most of the time, else vivid or precise."""
+    (register,) = draw.choices(tuple(REGISTERS.values()), weights=STUDENT[prompt_class(prompt)])
+    return register.write(topic(prompt), draw)

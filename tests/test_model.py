@@ -9,7 +9,7 @@ from games import random_policy
 from test_section_3_algorithm_1 import chi_square
 
 import model as m
-from model import Cache, Config, TabularPolicy, Transformer, TransformerPolicy, choose, sample_tokens, token_log_prob
+from model import Cache, Config, TabularPolicy, Transformer, TransformerPolicy, choose, generate, token_log_prob
 
 DOUBLE = 1e-12  # float64: the same sums in another order
 SHAPES = [
@@ -121,9 +121,9 @@ def test_padding_on_either_side_changes_no_log_probability(config):
     model = random_model(config)
     prompts = [torch.tensor(p) for p in ([1], [2, 3, 4], [5, 6])]
     responses = [torch.tensor(r) for r in ([0, 1, 2, 0, 1], [2], [1, 1, 0])]
-    together = token_log_prob(model, prompts, responses, words=3)
+    together = token_log_prob({model: 1.0}, prompts, responses, words=3)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        assert abs(together[i] - token_log_prob(model, [prompt], [response], words=3)[0]) < DOUBLE
+        assert abs(together[i] - token_log_prob({model: 1.0}, [prompt], [response], words=3)[0]) < DOUBLE
         logits = model(torch.cat([prompt, response]).unsqueeze(0))[0, :, :3]  # by hand: token t is predicted at t - 1
         expected = sum(logits[len(prompt) + j - 1].log_softmax(-1)[token] for j, token in enumerate(response))
         assert abs(together[i] - expected) < DOUBLE
@@ -257,11 +257,11 @@ def test_choose_inverts_the_distribution_function():
     assert choose(log_probs, u, 0.01, 1.0).tolist() == [1] * 6
 
 
-def test_sample_tokens_reads_a_prompt_once_and_then_one_token_a_step(monkeypatch):
+def test_generate_reads_a_prompt_once_and_then_one_token_a_step(monkeypatch):
     model, shapes_read = random_model(SHAPES[0]), []
-    forward = Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda self, tokens, **kw: (shapes_read.append(tuple(tokens.shape)),
-                                                                            forward(self, tokens, **kw))[1])  # fmt: skip
-    tokens, _ = sample_tokens(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), k=4, length=3, words=7)
+    hidden = Transformer.hidden
+    monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, *rest: (shapes_read.append(tuple(tokens.shape)),
+                                                                            hidden(self, tokens, *rest))[1])  # fmt: skip
+    tokens, _, _ = generate({model: 1.0}, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.rand(2, 4, 3), words=7)
     assert tokens.shape == (2, 4, 3)
     assert shapes_read == [(2, 3), (8, 1), (8, 1)]
