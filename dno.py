@@ -678,6 +678,7 @@ class Round:
 
     t: int  # 1..T
     groups: Groups
+    wins: Tensor  # [X, n, n], P(y_i > y_j) as the oracle gave it
     r_t: Tensor  # [X, n], line 5
     chosen: Tensor  # [B, 3], the new pairs of line 6
     earlier: list[Pairs]  # for replay: the new pairs of this iteration and of those before it
@@ -728,7 +729,7 @@ def algorithm2(policy: SampledPolicy, oracle: Any, data: Data, eta: float, itera
         loss, rate = hard_targets(eta), settings.rate(t, iterations)
         fit = fit_pairs(policy, with_reference(D, policy), loss, optimizer, settings, rate, generator)  # Alg. 2, line 7
         best, earlier = validated(policy, t + 1, validate, best), [new, *earlier][: settings.replay_iterations]
-        yield Round(t, groups, r_t, chosen, earlier, best, **fit)
+        yield Round(t, groups, wins, r_t, chosen, earlier, best, **fit)
     return best  # Alg. 2, line 9
 
 
@@ -854,7 +855,7 @@ def algorithm4(policy: SampledPolicy, oracle: Any, data: Data, eta: float, itera
         best, earlier = validated(policy, t + 1, validate, best), [new, *earlier][: settings.replay_iterations]
         if move_reference_every and t % move_reference_every == 0:
             pi_ref = copy.deepcopy(policy)
-        yield Round(t, groups, r_t, chosen, earlier, best, **fit, pi_ref=pi_ref)
+        yield Round(t, groups, wins, r_t, chosen, earlier, best, **fit, pi_ref=pi_ref)
     return best  # Alg. 4, line 9
 
 
@@ -883,7 +884,7 @@ def algorithm3_sampled(policy: SampledPolicy, oracle: Any, data: Data, eta: floa
         best = validated(policy, t + 1, validate, best)
         if move_reference_every and t % move_reference_every == 0:
             pi_ref = copy.deepcopy(policy)
-        yield Round(t, groups, r_t, chosen, [], best, **fit, pi_ref=pi_ref)
+        yield Round(t, groups, wins, r_t, chosen, [], best, **fit, pi_ref=pi_ref)
     return best
 
 

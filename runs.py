@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,13 +83,14 @@ class Run:
     """The folder of one run: config.json, metrics.jsonl, checkpoint/state.pt, and what the preset adds.
 
     Raises BadInput, before anything is written, if `out` holds anything but a run of the same config, or one without --resume.
-    `state` is the last checkpoint, or None at the start."""
+    `state` is the last checkpoint, or None at the start. classes: what it may hold beside tensors and plain values."""
 
-    def __init__(self, preset: str, config: Any):
-        self.out = Path(config.out)
+    def __init__(self, preset: str, config: Any, classes: tuple[type, ...] = ()):
+        self.out, self.classes = Path(config.out), list(classes)
         settings = {"preset": preset, **dataclasses.asdict(config)}
         started = self.out.exists() and any(path.suffix != ".part" for path in self.out.iterdir())
         self.state = self._earlier(settings) if started else None
+        self.phases = (self.load("checkpoint/phases.pt", settings["device"]) if started else None) or {}
         self.out.mkdir(parents=True, exist_ok=True)
         self.write("config.json", json.dumps(settings, indent=2) + "\n")
         (self.out / "checkpoint").mkdir(exist_ok=True)
@@ -106,16 +108,24 @@ class Run:
                 raise BadInput(f"{self.out} holds another run: {difference}; choose another --out")
         if not settings["resume"]:
             raise BadInput(f"{self.out} holds this run already; add --resume to go on with it, or choose another --out")
-        path = self.out / "checkpoint" / "state.pt"
+        state = self.load("checkpoint/state.pt", settings["device"])
+        if state is not None and "metrics" not in state:
+            raise BadInput(f"{self.out}/checkpoint/state.pt is not a checkpoint of a run; choose another --out")
+        return state
+
+    def load(self, name: str, device: str = "cpu") -> dict[str, Any] | None:
+        """What `keep` wrote, or None if it wrote nothing of that name. BadInput if it is not that."""
+        path = self.out / name
         if not path.exists():
             return None
         try:
-            state = torch.load(path, weights_only=True, map_location=settings["device"])
+            with torch.serialization.safe_globals(self.classes):
+                content = torch.load(path, weights_only=True, map_location=device)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__}); choose another --out") from error
-        if not isinstance(state, dict) or "metrics" not in state:
+        if not isinstance(content, dict):
             raise BadInput(f"{path} is not a checkpoint of a run; choose another --out")
-        return state
+        return content
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the folder in one piece: whoever looks sees the old content or the new, also after a crash."""
@@ -128,9 +138,27 @@ class Run:
         self.metrics.append(row)
         with (self.out / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        part = self.out / "checkpoint" / "state.part"
-        torch.save({**state, "metrics": self.metrics}, part)
-        os.replace(part, self.out / "checkpoint" / "state.pt")
+        self.checkpoint(state)
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Make state, and the rows so far, what --resume goes on from."""
+        self.keep("checkpoint/state.pt", {**state, "metrics": self.metrics})
+
+    def keep(self, name: str, content: dict[str, Any]) -> None:
+        """Write a file of tensors and values in one piece."""
+        part = self.out / f"{name}.part"
+        torch.save(content, part)
+        os.replace(part, self.out / name)
+
+    def remember(self, key: list[int], phase: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments), or what it was when this phase of the key (an iteration) was last reached: a run killed between
+        phases does not repeat them. Only the last key's phases are kept."""
+        if self.phases.get("key") != key:
+            self.phases = {"key": key}
+        if phase not in self.phases:
+            self.phases[phase] = function(*arguments)
+            self.keep("checkpoint/phases.pt", self.phases)
+        return self.phases[phase]
 
     def figure(self, name: str, figure: plt.Figure) -> None:
         """Save a figure as a PNG."""

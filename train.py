@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
 import math
+import random
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import dno
-from model import Config, TabularPolicy, Transformer, TransformerPolicy
-from oracle import response_styles, style_game
+from model import (
+    ANSWER,
+    END,
+    SPLIT,
+    Config,
+    Response,
+    TabularPolicy,
+    TextPolicy,
+    Transformer,
+    TransformerPolicy,
+    choose,
+    learn_byte_pairs,
+    make_tokenizer,
+    token_log_prob,
+)
+from oracle import (
+    CLASSES,
+    PROMPTS,
+    TOPICS,
+    RegisterJudge,
+    classify,
+    prompt_class,
+    response_styles,
+    student_answer,
+    style_game,
+    teacher_answer,
+)
 from runs import STYLE, BadInput, Run, check_device, parse, setting
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -364,9 +395,392 @@ def simplex_figure(game: Game, policies: Tensor, twin: dno.Solution) -> plt.Figu
     return figure
 
 
+# --- Preset "text" -----------------------------------------------------------------------------------------------------------
+
+HARD = {"samples": 5, "temperature": 0.7, "top_p": 0.95, "prompts_per_step": 12, "lr": 2e-3, "fall": 0.8, "eta": 0.1, "iterations": 30}
+SOFT = {"samples": 24, "temperature": 1.0, "top_p": 1.0, "prompts_per_step": 4, "lr": 7e-4, "fall": 0.5, "iterations": 60}
+RECIPES = {  # what is not given on the command line, by algorithm; 1 and 3 with r_t estimated from samples
+    1: {**SOFT, "eta": 1.0, "tau": 0.0, "move_reference_every": 0},
+    2: {**HARD, "tau": 0.0, "move_reference_every": 0},
+    3: {**SOFT, "eta": 0.25, "tau": 0.125, "move_reference_every": 5},
+    4: {**HARD, "tau": 0.02, "move_reference_every": 0},
+}
+RULES = {
+    "large-margin": lambda margin: partial(dno.large_margin_pairs, margin=margin),
+    "best-worst": lambda margin: dno.best_against_worst,
+    "teacher": lambda margin: partial(dno.teacher_pairs, margin=margin),
+    "spin": lambda margin: dno.gold_against_students,
+}  # fmt: skip
+TRAINED = 8  # of a prompt's samples in algorithms 1 and 3; all of them are opponents
+KINDS = ("teacher_student", "student_teacher", "student_student")
+CLASSES_KEPT = (dno.Round, dno.Groups, dno.Pairs, dno.Best, Response)  # what checkpoints of text runs hold beside tensors
+
+
+@dataclass
+class TextConfig:
+    """text: supervised fine-tuning on a small world of text, then Algorithm 2, then a regression that approaches Nash."""
+
+    algorithm: int | None = setting(
+        None, "2, 4: contrast sampled pairs; 1, 3: regress on soft targets; when left out 2, then 3", choices=(1, 2, 3, 4)
+    )
+    option: str = setting("I", "of Algorithm 4: samples of pi_t (I) or of its token-level mixture with pi_ref (II)", ("I", "II"))
+    iterations: int | None = setting(None, "T (30 for Algorithms 2 and 4, 60 for 1 and 3)")
+    eta: float | None = setting(None, "> 0, larger is slower (eta~ 0.1 for Algorithms 2 and 4; 1.0 for 1, 0.25 for 3)")
+    tau: float | None = setting(None, "in [0, eta], pull towards pi_ref (0.125 for Algorithm 3, 0.02 for 4)")
+    move_reference_every: int | None = setting(None, "iterations; 0: never (5 for Algorithm 3)")
+    rule: str = setting("large-margin", "which pairs Algorithms 2 and 4 train on", tuple(RULES))
+    margin: float = setting(0.4, "in [0, 1], least difference of the win rates of a pair")
+    judgments: str = setting("outcomes", "rank by {0, 1} samples of P, as the paper does, or by P", ("outcomes", "probabilities"))
+    samples: int | None = setting(None, "K, responses a prompt (5 for Algorithms 2 and 4, as in the paper; 24 for 1 and 3)")
+    temperature: float | None = setting(None, "of sampling (0.7 for Algorithms 2 and 4, as in the paper; 1.0 for 1 and 3)")
+    top_p: float | None = setting(None, "of sampling (0.95 for Algorithms 2 and 4, as in the paper; 1.0 for 1 and 3)")
+    replay: float = setting(0.3, "in [0, 1], share of the last iteration's pairs to train on again, as in the paper")
+    prompts: int = setting(72, "X, prompts an iteration, of 72; 24 more are held out for validation")
+    prompts_per_step: int | None = setting(None, "whose pairs make up a batch (12 for Algorithms 2 and 4, 4 for 1 and 3)")
+    lr: float | None = setting(None, "Adam's learning rate in iteration 1 (2e-3 for Algorithms 2 and 4, 7e-4 for 1 and 3)")
+    sft_steps: int = setting(400, "Adam steps of supervised fine-tuning, 128 examples each")
+    sft_lr: float = setting(6e-3, "Adam's first learning rate in it; falls linearly to 0")
+    vocabulary: int = setting(640, "most byte pairs to learn")
+    layers: int = setting(2, "of the transformer")
+    width: int = setting(64, "channels of the transformer")
+    max_new_tokens: int = setting(24, "after which a response is cut off")
+    survey: int = setting(32, "samples of each held-out prompt by which a policy is measured")
+    seed: int = setting(0, "of the corpus, the transformer's weights, the samples and the outcomes")
+    out: str | None = setting(None, "folder of the run (default: runs/text-SEED)")
+    resume: bool = setting(False, "go on with the run in --out, to the same result as if it had never stopped")
+    device: str = setting("cpu", "cpu, cuda or cuda:N")
+    dtype: str = setting("float32", "of the transformer", tuple(DTYPES))
+    threads: int = setting(2, "CPU threads")
+
+    def __post_init__(self) -> None:
+        """Fill in the recipe of the algorithm, and check every number. ValueError naming the field."""
+        self.out = self.out or f"runs/text-{self.seed}"
+        recipe = RECIPES.get(self.algorithm, {"samples", "temperature", "top_p", "prompts_per_step", "lr", "eta", "tau"})
+        given = [name for name in recipe if name != "fall" and getattr(self, name) is not None]
+        if self.algorithm is None and given:
+            raise ValueError(f"{given[0]} differs between algorithms; add --algorithm, or leave it out")
+        for stage in self.stages():
+            dno.check_positive(eta=stage.eta, iterations=stage.iterations)
+            dno.check_regularization(stage.tau, stage.eta)
+            self.practice(stage)
+        for name, least, most in (("prompts", 1, 72), ("sft_steps", 1, None), ("vocabulary", 256, None), ("layers", 1, None),
+                                  ("width", 8, None), ("max_new_tokens", 1, None), ("survey", 1, None), ("threads", 1, None),
+                                  ("seed", 0, None), ("margin", 0, 1)):  # fmt: skip
+            value = getattr(self, name)
+            if value < least or (most is not None and value > most):
+                raise ValueError(f"{name} is {value}; expected at least {least}" + (f" and at most {most}" if most else ""))
+        dno.check_positive(sft_lr=self.sft_lr)
+        self.transformer(2)  # checks its shape
+
+    def stages(self) -> list[SimpleNamespace]:
+        """The algorithms to run one after the other, each from the fine-tuned policy, with all their numbers."""
+        algorithms = (2, 3) if self.algorithm is None else (self.algorithm,)
+        chosen = {name: value for name, value in asdict(self).items() if value is not None}
+        return [SimpleNamespace(**{**RECIPES[algorithm], **chosen, "algorithm": algorithm}) for algorithm in algorithms]
+
+    def practice(self, stage: SimpleNamespace) -> dno.Practice:
+        """The settings of the algorithm's loop."""
+        trained = min(TRAINED, stage.samples) if stage.algorithm in (1, 3) else None
+        return dno.Practice(stage.samples, stage.temperature, stage.top_p, stage.judgments == "outcomes", replay=stage.replay,
+                            prompts_per_step=stage.prompts_per_step, learning_rate=stage.lr, fall=stage.fall,
+                            trained=trained)  # fmt: skip
+
+    def transformer(self, tokens: int) -> Config:
+        """The shape of the transformer. Small embeddings: a word that changes the answer is told apart sooner."""
+        return Config(tokens, self.layers, self.width, hidden=self.width * 11 // 4, embedding_std=0.025)
+
+
+HELD_OUT = tuple(x for i, x in enumerate(PROMPTS) if (i + i // len(TOPICS)) % 4 == 0)  # each verb and topic also occurs in training
+TRAINING = tuple(x for x in PROMPTS if x not in HELD_OUT)
+
+
+def examples(seed: int) -> list[tuple[str, str]]:
+    """The corpus of supervised fine-tuning: 200 answers of the student to each training prompt, shuffled."""
+    draw = random.Random(seed)
+    pairs = [(x, student_answer(x, draw)) for x in TRAINING for _ in range(200)]
+    draw.shuffle(pairs)
+    return pairs
+
+
+def demonstrations(seed: int, count: int) -> dno.Data:
+    """Alg. 2, line 3: for iteration t some training prompts, drawn anew, with the teacher's answers."""
+
+    def data(t: int) -> tuple[list[str], list[str]]:
+        draw = random.Random(seed * 1_000_003 + t)
+        prompts = draw.sample(TRAINING, count)
+        return prompts, [teacher_answer(x, draw) for x in prompts]
+
+    return data
+
+
+class Validation:
+    """Measures a policy on held-out prompts, by a survey of its samples, classified: `shares` [T+1, X, 4], of pi_1 first. The
+    class probabilities being the judge's, win rates and gaps follow without a further judgment."""
+
+    def __init__(self, policy: TextPolicy, judge: RegisterJudge, k: int, seed: int):
+        self.policy, self.k, self.seed = policy, k, seed
+        self.P = judge.P[[prompt_class(x) for x in HELD_OUT]]
+        self.teacher = F.one_hot(torch.full((len(HELD_OUT),), CLASSES.index("vivid")), len(CLASSES)).double()
+        self.shares = torch.empty(0, len(HELD_OUT), len(CLASSES), dtype=torch.float64)
+        self.responses: list[list[Response]] = []
+
+    def __call__(self) -> float:
+        """Survey the policy as it is; its win rate over the teacher, the score of Alg. 2, line 9."""
+        self.responses = self.policy.survey(HELD_OUT, self.k, self.seed)
+        classes = torch.tensor([[classify(y) for y in ys] for ys in self.responses])
+        shares = F.one_hot(classes, len(CLASSES)).double().mean(1)
+        self.shares = torch.cat([self.shares, shares[None]])
+        return dno.win_rate(self.P, shares, self.teacher)
+
+    def gap(self, shares: Tensor) -> tuple[float, float]:
+        """Duality gap and the half width of its 95% interval, prompts being the clusters (normal approximation)."""
+        by_prompt = 2 * dno.expected_win_rate(self.P, shares).amax(-1) - 1
+        return by_prompt.mean().item(), 1.96 * by_prompt.std().item() / len(by_prompt) ** 0.5
+
+    def floor(self, nash: Tensor) -> float:
+        """The gap that would be measured of the Nash policy itself, by chance: the mean of 200 surveys of it."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows, gaps = nash.log().repeat_interleave(self.k, dim=0), []
+        for _ in range(200):
+            u = (torch.arange(self.k) + torch.rand(len(nash), self.k, generator=generator, dtype=torch.float64)) / self.k
+            drawn = choose(rows, u.flatten(), 1.0, 1.0).view(len(nash), self.k)
+            gaps.append(self.gap(F.one_hot(drawn, len(CLASSES)).double().mean(1))[0])
+        return sum(gaps) / len(gaps)
+
+    def row(self) -> dict[str, float]:
+        """The numbers of pi_{t+1}, the last policy surveyed, with those of unif(pi_1..pi_t)."""
+        before, last = self.shares[-2], self.shares[-1]
+        gap_last, interval = self.gap(last)
+        gap_average, interval_average = self.gap(self.shares[:-1].mean(0))
+        shares = {f"share_{name}": last[:, i].mean().item() for i, name in enumerate(CLASSES)}
+        return {"gap_last": gap_last, "gap_last_interval": interval, "gap_average": gap_average,
+                "gap_average_interval": interval_average, "win_rate_vs_previous": dno.win_rate(self.P, last, before),
+                "win_rate_vs_teacher": dno.win_rate(self.P, last, self.teacher), **shares}  # fmt: skip
+
+
+def fine_tune(config: TextConfig, policy: TextPolicy, pairs: list[tuple[str, str]], run: Run) -> None:
+    """Supervised fine-tuning: Adam on -log pi(y|x) a token, 128 examples a step, from the run's last checkpoint on."""
+    optimizer, steps = dno.adam(policy), config.sft_steps
+    prompts, responses = policy.prompt_tokens([x for x, _ in pairs]), policy.response_tokens([y for _, y in pairs])
+    first = 0
+    if run.state:
+        policy.load_state_dict(run.state["policy"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        first = run.state["sft_steps"]
+    for step in tqdm(range(first, steps), "fine-tuning", steps, initial=first, unit="step", disable=None, leave=False):
+        chosen = random.Random(config.seed * 1_000_003 + step).sample(range(len(pairs)), 128)
+        parts = [prompts[i] for i in chosen], [responses[i] for i in chosen]
+        log_probs = token_log_prob({policy.model: 1.0}, *parts, policy.tokenizer.n_vocab)
+        for group in optimizer.param_groups:
+            group["lr"] = config.sft_lr * (1 - step / steps)
+        optimizer.zero_grad()
+        (-log_probs.sum() / sum(map(len, parts[1]))).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            run.checkpoint({"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "sft_steps": step + 1})
+
+
+def loop_of(stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, judge: RegisterJudge, validation: Validation,
+            **common: Any) -> Iterator[dno.Round]:  # fmt: skip
+    """The generator of the stage's algorithm."""
+    data = demonstrations(config.seed, config.prompts)
+    first = (policy, judge, data, stage.eta, stage.iterations)
+    regularized = {"tau": stage.tau, "move_reference_every": stage.move_reference_every}
+    common |= {"settings": config.practice(stage), "seed": config.seed}
+    if stage.algorithm in (1, 3):
+        return dno.algorithm3_sampled(*first, validation, **regularized, **common)
+    rule = RULES[stage.rule](stage.margin)
+    if stage.algorithm == 2:
+        return dno.algorithm2(*first, rule, validation, **common)
+    return dno.algorithm4(*first, rule, validation, option=stage.option, **regularized, **common)
+
+
+def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
+    """What Table 2 reports of an iteration: new pairs by kind; of the K samples, their mean length in words, how many beat the
+    gold response on average, and the share of prompts at which the best of them does."""
+    row = {"loss": it.loss, "steps": it.steps}
+    n = len(it.groups.responses[0])
+    samples = [y for ys in it.groups.responses for y in (ys[:-1] if hard else ys)]
+    row["mean_length"] = sum(len(y.split()) for y in samples) / len(samples)
+    if hard:
+        row |= {f"pairs_{kind}": count for kind, count in dno.pair_kinds(it.chosen, n - 1).items()}
+        beaten = it.wins[:, :-1, -1] > 0.5
+        row |= {"student_wins": beaten.sum(1).double().mean().item(), "best_of_n": beaten.any(1).double().mean().item()}
+    return row
+
+
+def write_round(run: Run, iteration: int, it: dno.Round, hard: bool) -> None:
+    """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration."""
+    n = len(it.groups.responses[0])
+    responses = [
+        {"prompt": x, "response": y, "by": "teacher" if hard and i == n - 1 else "student", "win_rate": r, "class": CLASSES[classify(y)]}
+        for x, ys, rs in zip(it.groups.prompts, it.groups.responses, it.r_t.tolist(), strict=True)
+        for i, (y, r) in enumerate(zip(ys, rs, strict=True))
+    ]
+    pairs = []
+    for x, i, j in it.chosen.tolist():
+        first, second = it.groups.responses[x][i], it.groups.responses[x][j]
+        label = 1.0 if hard else torch.sigmoid(it.r_t[x, i] - it.r_t[x, j]).item()
+        pairs.append({"prompt": it.groups.prompts[x], "first": first, "second": second, "label": label})
+    for name, lines in (("responses", responses), ("pairs", pairs)):
+        run.write(f"{name}-{iteration:03d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def show_responses(validation: Validation) -> None:
+    """One response of each class that the survey found."""
+    found = {classify(y): (x, y) for x, ys in zip(HELD_OUT, validation.responses, strict=True) for y in ys}
+    for kind, (x, y) in sorted(found.items()):
+        tqdm.write(f"         {CLASSES[kind]:9} {x} -> {y!r}")
+
+
+def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, validation: Validation, run: Run,
+                base: dict[str, Tensor], nash_gap: float) -> None:  # fmt: skip
+    """Run one algorithm from the fine-tuned policy, or from the run's last checkpoint on, a line and a checkpoint an iteration."""
+    policy.load_state_dict(base)
+    optimizer, after, hard = dno.adam(policy, momentum=0.0), None, stage.algorithm in (2, 4)
+    done = sum(earlier.iterations for earlier in config.stages()[:number])
+    if run.state and run.state.get("stage") == number:
+        policy.load_state_dict(run.state["policy"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        pi_ref = copy.deepcopy(policy)
+        if run.state["pi_ref"]:
+            pi_ref.load_state_dict(run.state["pi_ref"])
+        after, validation.shares = replace(run.state["round"], pi_ref=pi_ref), run.state["shares"]
+    else:
+        validation.shares = validation.shares[:0]
+    remember = lambda t, phase, *call: run.remember([number, t], phase, *call)  # noqa: E731
+    loop = loop_of(stage, config, policy, RegisterJudge(), validation, optimizer=optimizer, after=after, remember=remember)
+    print(f"\nAlgorithm {stage.algorithm}, eta {stage.eta:g}" + (f", tau {stage.tau:g}" if stage.tau else "") + ":")
+    print("    t | P(> teacher) | gap: last        average    | P(new > old) | well-formed | words |  T>S  S>T  S>S | loss")
+    start = time.perf_counter()
+    progress = tqdm(total=stage.iterations, initial=after.t if after else 0, unit="iteration", disable=None, leave=False)
+    for it in loop:
+        row = {"iteration": done + it.t, "algorithm": stage.algorithm, "t": it.t, "seconds": time.perf_counter() - start,
+               **round_numbers(it, hard), **validation.row(), "gap_nash": nash_gap, "best_iteration": it.best.t}  # fmt: skip
+        write_round(run, done + it.t, it, hard)
+        run.keep(f"policies/{done + it.t:03d}.pt", policy.state_dict())
+        run.save(row, {"stage": number, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
+                       "round": replace(it, pi_ref=None), "pi_ref": it.pi_ref.state_dict() if it.pi_ref else None,
+                       "shares": validation.shares})  # fmt: skip
+        kinds = " ".join(f"{row[f'pairs_{kind}']:4d}" for kind in KINDS) if hard else " " * 14
+        progress.update()
+        tqdm.write(
+            f"{it.t:5d} | {row['win_rate_vs_teacher']:12.3f} | {row['gap_last']:.3f} +- {row['gap_last_interval']:.3f}  "
+            f"{row['gap_average']:.3f} +- {row['gap_average_interval']:.3f} | {row['win_rate_vs_previous']:12.3f} | "
+            f"{1 - row['share_malformed']:11.3f} | {row['mean_length']:5.1f} | {kinds} | {row['loss']:.4f}"
+        )
+        if it.t % 10 == 0:
+            show_responses(validation)
+        start = time.perf_counter()
+    progress.close()
+
+
+def fine_tuned(config: TextConfig, run: Run) -> TextPolicy:
+    """The policy pi_1, fine-tuned or, on resumption, as it was; tokenizer.json and policies/base.pt are in the run's folder."""
+    corpus = examples(config.seed)
+    ranks = learn_byte_pairs((f"{x} {y}" for x, y in corpus), config.vocabulary)
+    tokenizer = make_tokenizer(ranks)
+    listed = {"split": SPLIT, "ranks": [token.hex() for token in ranks], "special": [ANSWER, END]}
+    run.write("tokenizer.json", json.dumps(listed) + "\n")
+    torch.manual_seed(config.seed)
+    model = Transformer(config.transformer(tokenizer.n_vocab)).to(config.device, DTYPES[config.dtype])
+    policy = TextPolicy(model, tokenizer, config.max_new_tokens)
+    (run.out / "policies").mkdir(exist_ok=True)
+    base = run.load("policies/base.pt", config.device)
+    if base is None:
+        fine_tune(config, policy, corpus, run)
+        run.keep("policies/base.pt", policy.state_dict())
+    else:
+        policy.load_state_dict(base)
+    return policy
+
+
+def run_text(config: TextConfig) -> None:
+    """The preset "text": see `TextConfig`. Writes what README.md lists under "The folder of a run"."""
+    start = time.perf_counter()
+    torch.set_num_threads(config.threads)
+    check_device(config.device)
+    run = Run("text", config, CLASSES_KEPT)
+    try:
+        policy = fine_tuned(config, run)
+        base, judge = copy.deepcopy(policy.state_dict()), RegisterJudge()
+        validation = Validation(policy, judge, config.survey, config.seed)
+        validation()
+        nash = dno.nash(validation.P)
+        first = {"gap": validation.gap(validation.shares[0]), "shares": validation.shares[0].mean(0).tolist(),
+                 "win_rate_vs_teacher": dno.win_rate(validation.P, validation.shares[0], validation.teacher)}  # fmt: skip
+        floor = validation.floor(nash)
+        print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {policy.tokenizer.n_vocab} tokens; "
+              f"fine-tuned after {time.perf_counter() - start:.0f} s. Writing to {config.out}")  # fmt: skip
+        print(f"pi_1: gap {first['gap'][0]:.3f} +- {first['gap'][1]:.3f}, P(pi_1 > teacher) {first['win_rate_vs_teacher']:.3f}, "
+              f"well-formed {1 - first['shares'][-1]:.3f}")  # fmt: skip
+        print(f"Exact Nash: gap {dno.duality_gap(validation.P, nash):.0e}, measured as here {floor:.3f} (the noise floor); "
+              f"P(Nash > teacher) {dno.win_rate(validation.P, nash, validation.teacher):.3f}, "
+              f"gap of the teacher {dno.duality_gap(validation.P, validation.teacher):.3f}")  # fmt: skip
+        show_responses(validation)
+        for number, stage in enumerate(config.stages()):
+            if not run.state or run.state.get("stage", 0) <= number:
+                train_stage(number, stage, config, policy, validation, run, base, dno.duality_gap(validation.P, nash))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if not config.resume:
+            raise
+        raise BadInput(f"the checkpoint in {run.out} is not of this run ({str(error).splitlines()[0]}); choose another --out") from error
+    summary = summarise_text(config, run.metrics, first, floor)
+    run.write("summary.json", json.dumps(summary, indent=2) + "\n")
+    with plt.style.context(STYLE):
+        run.figure("text.png", text_figure(config, run.metrics, first, floor))
+    print(f"\n{time.perf_counter() - start:.0f} s. Figure and metrics: {run.out}")
+
+
+def summarise_text(config: TextConfig, metrics: list[dict[str, Any]], first: dict[str, Any], floor: float) -> dict[str, Any]:
+    """The headline numbers, printed as a table: last iterates' as means over the last third of the iterations."""
+    summary = {"config": asdict(config), "gap_first": first["gap"][0], "gap_first_interval": first["gap"][1],
+               "win_rate_vs_teacher_first": first["win_rate_vs_teacher"], "well_formed_first": 1 - first["shares"][-1],
+               "gap_floor": floor, "stages": []}  # fmt: skip
+    print("\nmeans over the last third of the iterations")
+    print("            | gap of last | over pi_1's | gap of mixture | P(> teacher), most | well-formed")
+    for stage in config.stages():
+        rows = [row for row in metrics if row["algorithm"] == stage.algorithm]
+        tail = rows[-max(1, len(rows) // 3) :]
+        mean = {name: sum(row[name] for row in tail) / len(tail)
+                for name in ("gap_last", "gap_average", "win_rate_vs_teacher", "share_malformed")}  # fmt: skip
+        most = max(row["win_rate_vs_teacher"] for row in rows)
+        over = mean["gap_last"] / first["gap"][0]
+        summary["stages"].append({"algorithm": stage.algorithm, **mean, "gap_last_over_first": over,
+                                  "win_rate_vs_teacher_most": most, "best_iteration": rows[-1]["best_iteration"],
+                                  "seconds": sum(row["seconds"] for row in rows)})  # fmt: skip
+        print(f"Algorithm {stage.algorithm} | {mean['gap_last']:11.3f} | {over:11.3f} | {rows[-1]['gap_average']:14.3f} | "
+              f"{mean['win_rate_vs_teacher']:11.3f}, {most:.3f} | {1 - mean['share_malformed']:.3f}")  # fmt: skip
+    return summary
+
+
+def text_figure(config: TextConfig, metrics: list[dict[str, Any]], first: dict[str, Any], floor: float) -> plt.Figure:
+    """Win rate over the teacher, gap of the last iterate and gap of the mixture against the iteration, one line an algorithm."""
+    panels = (("win_rate_vs_teacher", "$P(\\pi_{t+1} \\succ$ teacher$)$", first["win_rate_vs_teacher"]),
+              ("gap_last", "gap of the last iterate $\\pi_{t+1}$", first["gap"][0]),
+              ("gap_average", "gap of the mixture unif$(\\pi_1..\\pi_t)$", None))  # fmt: skip
+    names = {1: "Algorithm 1, sampled", 2: "Algorithm 2", 3: "Algorithm 3, sampled", 4: "Algorithm 4"}
+    figure, grid = plt.subplots(1, 3, figsize=(11, 3.6))
+    for axes, (column, label, start) in zip(grid, panels, strict=True):
+        for stage, style in zip(config.stages(), ("-", "--"), strict=False):
+            rows = [row for row in metrics if row["algorithm"] == stage.algorithm]
+            t, values = [row["t"] for row in rows], np.array([row[column] for row in rows])
+            (line,) = axes.plot([0, *t] if start is not None else t, [start, *values] if start is not None else values, style,
+                                label=names[stage.algorithm])  # fmt: skip
+            if f"{column}_interval" in metrics[0]:
+                half = np.array([row[f"{column}_interval"] for row in rows])
+                axes.fill_between(t, values - half, values + half, color=line.get_color(), alpha=0.15, lw=0)
+        axes.axhline(0.5 if column == "win_rate_vs_teacher" else floor, ls=":", lw=1, color="0.3",
+                     label="1/2" if column == "win_rate_vs_teacher" else "noise floor: Nash itself, measured so")  # fmt: skip
+        axes.set(xlabel="iteration $t$", ylabel=label, ylim=(0, None))
+        axes.legend(fontsize=8)
+    return figure
+
+
 # --- Command line -----------------------------------------------------------------------------------------------------------
 
-PRESETS = {"game": (GameConfig, run_game)}
+PRESETS = {"game": (GameConfig, run_game), "text": (TextConfig, run_text)}
 
 
 def main(argv: list[str] | None = None) -> int:

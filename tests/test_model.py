@@ -249,12 +249,13 @@ def test_sampling_is_fixed_by_its_seed():
 
 
 def test_choose_inverts_the_distribution_function():
-    log_probs = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(6, 3)  # sorted: token 1, 2, 0
+    log_probs = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(6, 3)
     u = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.999])
-    assert choose(log_probs, u, 1.0, 1.0).tolist() == [1, 1, 2, 2, 0, 0]
+    assert choose(log_probs, u, 1.0, 1.0).tolist() == [0, 1, 1, 2, 2, 2]  # in the order of the vocabulary
+    assert choose(log_probs, u, 1.0, 0.99999).tolist() == [1, 1, 2, 2, 0, 0]  # the most probable first: 1, 2, 0
     assert choose(log_probs, u, 1.0, 0.5).tolist() == [1] * 6
     assert choose(log_probs, u, 1.0, 0.51).tolist() == [1, 1, 1, 2, 2, 2]  # .5 : .3, so 2 from .625 on
-    assert choose(log_probs, u, 0.01, 1.0).tolist() == [1] * 6
+    assert choose(log_probs[1:], u[1:], 0.01, 1.0).tolist() == [1] * 5
 
 
 def test_generate_reads_a_prompt_once_and_then_one_token_a_step(monkeypatch):
