@@ -598,12 +598,12 @@ def join(parts: Sequence[Pairs]) -> Pairs:
     return Pairs(prompts, responses, group, r, log_reference, first, second)
 
 
-def replay(earlier: Sequence[Pairs], share: float, generator: torch.Generator) -> list[Pairs]:
-    """Of the pairs of iterations t-1, t-2, ... a share, half of it, ..., drawn at random: at most 30%, 15%, ... in section 5.
-    What pi_t makes of them is not known yet."""
+def replay(earlier: Sequence[Pairs], share: float, generator: torch.Generator, decay: float = 0.5) -> list[Pairs]:
+    """Of the pairs of iterations t-1, t-2, ... a share, decay times that, ..., drawn at random: at most 30%, 15%, ... in
+    section 5. What pi_t makes of them is not known yet."""
     chosen = []
     for age, pairs in enumerate(earlier):
-        kept = torch.randperm(len(pairs.first), generator=generator)[: int(share * 0.5**age * len(pairs.first))]
+        kept = torch.randperm(len(pairs.first), generator=generator)[: int(share * decay**age * len(pairs.first))]
         part = pairs.take(kept)
         chosen.append(replace(part, log_reference=torch.full_like(part.log_reference, float("nan"))))
     return chosen
