@@ -234,7 +234,10 @@ def generate(models: dict[Transformer, float], prompts: Sequence[Tensor], u: Ten
     positions, seen = (torch.arange(T, device=device) - empty[:, None]).clamp(min=0), None
     if empty.any():  # an empty place sees itself, lest it divide by 0; nobody sees it
         seen = torch.arange(T + length, device=device) >= empty[:, None]
-    mask = None if seen is None else (seen[:, None, :T].tril() | torch.eye(T, dtype=torch.bool, device=device))[:, None]
+    mask = None
+    if seen is not None:
+        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        mask = ((seen[:, None, :T] & causal) | torch.eye(T, dtype=torch.bool, device=device))[:, None]  # (B, 1, T, T)
 
     def read(tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         last = (model.head(model.hidden(tokens, positions, mask, cache)[:, -1])[:, :words]
@@ -428,6 +431,8 @@ class TextPolicy(nn.Module):
 
     def __init__(self, model: Transformer, tokenizer: tiktoken.Encoding, max_new_tokens: int):
         super().__init__()
+        if model.config.vocab_size != tokenizer.n_vocab:
+            raise ValueError(f"the model has {model.config.vocab_size} tokens; expected the tokenizer's {tokenizer.n_vocab}")
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.answer, self.end = (tokenizer.encode_single_token(special) for special in (ANSWER, END))
 
@@ -458,8 +463,8 @@ class TextPolicy(nn.Module):
 
     @torch.no_grad()
     def survey(self, prompts: Sequence[str], k: int, seed: int) -> list[list[Response]]:
-        """As `sample`, for measuring: the k first tokens of a prompt are drawn from k equal parts of the distribution, so that
-        how often each occurs is right to 1/k. Each response by itself still follows the policy."""
+        """As `sample`, for measuring: the first tokens of a prompt's k responses are drawn from the k equal parts of their
+        distribution in turn, so that how often one occurs is right to 2/k. Only all k together follow the policy."""
         u = uniform_numbers(len(prompts), k, self.max_new_tokens, seed)
         u[:, :, 0] = (torch.arange(k) + u[:, :, 0]) / k
         return self._answer({self.model: 1.0}, prompts, u)[0]
@@ -485,7 +490,8 @@ class TokenMixture:
     option II. It is not the mixture pi^tau of Eq. (7), which is normalised over whole responses."""
 
     def __init__(self, policy: TextPolicy, reference: TextPolicy, weight: float):
-        self.policy, self.models = policy, {policy.model: 1 - weight, reference.model: weight}
+        self.policy, self.models = policy, {policy.model: 1 - weight}
+        self.models[reference.model] = self.models.get(reference.model, 0.0) + weight
 
     def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Log-probability [B] of whole responses under the mixture."""

@@ -207,20 +207,24 @@ CLASSES = (*REGISTERS, "malformed")  # the classes of text
 
 @lru_cache(maxsize=1 << 16)
 def classify(text: str) -> int:
-    """The index in `CLASSES` of the register that wrote the text, or of "malformed" if none can have written it."""
+    """The index in `CLASSES` of the register whose form the text has, or of "malformed" if it has none's."""
     return next((i for i, register in enumerate(REGISTERS.values()) if register.wrote(text)), len(REGISTERS))
+
+
+def _place(prompt: str) -> int:
+    if prompt not in _PLACE:
+        raise ValueError(f"prompt {prompt!r} is not of this world; expected one like {PROMPTS[0]!r}")
+    return _PLACE[prompt]
 
 
 def prompt_class(prompt: str) -> int:
     """The index in `VERBS` of the prompt's verb. ValueError if the prompt is not of this world."""
-    if prompt not in _PLACE:
-        raise ValueError(f"prompt {prompt!r} is not of this world; expected one like {PROMPTS[0]!r}")
-    return _PLACE[prompt] // len(TOPICS)
+    return _place(prompt) // len(TOPICS)
 
 
 def topic(prompt: str) -> str:
-    """What a prompt of this world asks about."""
-    return TOPICS[_PLACE[prompt] % len(TOPICS)]
+    """What the prompt asks about. ValueError if the prompt is not of this world."""
+    return TOPICS[_place(prompt) % len(TOPICS)]
 
 
 class RegisterJudge:
@@ -263,6 +267,6 @@ STUDENT = ((0.75, 0.15, 0.10), (0.75, 0.10, 0.15), (0.15, 0.10, 0.75))  # how of
 
 
 def student_answer(prompt: str, draw: random.Random) -> str:
-    """An answer to learn to write from: concise most of the time, else vivid or precise."""
+    """An answer to learn to write from: mostly concise, but to praise mostly precise, as `STUDENT` has it."""
     (register,) = draw.choices(tuple(REGISTERS.values()), weights=STUDENT[prompt_class(prompt)])
     return register.write(topic(prompt), draw)

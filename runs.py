@@ -9,7 +9,8 @@ import os
 import pickle
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,7 +77,7 @@ def parse(argv: list[str], presets: dict[str, type], default: str) -> tuple[str,
 
 # --- The folder of a run ---------------------------------------------------------------------------------------------------
 
-MAY_DIFFER = ("out", "resume", "device", "threads")  # between the start of a run and its resumption
+MAY_DIFFER = ("out", "resume", "device", "threads", "jobs")  # between the start of a run and its resumption
 
 
 class Run:
@@ -126,6 +127,15 @@ class Run:
         if not isinstance(content, dict):
             raise BadInput(f"{path} is not a checkpoint of a run; choose another --out")
         return content
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Around the use of a checkpoint's content: BadInput if it does not fit."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"the checkpoint in {self.out} is not of this run ({reason}); choose another --out") from error
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the folder in one piece: whoever looks sees the old content or the new, also after a crash."""

@@ -260,16 +260,13 @@ def restore(run: Run, game: Game, policy: dno.Policy, optimizer: torch.optim.Opt
             generator: torch.Generator) -> tuple[dno.Iteration, list[Tensor]]:  # fmt: skip
     """Put the last three back into the state of the run's checkpoint; the iteration to go on after, and the policies so far.
     BadInput if the checkpoint is not one of this run."""
-    try:
+    with run.restoring():
         if run.state["game"] != fingerprint(game):
             raise ValueError("the game is another than when it started")
         policy.load_state_dict(run.state["policy"])
         optimizer.load_state_dict(run.state["optimizer"])
         generator.set_state(run.state["generator"].cpu())
         return dno.Iteration(**run.state["after"]), list(run.state["policies"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"the checkpoint in {run.out} is not of this run ({reason}); choose another --out") from error
 
 
 def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Solution, run: Run) -> Tensor:
@@ -429,16 +426,16 @@ class TextConfig:
     algorithm: int | None = setting(
         None, "2, 4: contrast sampled pairs; 1, 3: regress on soft targets; when left out 2, then 3", choices=(1, 2, 3, 4)
     )
-    option: str = setting("I", "of Algorithm 4: samples of pi_t (I) or of its token-level mixture with pi_ref (II)", ("I", "II"))
+    option: str = setting("I", "of Algorithm 4: samples of pi_t (I) or of its mixture with pi_ref by token (II)", ("I", "II"))
     iterations: int | None = setting(None, "T (30 for Algorithms 2 and 4, 60 for 1 and 3)")
     eta: float | None = setting(None, "> 0, larger is slower (eta~ 8 for Algorithms 2 and 4; 1 for 1, 0.25 for 3)")
     tau: float | None = setting(None, "in [0, eta], pull towards pi_ref (0.125 for Algorithm 3, 0.4 for 4)")
     move_reference_every: int | None = setting(None, "iterations; 0: never (5 for Algorithm 3)")
     rule: str = setting("large-margin", "which pairs Algorithms 2 and 4 train on", tuple(RULES))
     margin: float = setting(0.4, "in [0, 1], least difference of the win rates of a pair")
-    judgments: str = setting("outcomes", "rank by {0, 1} samples of P, as the paper does, or by P", ("outcomes", "probabilities"))
+    judgments: str = setting("outcomes", "rank by {0, 1} samples of P, as in the paper, or by P", ("outcomes", "probabilities"))
     samples: int | None = setting(None, "K, responses a prompt (5 for Algorithms 2 and 4, as in the paper; 24 for 1 and 3)")
-    temperature: float | None = setting(None, "of sampling (default: 1.0; the paper's is 0.7, which hides malformed text from the judge)")
+    temperature: float | None = setting(None, "of sampling (default: 1.0; the paper's 0.7 hides malformed text from the judge)")
     top_p: float | None = setting(None, "of sampling (default: 1.0; the paper's is 0.95)")
     replay: float = setting(0.3, "in [0, 1], share of the last iteration's pairs to train on again, as in the paper")
     prompts: int = setting(72, "X, prompts an iteration, of 72; 24 more are held out for validation")
@@ -502,7 +499,7 @@ class TextConfig:
         return TextPolicy(model, tokenizer, self.max_new_tokens)
 
 
-HELD_OUT = tuple(x for i, x in enumerate(PROMPTS) if (i + i // len(TOPICS)) % 4 == 0)  # each verb and topic also occurs in training
+HELD_OUT = tuple(x for i, x in enumerate(PROMPTS) if (i + i // len(TOPICS)) % 4 == 0)  # their words all occur in training
 TRAINING = tuple(x for x in PROMPTS if x not in HELD_OUT)
 
 
@@ -576,9 +573,10 @@ def fine_tune(config: TextConfig, policy: TextPolicy, pairs: list[tuple[str, str
     prompts, responses = policy.prompt_tokens([x for x, _ in pairs]), policy.response_tokens([y for _, y in pairs])
     first = 0
     if run.state:
-        policy.load_state_dict(run.state["policy"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        first = run.state["sft_steps"]
+        with run.restoring():
+            policy.load_state_dict(run.state["policy"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            first = run.state["sft_steps"]
     for step in tqdm(range(first, steps), "fine-tuning", steps, initial=first, unit="step", disable=None, leave=False):
         chosen = random.Random(config.seed * 1_000_003 + step).sample(range(len(pairs)), 128)
         parts = [prompts[i] for i in chosen], [responses[i] for i in chosen]
@@ -626,7 +624,8 @@ def write_round(run: Run, iteration: int, it: dno.Round, hard: bool) -> None:
     """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration."""
     n = len(it.groups.responses[0])
     responses = [
-        {"prompt": x, "response": y, "by": "teacher" if hard and i == n - 1 else "student", "win_rate": r, "class": CLASSES[classify(y)]}
+        {"prompt": x, "response": y, "by": "teacher" if hard and i == n - 1 else "student", "win_rate": r,
+         "class": CLASSES[classify(y)]}
         for x, ys, rs in zip(it.groups.prompts, it.groups.responses, it.r_t.tolist(), strict=True)
         for i, (y, r) in enumerate(zip(ys, rs, strict=True))
     ]
@@ -648,19 +647,19 @@ def show_responses(validation: Validation) -> None:
 
 def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, validation: Validation, run: Run,
                 base: dict[str, Tensor], nash_gap: float) -> None:  # fmt: skip
-    """Run one algorithm from the fine-tuned policy, or from the run's last checkpoint on, a line and a checkpoint an iteration."""
+    """Run one algorithm from the fine-tuned policy or the run's last checkpoint on, a line and a checkpoint an iteration."""
     policy.load_state_dict(base)
     optimizer, after, hard = dno.adam(policy, momentum=0.0), None, stage.algorithm in (2, 4)
     done = sum(earlier.iterations for earlier in config.stages()[:number])
+    validation.shares = validation.shares[:0]
     if run.state and run.state.get("stage") == number:
-        policy.load_state_dict(run.state["policy"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        pi_ref = copy.deepcopy(policy)
-        if run.state["pi_ref"]:
-            pi_ref.load_state_dict(run.state["pi_ref"])
-        after, validation.shares = replace(run.state["round"], pi_ref=pi_ref), run.state["shares"]
-    else:
-        validation.shares = validation.shares[:0]
+        with run.restoring():
+            policy.load_state_dict(run.state["policy"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            pi_ref = copy.deepcopy(policy)
+            if run.state["pi_ref"]:
+                pi_ref.load_state_dict(run.state["pi_ref"])
+            after, validation.shares = replace(run.state["round"], pi_ref=pi_ref), run.state["shares"]
     remember = lambda t, phase, *call: run.remember([number, t], phase, *call)  # noqa: E731
     loop = loop_of(stage, config, policy, RegisterJudge(), validation, optimizer=optimizer, after=after, remember=remember)
     print(f"\nAlgorithm {stage.algorithm}, eta {stage.eta:g}" + (f", tau {stage.tau:g}" if stage.tau else "") + ":")
@@ -702,7 +701,8 @@ def fine_tuned(config: TextConfig, run: Run) -> TextPolicy:
         fine_tune(config, policy, corpus, run)
         run.keep("policies/base.pt", policy.state_dict())
     else:
-        policy.load_state_dict(base)
+        with run.restoring():
+            policy.load_state_dict(base)
     return policy
 
 
@@ -712,30 +712,25 @@ def run_text(config: TextConfig) -> None:
     torch.set_num_threads(config.threads)
     check_device(config.device)
     run = Run("text", config, CLASSES_KEPT)
-    try:
-        policy = fine_tuned(config, run)
-        base, judge = copy.deepcopy(policy.state_dict()), RegisterJudge()
-        validation = Validation(policy, judge, config.survey, config.seed)
-        validation()
-        nash = dno.nash(validation.P)
-        first = {"gap": validation.gap(validation.shares[0]), "shares": validation.shares[0].mean(0).tolist(),
-                 "win_rate_vs_teacher": dno.win_rate(validation.P, validation.shares[0], validation.teacher)}  # fmt: skip
-        floor = validation.floor(nash)
-        print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {policy.tokenizer.n_vocab} tokens; "
-              f"fine-tuned after {time.perf_counter() - start:.0f} s. Writing to {config.out}")  # fmt: skip
-        print(f"pi_1: gap {first['gap'][0]:.3f} +- {first['gap'][1]:.3f}, P(pi_1 > teacher) {first['win_rate_vs_teacher']:.3f}, "
-              f"well-formed {1 - first['shares'][-1]:.3f}")  # fmt: skip
-        print(f"Exact Nash: gap {dno.duality_gap(validation.P, nash):.0e}, measured as here {floor:.3f} (the noise floor); "
-              f"P(Nash > teacher) {dno.win_rate(validation.P, nash, validation.teacher):.3f}, "
-              f"gap of the teacher {dno.duality_gap(validation.P, validation.teacher):.3f}")  # fmt: skip
-        show_responses(validation)
-        for number, stage in enumerate(config.stages()):
-            if not run.state or run.state.get("stage", 0) <= number:
-                train_stage(number, stage, config, policy, validation, run, base, dno.duality_gap(validation.P, nash))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if not config.resume:
-            raise
-        raise BadInput(f"the checkpoint in {run.out} is not of this run ({str(error).splitlines()[0]}); choose another --out") from error
+    policy = fine_tuned(config, run)
+    base, judge = copy.deepcopy(policy.state_dict()), RegisterJudge()
+    validation = Validation(policy, judge, config.survey, config.seed)
+    validation()
+    nash = dno.nash(validation.P)
+    first = {"gap": validation.gap(validation.shares[0]), "shares": validation.shares[0].mean(0).tolist(),
+             "win_rate_vs_teacher": dno.win_rate(validation.P, validation.shares[0], validation.teacher)}  # fmt: skip
+    floor = validation.floor(nash)
+    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {policy.tokenizer.n_vocab} tokens; "
+          f"fine-tuned after {time.perf_counter() - start:.0f} s. Writing to {config.out}")  # fmt: skip
+    print(f"pi_1: gap {first['gap'][0]:.3f} +- {first['gap'][1]:.3f}, P(> teacher) {first['win_rate_vs_teacher']:.3f}, "
+          f"well-formed {1 - first['shares'][-1]:.3f}")  # fmt: skip
+    print(f"Exact Nash: gap {dno.duality_gap(validation.P, nash):.0e}, measured as here {floor:.3f} (the noise floor); "
+          f"P(Nash > teacher) {dno.win_rate(validation.P, nash, validation.teacher):.3f}, "
+          f"gap of the teacher {dno.duality_gap(validation.P, validation.teacher):.3f}")  # fmt: skip
+    show_responses(validation)
+    for number, stage in enumerate(config.stages()):
+        if not run.state or run.state.get("stage", 0) <= number:
+            train_stage(number, stage, config, policy, validation, run, base, dno.duality_gap(validation.P, nash))
     summary = summarise_text(config, run.metrics, first, floor)
     run.write("summary.json", json.dumps(summary, indent=2) + "\n")
     with plt.style.context(STYLE):
@@ -766,7 +761,7 @@ def summarise_text(config: TextConfig, metrics: list[dict[str, Any]], first: dic
 
 
 def text_figure(config: TextConfig, metrics: list[dict[str, Any]], first: dict[str, Any], floor: float) -> plt.Figure:
-    """Win rate over the teacher, gap of the last iterate and gap of the mixture against the iteration, one line an algorithm."""
+    """Win rate over the teacher, gap of the last iterate and gap of the mixture against the iteration, a line an algorithm."""
     panels = (("win_rate_vs_teacher", "$P(\\pi_{t+1} \\succ$ teacher$)$", first["win_rate_vs_teacher"]),
               ("gap_last", "gap of the last iterate $\\pi_{t+1}$", first["gap"][0]),
               ("gap_average", "gap of the mixture unif$(\\pi_1..\\pi_t)$", None))  # fmt: skip
@@ -829,8 +824,8 @@ class AblationsConfig:
 
     def world(self) -> TextConfig:
         """The text preset's config of the policy that all methods start from."""
-        return TextConfig(prompts=self.prompts, survey=self.survey, sft_steps=self.sft_steps, margin=self.margin, seed=self.seed,
-                          out=self.out, device=self.device, dtype=self.dtype, threads=self.threads)  # fmt: skip
+        names = ("prompts", "survey", "sft_steps", "margin", "seed", "out", "device", "dtype", "threads")
+        return TextConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -846,7 +841,7 @@ class Start:
     margin: float
     seed: int
     settings: dno.Practice
-    judge: RegisterJudge = RegisterJudge()
+    judge: RegisterJudge
 
     def algorithm2(self, rule: Callable[[Tensor, Tensor], Tensor]) -> Iterator[dno.Round]:
         """Algorithm 2 with a rule of line 6."""
@@ -926,8 +921,8 @@ def regularized_dno(start: Start) -> Iterator[dno.Round]:
 
 
 def soft_targets_moving_reference(start: Start) -> Iterator[dno.Round]:
-    """Algorithm 3's regression with r_t estimated from 6 samples, as many judgments as the others ask for, and a reference moved
-    every 5 iterations."""
+    """Algorithm 3's regression with r_t estimated from K + 1 samples, so from as many judgments as the others ask for, and a
+    reference moved every 5 iterations."""
     tau = start.eta / 2 if start.tau is None else start.tau
     settings = replace(start.settings, samples=start.settings.samples + 1)
     return dno.algorithm3_sampled(start.policy, start.judge, start.data, start.eta, start.iterations, start.validation, tau,
@@ -936,6 +931,7 @@ def soft_targets_moving_reference(start: Start) -> Iterator[dno.Round]:
 
 
 GRID = tuple((lr, eta) for lr in (5e-4, 1e-3) for eta in (2.0, 8.0))  # four settings each
+SOFT_GRID = tuple((lr, eta) for lr in (5e-4, 1e-3) for eta in (0.25, 0.5))
 METHODS = {  # label: (variant of which algorithm, function, settings (lr, eta) to tune over)
     "SFT on positives": (2, sft_on_positives, tuple((lr, 8.0) for lr in (2e-4, 5e-4, 1e-3, 2e-3))),
     "offline DPO": (2, offline_dpo, GRID),
@@ -945,7 +941,7 @@ METHODS = {  # label: (variant of which algorithm, function, settings (lr, eta) 
     "DNO-Lookahead": (2, dno_lookahead, GRID),
     "DNO": (2, dno_practical, GRID),
     "regularised DNO": (4, regularized_dno, GRID),
-    "soft targets, moving reference": (3, soft_targets_moving_reference, tuple((lr, eta) for lr in (5e-4, 1e-3) for eta in (0.25, 0.5))),
+    "soft targets, moving reference": (3, soft_targets_moving_reference, SOFT_GRID),
 }
 ORDERINGS = (  # the paper's, by win rate: (better, worse)
     ("DNO", "DNO-Restrictive"), ("DNO-Restrictive", "SPIN"), ("DNO", "offline DPO"), ("offline DPO", "SFT on positives"),
@@ -963,12 +959,13 @@ def run_method(config: AblationsConfig, label: str, lr: float, eta: float, seed:
     policy.load_state_dict(base)
     validation = Validation(policy, RegisterJudge(), config.survey, seed)
     settings = dno.Practice(temperature=1.0, top_p=1.0, learning_rate=lr, prompts_per_step=config.prompts_per_step)
-    start = Start(policy, demonstrations(seed, config.prompts), validation, iterations, eta, config.tau, config.margin, seed, settings)
+    start = Start(policy, demonstrations(seed, config.prompts), validation, iterations, eta, config.tau, config.margin, seed,
+                  settings, RegisterJudge())  # fmt: skip
     algorithm, method, _ = METHODS[label]
     rows = []
     for it in method(start):
-        rows.append({"method": label, "lr": lr, "eta": eta, "seed": seed, "iteration": it.t, **round_numbers(it, algorithm != 3),
-                     **validation.row()})  # fmt: skip
+        row = {"method": label, "lr": lr, "eta": eta, "seed": seed, "iteration": it.t}
+        rows.append({**row, **round_numbers(it, algorithm != 3), **validation.row()})
     return rows
 
 
@@ -1000,6 +997,23 @@ def interval(values: list[float] | np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
 
 
+def settings_to_try(config: AblationsConfig) -> dict[str, tuple[tuple[float, float], ...]]:
+    """The (lr, eta) to tune each method over."""
+    methods = {label: settings for label, (algorithm, _, settings) in METHODS.items() if config.algorithm in (None, algorithm)}
+    if config.eta is None:
+        return methods
+    return {label: tuple(dict.fromkeys((lr, config.eta) for lr, _ in settings)) for label, settings in methods.items()}
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """A table with all columns that occur, empty where a row has none."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
 def run_ablations(config: AblationsConfig) -> None:
     """The preset "ablations": see `AblationsConfig`."""
     check_device(config.device)
@@ -1007,26 +1021,19 @@ def run_ablations(config: AblationsConfig) -> None:
     (run.out / "jobs").mkdir(exist_ok=True)
     torch.set_num_threads(config.threads)
     fine_tuned(config.world(), run)
-    methods = {label: settings for label, (algorithm, _, settings) in METHODS.items() if config.algorithm in (None, algorithm)}
-    if config.eta is not None:
-        methods = {label: tuple(dict.fromkeys((lr, config.eta) for lr, _ in settings)) for label, settings in methods.items()}
-    tuning = [(label, lr, eta, 1000 + seed, config.tuning_iterations)
-              for label, settings in methods.items() for lr, eta in settings for seed in range(config.tuning_seeds)]  # fmt: skip
+    methods = settings_to_try(config)
+    tuning = [(label, *setting, 1000 + seed, config.tuning_iterations)
+              for label, settings in methods.items() for setting in settings for seed in range(config.tuning_seeds)]  # fmt: skip
     print(f"{len(tuning)} tuning runs of {config.tuning_iterations} iterations, "
           f"{len(methods) * config.seeds} reported ones of {config.iterations}; {config.jobs} at a time")  # fmt: skip
-    scores: dict[str, dict[tuple[float, float], float]] = {label: {} for label in methods}
-    for (label, lr, eta, *_), rows in results(config, run, tuning, "tuning").items():
-        scores[label][lr, eta] = scores[label].get((lr, eta), 0.0) + late(rows, "win_rate_vs_teacher") / config.tuning_seeds
+    scores = {label: dict.fromkeys(settings, 0.0) for label, settings in methods.items()}
+    for (label, *setting, _, _), rows in results(config, run, tuning, "tuning").items():
+        scores[label][tuple(setting)] += late(rows, "win_rate_vs_teacher") / config.tuning_seeds
     tuned = {label: max(score, key=score.get) for label, score in scores.items()}
     jobs = [(label, *tuned[label], seed, config.iterations) for label in methods for seed in range(config.seeds)]
     found = results(config, run, jobs, "reporting")
     curves = {label: [rows for job, rows in found.items() if job[0] == label] for label in methods}
-    columns = list(dict.fromkeys(name for rows in found.values() for name in rows[0]))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="")
-    writer.writeheader()
-    writer.writerows(row for rows in found.values() for row in rows)
-    run.write("ablations.csv", buffer.getvalue())
+    run.write("ablations.csv", as_csv([row for rows in found.values() for row in rows]))
     summary = summarise_ablations(config, curves, scores, tuned)
     run.write("summary.json", json.dumps(summary, indent=2) + "\n")
     with plt.style.context(STYLE):
@@ -1037,10 +1044,10 @@ def run_ablations(config: AblationsConfig) -> None:
 def summarise_ablations(config: AblationsConfig, curves: dict[str, list[list[dict[str, Any]]]],
                         scores: dict[str, dict[tuple[float, float], float]],
                         tuned: dict[str, tuple[float, float]]) -> dict[str, Any]:  # fmt: skip
-    """Print and return: each method's late win rate and gaps with intervals over seeds; the paper's orderings, seed by seed; and
-    the analogue of Table 2."""
+    """Print and return: each method's late win rate and gaps with intervals over seeds; the paper's orderings, by paired
+    differences; and the analogue of Table 2."""
     summary: dict[str, Any] = {"config": asdict(config), "methods": {}, "orderings": [], "table_2": []}
-    print(f"\nmean over the last third of {config.iterations} iterations, {config.seeds} seeds, with 95% intervals")
+    print(f"\nmeans over the last third of {config.iterations} iterations, {config.seeds} seeds, with 95% intervals")
     print(f"{'method':31} |   lr    eta  |  P(> teacher)  |  gap of last   | gap of mixture | well-formed")
     for label, seeds in curves.items():
         columns = ("win_rate_vs_teacher", "gap_last", "gap_average", "share_malformed")
@@ -1055,16 +1062,19 @@ def summarise_ablations(config: AblationsConfig, curves: dict[str, list[list[dic
             pairs = zip(curves[better], curves[worse], strict=True)
             mean, half = interval([late(a, "win_rate_vs_teacher") - late(b, "win_rate_vs_teacher") for a, b in pairs])
             verdict = "holds" if mean > half else "the other way round" if -mean > half else "not decided"
-            summary["orderings"].append({"better": better, "worse": worse, "difference": mean, "interval": half, "verdict": verdict})
+            summary["orderings"].append({"better": better, "worse": worse, "difference": mean, "interval": half,
+                                         "verdict": verdict})  # fmt: skip
             print(f"{better:16} > {worse:19}: {mean:+.3f} +- {half:.3f}  {verdict}")
     print("\nmethod and iteration (mean over seeds) | words | best of n | student wins |  T>S    S>T    S>S")
     columns = ("mean_length", "best_of_n", "student_wins", *(f"pairs_{kind}" for kind in KINDS))
     for label in ("DNO-Restrictive", "DNO"):
-        for t in sorted({1, config.iterations // 4, config.iterations // 2, config.iterations} - {0}) if label in curves else ():
+        if label not in curves:
+            continue
+        for t in sorted({1, config.iterations // 4, config.iterations // 2, config.iterations} - {0}):
             row = {name: float(np.mean([rows[t - 1][name] for rows in curves[label]])) for name in columns}
             summary["table_2"].append({"method": label, "iteration": t, **row})
-            print(f"{label:31} {t:6d} | {row['mean_length']:5.1f} | {row['best_of_n']:9.3f} | {row['student_wins']:12.2f} | "
-                  + " ".join(f"{row[f'pairs_{kind}']:6.1f}" for kind in KINDS))  # fmt: skip
+            numbers = f"{row['mean_length']:5.1f} | {row['best_of_n']:9.3f} | {row['student_wins']:12.2f} | "
+            print(f"{label:31} {t:6d} | " + numbers + " ".join(f"{row[f'pairs_{kind}']:6.1f}" for kind in KINDS))
     return summary
 
 
