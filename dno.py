@@ -2,7 +2,8 @@
 
 Everything here is mathematics on tensors: no files, no tokenizers, no network.
 
-Notation. Axes: X prompts, Y responses, B pairs, T iterations. Tables are float64, policies are rows on the simplex.
+Notation. Axes: X prompts, Y responses, B pairs, T iterations; K samples of a prompt, n of them with the gold one, M different
+responses in the pairs. Tables are float64, policies are rows on the simplex.
 
 | paper            | here            | shape, range          | meaning                                                   |
 |------------------|-----------------|-----------------------|-----------------------------------------------------------|
@@ -17,6 +18,9 @@ Notation. Axes: X prompts, Y responses, B pairs, T iterations. Tables are float6
 | mu_1, mu_2       | `mu1`, `mu2`    | [X, Y]                | where the two responses of a training pair are drawn from |
 | Delta_{pi,t}, z^ | `margin`        | [B], and its sigmoid  | eta times the difference of log ratios log(pi/pi_t)       |
 | Delta*_t, z      | `r1 - r2`       | [B], and its sigmoid  | difference of expected win rates, and the soft label      |
+| eta~             | `eta`           | > 0                   | of Algorithms 2 and 4; DPO's beta. Larger is slower too   |
+| 1_P(y, y')       | `wins`          | [X, n, n] in [0, 1]   | who beats whom among the responses to a prompt            |
+| (x, y+, y-)      | `chosen`        | [B, 3] int64          | prompt, better and worse response, by number              |
 
 The duality gap is E_x[max_y P(y > pi) - min_y P(pi > y)] = E_x[2 max_y P(y > pi) - 1]: 0 exactly at Nash, at most 1. It is
 twice what some libraries call exploitability; no other measure of the distance from Nash is used here.
@@ -445,6 +449,9 @@ class Practice:
             check_positive(**{name: getattr(self, name)})
         if self.top_p > 1 or not 0 <= self.replay <= 1 or not 0 <= self.fall <= 1:
             raise ValueError(f"top_p {self.top_p}, replay {self.replay}, fall {self.fall}: expected shares of at most 1")
+        if self.replay_iterations < 0 or (self.trained is not None and not 2 <= self.trained <= self.samples):
+            raise ValueError(f"replay_iterations {self.replay_iterations}, trained {self.trained} of {self.samples} samples: "
+                             "expected at least 0, and 2 to samples")  # fmt: skip
 
     def rate(self, t: int, iterations: int) -> float:
         """The learning rate at the start of iteration t of 1..T."""
@@ -454,6 +461,7 @@ class Practice:
 def sample_groups(policy: SampledPolicy, prompts: list[Any], gold: list[Any] | None, settings: Practice, seed: int) -> Groups:
     """Lines 3 and 4: K samples a prompt, with the log-probabilities recorded on the way, and the gold responses after them."""
     responses, log_pi_t = policy.sample(prompts, settings.samples, settings.temperature, settings.top_p, seed)
+    log_pi_t = log_pi_t.detach()
     groups = [list(ys) for ys in (responses.tolist() if isinstance(responses, Tensor) else responses)]
     if gold is None:
         return Groups(prompts, groups, log_pi_t)
@@ -469,7 +477,10 @@ def judge_groups(oracle: Any, groups: Groups) -> Tensor:
     prompts = [x for x in groups.prompts for _ in i]
     a, b = ([ys[m] for ys in groups.responses for m in which] for which in (i, j))
     wins = torch.full((X, n, n), 0.5, dtype=torch.float64)
-    wins[:, i, j] = oracle.prefer(prompts, a, b).to(wins).view(X, -1)
+    answers = oracle.prefer(prompts, a, b).detach().to(wins)
+    if not ((answers >= 0) & (answers <= 1)).all():
+        raise ValueError(f"the oracle answered {answers.min():.6g} to {answers.max():.6g}; expected probabilities in [0, 1]")
+    wins[:, i, j] = answers.view(X, -1)
     wins[:, j, i] = 1 - wins[:, i, j]
     return wins
 
@@ -534,7 +545,7 @@ def teacher_pairs(r: Tensor, usable: Tensor, margin: float) -> Tensor:
 def gold_against_students(r: Tensor, usable: Tensor) -> Tensor:
     """SPIN (Chen et al. 2024): the gold response against each of the student's, whoever is better."""
     wanted = torch.zeros(*r.shape, r.shape[1], dtype=torch.bool)
-    wanted[:, -1, :-1] = True
+    wanted[:, -1, :-1] = usable[:, -1:]
     return wanted.nonzero()
 
 
@@ -582,8 +593,8 @@ def form_pairs(groups: Groups, r: Tensor, pairs: Tensor) -> Pairs:
     n, (x, pos, neg) = r.shape[1], pairs.unbind(-1)
     prompts = [prompt for prompt in groups.prompts for _ in range(n)]
     responses, group = [y for ys in groups.responses for y in ys], torch.arange(len(prompts)) // n
-    everything = Pairs(prompts, responses, group, r.flatten(), groups.log_pi_t.cpu().flatten(), x * n + pos, x * n + neg)
-    return everything.take(torch.arange(len(pairs)))
+    log_pi_t, first, second = groups.log_pi_t.cpu().flatten(), x * n + pos, x * n + neg
+    return Pairs(prompts, responses, group, r.flatten(), log_pi_t, first, second).take(torch.arange(len(pairs)))
 
 
 def join(parts: Sequence[Pairs]) -> Pairs:
@@ -664,8 +675,10 @@ class Best:
 
 
 def validated(policy: SampledPolicy, t: int, validate: Callable[[], float], best: Best | None = None) -> Best:
-    """The better of `best` and of the policy as it is, which is pi_t; of equals the earlier."""
+    """The better of `best` and of the policy as it is, which is pi_t; of equals the earlier. ValueError on a score of NaN."""
     score = validate()
+    if score != score:
+        raise ValueError(f"the validation score of pi_{t} is {score}; expected a number")
     if best is not None and score <= best.score:
         return best
     return Best(t, score, [parameter.detach().clone() for parameter in policy.parameters()])
@@ -698,8 +711,10 @@ def compute_anew(t: int, phase: str, function: Callable[..., Any], *arguments: A
 
 
 def random_numbers(seed: int, t: int) -> tuple[int, torch.Generator]:
-    """All the chance of iteration t: the seed of its samples and the generator of its outcomes, replay and batches."""
-    return seed * 1_000_003 + t, torch.Generator().manual_seed(seed * 1_000_003 + t)
+    """All the chance of iteration t: the seed of its samples and the generator of its outcomes, replay and batches, apart from
+    each other, lest who wins depend on what was sampled."""
+    number = 2 * (seed * 1_000_003 + t)
+    return number, torch.Generator().manual_seed(number + 1)
 
 
 def algorithm2(policy: SampledPolicy, oracle: Any, data: Data, eta: float, iterations: int,
@@ -819,8 +834,10 @@ def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: floa
 def mixed_reference(D: Pairs, policy: SampledPolicy, pi_ref: SampledPolicy, tau: float, eta: float) -> Pairs:
     """D with the unnormalised log pi_t^(1 - tau/eta) pi_ref^(tau/eta) of its responses as the loss's reference."""
     D = with_reference(D, policy)
+    if tau == 0 or not D.responses:
+        return D
     with torch.no_grad():
-        log_pi_ref = pi_ref.log_prob(D.prompts, D.responses).to(D.log_reference) if tau else D.log_reference
+        log_pi_ref = pi_ref.log_prob(D.prompts, D.responses).to(D.log_reference)
     return replace(D, log_reference=geometric_mixture(D.log_reference, log_pi_ref, tau, eta))
 
 
@@ -866,7 +883,8 @@ def algorithm3_sampled(policy: SampledPolicy, oracle: Any, data: Data, eta: floa
                        ) -> Generator[Round, None, Best]:  # fmt: skip
     """Algorithm 3, option I (Algorithm 1 at tau = 0), for responses that can only be sampled: `algorithm4` with soft targets,
     Eq. (8). r_t is estimated, without bias, from the K samples of the prompt itself: each one's opponents are the other
-    K - 1. There is no teacher, no ranking and no filter, and the size of r_t, which ranking throws away, stays."""
+    K - 1 (among them the other of its pair, so that differences of r_t are K/(K - 1) times as large on average). There is no
+    teacher, no ranking and no filter, and the size of r_t, which ranking throws away, stays."""
     check_positive(eta=eta, iterations=iterations)
     check_regularization(tau, eta)
     optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)

@@ -483,7 +483,7 @@ class TextConfig:
 
     def practice(self, stage: SimpleNamespace) -> dno.Practice:
         """The settings of the algorithm's loop."""
-        trained = min(TRAINED, stage.samples) if stage.algorithm in (1, 3) else None
+        trained = min(TRAINED, stage.samples) if stage.algorithm in (1, 3) and stage.samples > 1 else None
         return dno.Practice(stage.samples, stage.temperature, stage.top_p, stage.judgments == "outcomes", replay=stage.replay,
                             prompts_per_step=stage.prompts_per_step, learning_rate=stage.lr, fall=stage.fall,
                             trained=trained)  # fmt: skip
@@ -1022,13 +1022,13 @@ def run_ablations(config: AblationsConfig) -> None:
     torch.set_num_threads(config.threads)
     fine_tuned(config.world(), run)
     methods = settings_to_try(config)
-    tuning = [(label, *setting, 1000 + seed, config.tuning_iterations)
-              for label, settings in methods.items() for setting in settings for seed in range(config.tuning_seeds)]  # fmt: skip
+    tuning = [(label, *tried, 1000 + seed, config.tuning_iterations)
+              for label, settings in methods.items() for tried in settings for seed in range(config.tuning_seeds)]  # fmt: skip
     print(f"{len(tuning)} tuning runs of {config.tuning_iterations} iterations, "
           f"{len(methods) * config.seeds} reported ones of {config.iterations}; {config.jobs} at a time")  # fmt: skip
     scores = {label: dict.fromkeys(settings, 0.0) for label, settings in methods.items()}
-    for (label, *setting, _, _), rows in results(config, run, tuning, "tuning").items():
-        scores[label][tuple(setting)] += late(rows, "win_rate_vs_teacher") / config.tuning_seeds
+    for (label, *tried, _, _), rows in results(config, run, tuning, "tuning").items():
+        scores[label][tuple(tried)] += late(rows, "win_rate_vs_teacher") / config.tuning_seeds
     tuned = {label: max(score, key=score.get) for label, score in scores.items()}
     jobs = [(label, *tuned[label], seed, config.iterations) for label in methods for seed in range(config.seeds)]
     found = results(config, run, jobs, "reporting")

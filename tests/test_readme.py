@@ -47,5 +47,5 @@ def test_every_test_it_names_exists():
 def test_every_method_is_named_and_every_option_named_exists():
     for method in dno.METHODS:
         assert f'`"{method}"`' in README
-    options = {"--" + field.name.replace("_", "-") for field in fields(train.GameConfig)}
+    options = {"--" + field.name.replace("_", "-") for config, _ in train.PRESETS.values() for field in fields(config)}
     assert set(re.findall(r"(--[a-z][a-z-]+)", README)) <= options

@@ -144,6 +144,16 @@ def test_C16_the_win_rates_of_algorithm_2_are_unbiased_as_its_outcomes_do_not_de
         count[place] += 1
     expected = (2 * oracle.P[0].mean(-1) + oracle.P[0, :, gold]) / 3
     assert ((total / count - expected).abs() < 5 * (1 / (4 * 3) / count).sqrt()).all()
+    thirds = 3 * it.r_t[0]  # of outcomes, not of probabilities
+    assert thirds.tolist() == pytest.approx(thirds.round().tolist())
+
+
+def test_every_iteration_and_every_seed_has_chance_of_its_own():
+    """60 samples of a policy that does not move, 3 iterations of 2 seeds, and one seed again."""
+    runs = [[it.groups.responses for it in start("2", TabularPolicy(1, 3), rock_paper_scissors(), [0] * 20, [0] * 20, T=3,
+             rule=2.0, settings=SMALL, seed=seed)] for seed in (0, 1, 0)]  # fmt: skip
+    assert all(a != b for a, b in itertools.combinations(runs[0] + runs[1], 2))
+    assert runs[0] == runs[2]
 
 
 def test_an_outcome_is_one_sample_for_an_unordered_pair_of_its_frequency_and_independent_of_the_others():
@@ -589,7 +599,7 @@ def test_algorithm_4_samples_from_pi_t_or_the_normalised_mixture_and_refers_to_t
 
 
 def test_one_iteration_of_algorithm_3_with_many_samples_is_soft_policy_iteration():
-    """K = 32, 1,200 groups, 8 of each trained on. Over 8 seeds the TV to Eq. (9) was MEASURED1; the step itself is 0.043."""
+    """K = 32, 1,200 groups, 8 of each trained on. TV to Eq. (9): at most 0.0045 over 8 seeds; the step is 0.043."""
     policy, eta = tabular(COMAL_START), 1.0
     settings = dno.Practice(samples=32, prompts_per_step=12, learning_rate=0.05, trained=8, **PLAIN)
     it = next(start("3", policy, PreferenceTable(COMAL), [0] * 1200, eta=eta, tau=0.0, settings=settings))
@@ -601,14 +611,14 @@ def test_one_iteration_of_algorithm_3_with_many_samples_is_soft_policy_iteration
 
 
 def test_on_a_cycle_the_last_iterate_of_algorithm_3_with_a_moving_reference_nears_nash_but_not_that_of_algorithm_2():
-    """Mean gap of the last ten of 60 iterations, MEASURED2."""
+    """Mean gap of the last ten of 60 iterations, over 8 seeds: 0.01 to 0.07 and 0.51 to 0.80 (a pure policy's is 0.8)."""
     oracle, late = PreferenceTable(COMAL), {}
     for name, samples in {"3": 32, "2": 5}.items():
         policy = tabular(COMAL_START)
         settings = dno.Practice(samples=samples, prompts_per_step=4, learning_rate=0.05, trained=8, **PLAIN)
         run = start(name, policy, oracle, [0] * 48, eta=0.3, T=60, tau=0.2, rule=0.4, every=4, settings=settings)
         late[name] = sum([dno.duality_gap(COMAL, policy.log_probs().detach().exp()) for _ in run][-10:]) / 10
-    assert late["3"] < 0.08
+    assert late["3"] < 0.1
     assert late["2"] > 0.3
 
 
