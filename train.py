@@ -464,6 +464,8 @@ class TextConfig:
             raise ValueError(f"{given[0]} differs between algorithms; add --algorithm, or leave it out")
         for stage in self.stages():
             dno.check_positive(eta=stage.eta, iterations=stage.iterations)
+            if stage.algorithm in (1, 3) and stage.samples < 2:
+                raise ValueError(f"samples is {stage.samples}; expected at least 2, each other's opponents")
             dno.check_regularization(stage.tau, stage.eta)
             self.practice(stage)
         for name, least, most in (("prompts", 1, 72), ("sft_steps", 1, None), ("vocabulary", 256, None), ("layers", 1, None),
@@ -483,7 +485,7 @@ class TextConfig:
 
     def practice(self, stage: SimpleNamespace) -> dno.Practice:
         """The settings of the algorithm's loop."""
-        trained = min(TRAINED, stage.samples) if stage.algorithm in (1, 3) and stage.samples > 1 else None
+        trained = TRAINED if stage.algorithm in (1, 3) else None
         return dno.Practice(stage.samples, stage.temperature, stage.top_p, stage.judgments == "outcomes", replay=stage.replay,
                             prompts_per_step=stage.prompts_per_step, learning_rate=stage.lr, fall=stage.fall,
                             trained=trained)  # fmt: skip
