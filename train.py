@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -16,8 +17,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -971,12 +973,17 @@ def run_method(config: AblationsConfig, label: str, lr: float, eta: float, seed:
     return rows
 
 
+def end_with_parent() -> None:
+    """Make this worker end when the process that started it does, even by kill -9."""
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def results(config: AblationsConfig, run: Run, jobs: list[tuple[str, float, float, int, int]],
             what: str) -> dict[tuple[str, float, float, int, int], list[dict[str, Any]]]:  # fmt: skip
     """The rows of each job (method, lr, eta, seed, iterations), from its file in the run's folder or by running it."""
     files = {job: Path("jobs") / ("-".join(map(str, job)).replace(" ", "_") + ".json") for job in jobs}
     missing = [job for job in jobs if not (run.out / files[job]).exists()]
-    with ProcessPoolExecutor(config.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(config.jobs, get_context("spawn"), initializer=end_with_parent) as pool:
         running = {pool.submit(run_method, config, *job): job for job in missing}
         try:
             for done in tqdm(as_completed(running), what, len(missing), unit="run", disable=None, leave=False):
