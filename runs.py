@@ -93,10 +93,10 @@ class Run:
         self.state = self._earlier(settings) if started else None
         self.phases = (self.load("checkpoint/phases.pt", settings["device"]) if started else None) or {}
         self.out.mkdir(parents=True, exist_ok=True)
-        self.write("config.json", json.dumps(settings, indent=2) + "\n")
+        if not started:
+            self.write("config.json", json.dumps(settings, indent=2) + "\n")
         (self.out / "checkpoint").mkdir(exist_ok=True)
         self.metrics = self.state["metrics"] if self.state else []
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 
     def _earlier(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         try:
@@ -146,8 +146,7 @@ class Run:
     def save(self, row: dict[str, Any], state: dict[str, Any]) -> None:
         """End an iteration: its row joins metrics.jsonl, then row and state become the checkpoint, atomically."""
         self.metrics.append(row)
-        with (self.out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
         self.checkpoint(state)
 
     def checkpoint(self, state: dict[str, Any]) -> None:

@@ -909,7 +909,8 @@ def dno_lookahead(start: Start) -> Iterator[dno.Round]:
     generator, optimizer = dno.random_numbers(start.seed, 0)[1], dno.adam(start.policy, 0.0)
     best = dno.validated(start.policy, 1, start.validation)
     parts = D.batches(-(-len(D.group.unique()) // start.iterations), generator)
-    for t, (part, it) in enumerate(zip(parts, rounds, strict=False), 1):
+    parts += [D.take(torch.arange(0))] * (start.iterations - len(parts))
+    for t, (part, it) in enumerate(zip(parts, rounds, strict=True), 1):
         rate = start.settings.rate(t, start.iterations)
         fit = dno.fit_pairs(start.policy, part, dno.hard_targets(start.eta), optimizer, start.settings, rate, generator)
         best = dno.validated(start.policy, t + 1, start.validation, best)

@@ -186,6 +186,7 @@ import json, os, shutil, signal, sys
 root, folder, legs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 sys.path.insert(0, root)
 import dno, runs, train
+import torch._dynamo  # making an optimizer does that
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -245,26 +246,27 @@ def on_disk(out):
 
 
 STATE, PHASES = "checkpoint/state.pt", "checkpoint/phases.pt"
-POINTS = {  # when: (file, content, before it is in its place?, then on disk, asked for on the way there)
-    "in the middle of fine-tuning": (
+POINTS = {  # when: (file, content, before it is in its place?, then on disk, and what was asked for on the way there)
+    "killed in the middle of fine-tuning": (
         STATE, "content.get('sft_steps') == 50", False, "50 steps |  of None | 0 |  | ", ""),
-    "Algorithm 2, iteration 2 sampled": (
+    "when Algorithm 2 had sampled for iteration 2": (
         PHASES, "content['key'] == [0, 2]", False, "[0, 1] | sampled of [0, 2] | 1 | 001 base | ", "sample judge sample"),
-    "judged": (
+    "when it had judged": (
         PHASES, "content['key'] == [0, 2] and 'judged' in content", False,
         "[0, 1] | sampled judged of [0, 2] | 1 | 001 base | ", "judge"),
-    "trained, its policy written": (
+    "when it had trained and written the policy": (
         "policies/002.pt", "True", False, "[0, 1] | sampled judged of [0, 2] | 1 | 001 002 base | ", ""),
-    "its checkpoint written": (
+    "when it had written the checkpoint": (
         STATE, "content.get('stage') == 0 and content['round'].t == 2", False,
         "[0, 2] | sampled judged of [0, 2] | 2 | 001 002 base | ", ""),
-    "Algorithm 3, iteration 1 sampled": (
+    "when Algorithm 3 had sampled for iteration 1": (
         PHASES, "content['key'] == [1, 1]", False,
         "[0, 3] | sampled of [1, 1] | 3 | 001 002 003 base | ", "sample judge sample"),
-    "while the checkpoint of iteration 2 is being written": (
+    "before it put the checkpoint of iteration 2 in its place": (
         STATE, "content.get('stage') == 1 and content['round'].t == 2", True,
         "[1, 1] | sampled judged of [1, 2] | 5 | 001 002 003 004 005 base | state.pt.part", "judge sample judge"),
-    "never": ("", "False", False, "[1, 3] | sampled judged of [1, 3] | 6 | 001 002 003 004 005 006 base | ", "sample judge"),
+    "at the end": (
+        "", "False", False, "[1, 3] | sampled judged of [1, 3] | 6 | 001 002 003 004 005 006 base | ", "sample judge"),
 }  # fmt: skip
 
 
@@ -304,7 +306,7 @@ def test_killed_in_every_phase_and_resumed_a_run_is_bit_for_bit_the_uninterrupte
     assert codes == [-signal.SIGKILL] * 7 + [0]
     for leg, (point, (*_, expected, asked)) in enumerate(POINTS.items()):
         found = on_disk(tmp_path / f"after-{leg}")
-        print(f"\nkilled {point}: exit code {codes[leg]}; on disk {found}; asked for {calls[leg]}", end="")
+        print(f"\n{point}: exit code {codes[leg]}, on disk {found}, asked for: {asked}", end="")
         assert found == expected, point
         assert calls[leg] == asked.split(), point
     assert_same_run(finished, cut)
@@ -319,17 +321,17 @@ def fine_tuned_already(finished, out, arguments):
 
 
 def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
-    """Killed after iteration 1. The reference moves in every iteration: that it has is part of what must be remembered."""
-    legs, others = [], ("1 --eta 1 --tau 0.5", "4 --option I --tau 4", "4 --option II --tau 4")
-    for number, algorithm in enumerate(others):
-        arguments = [*TINY, "--algorithm", *algorithm.split(), "--move-reference-every", "1", "--resume", "--out"]
+    """Killed after iteration 3 of 4. The reference of iteration 4 is pi_3 then, neither pi_1 nor the policy that was saved."""
+    legs, short = [], "--iterations 4 --move-reference-every 2 --resume".split()
+    for number, algorithm in enumerate(("1 --tau 0.5", "4 --option I --tau 4", "4 --option II --tau 4")):
+        arguments = [*TINY, *short, "--algorithm", *algorithm.split(), "--out"]
         for name in ("whole", "cut"):
             fine_tuned_already(finished, tmp_path / f"{name}-{number}", [*arguments, str(tmp_path / f"{name}-{number}")])
-        legs.append(([*arguments, str(tmp_path / f"cut-{number}")], STATE, "content.get('stage') == 0", False))
+        legs.append(([*arguments, str(tmp_path / f"cut-{number}")], STATE, "content['round'].t == 3", False))
     codes, _ = kill(tmp_path, legs)
     assert codes == [-signal.SIGKILL] * 3
     for number, (arguments, *_) in enumerate(legs):
-        assert on_disk(tmp_path / f"after-{number}") == "[0, 1] | sampled judged of [0, 1] | 1 | 001 base | "
+        assert on_disk(tmp_path / f"after-{number}") == "[0, 3] | sampled judged of [0, 3] | 3 | 001 002 003 base | "
         for name in ("whole", "cut"):
             assert train.main([*arguments[:-1], str(tmp_path / f"{name}-{number}")]) == 0
         assert_same_run(tmp_path / f"whole-{number}", tmp_path / f"cut-{number}")
@@ -393,29 +395,34 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(finished, name, capsys, 
         before = everything_in(out)
         assert f"{name} is not a readable checkpoint" in refused(capsys, *TINY, "--out", out, "--resume")
         assert everything_in(out) == before
+    torch.save([torch.zeros(3)], out / name)
+    assert f"{name} is not a checkpoint of a run" in refused(capsys, *TINY, "--out", out, "--resume")
 
 
-@pytest.fixture
-def with_foreign_checkpoint(finished, tmp_path):
+def with_foreign_checkpoint(finished, out):
     """A copy of the run with the checkpoint of one whose transformer is half as wide, after its first iteration."""
-    out, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(finished, out)
-    assert train.main([*TINY, "--iterations", "1", "--sft-steps", "1", "--width", "16", "--out", str(other)]) == 0
-    shutil.copy(other / STATE, out / STATE)
+    with torch.serialization.safe_globals(list(train.CLASSES_KEPT)):
+        state = torch.load(out / STATE, weights_only=True)
+    narrow = train.TextConfig(layers=1, width=16).policy(policy_of(out, "base").tokenizer)
+    torch.save({**state, "policy": narrow.state_dict(), "metrics": state["metrics"][:1]}, out / STATE)
     return out
 
 
-def test_a_foreign_checkpoint_is_refused(with_foreign_checkpoint, capsys):
-    assert "is not of this run" in refused(capsys, *TINY, "--out", with_foreign_checkpoint, "--resume")
-    torch.save({"weights": torch.zeros(3)}, with_foreign_checkpoint / STATE)
-    assert "not a checkpoint of a run" in refused(capsys, *TINY, "--out", with_foreign_checkpoint, "--resume")
+def test_a_foreign_checkpoint_is_refused(finished, capsys, tmp_path):
+    out = with_foreign_checkpoint(finished, tmp_path / "run")
+    assert "is not of this run" in refused(capsys, *TINY, "--out", out, "--resume")
+    torch.save({"weights": torch.zeros(3)}, out / STATE)
+    before = everything_in(out)
+    assert "state.pt is not a checkpoint of a run" in refused(capsys, *TINY, "--out", out, "--resume")
+    assert everything_in(out) == before
 
 
-@pytest.mark.xfail(strict=True, reason="Run.__init__ writes the checkpoint's metrics before anything else of it is looked at")
-def test_a_run_with_a_foreign_checkpoint_is_left_alone(with_foreign_checkpoint, capsys):
-    before = everything_in(with_foreign_checkpoint)
-    refused(capsys, *TINY, "--out", with_foreign_checkpoint, "--resume")
-    assert everything_in(with_foreign_checkpoint) == before
+def test_a_run_with_a_foreign_checkpoint_is_left_alone(finished, capsys, tmp_path):
+    out = with_foreign_checkpoint(finished, tmp_path / "run")
+    before = everything_in(out)
+    refused(capsys, *TINY, "--out", out, "--resume")
+    assert everything_in(out) == before
 
 
 class Bomb:
@@ -433,7 +440,7 @@ def test_a_checkpoint_cannot_run_code(finished, name, capsys, tmp_path):
     out, exploded = tmp_path / "run", tmp_path / "exploded"
     shutil.copytree(finished, out)
     torch.save({"metrics": [], "key": [0, 1], "sampled": Bomb(exploded)}, tmp_path / "archive")
-    for content in (pickle.dumps(Bomb(exploded)), (tmp_path / "archive").read_bytes()):
+    for content in (pickle.dumps(Bomb(exploded), protocol=2), (tmp_path / "archive").read_bytes()):
         (out / name).write_bytes(content)
         pickle.loads(content) if content[:2] != b"PK" else torch.load(out / name, weights_only=False)
         exploded.rmdir()  # so it was a bomb
@@ -481,12 +488,12 @@ def test_the_row_of_a_policy_by_hand():
     validation = measured(*[TEXTS[CONCISE]] * 4)
     validation.policy = Reciter(TEXTS[CONCISE], TEXTS[VIVID], TEXTS[MALFORMED], TEXTS[CONCISE])
     # P(concise > teacher) is .1, .15, .75, P(vivid > teacher) 1/2, P(malformed > teacher) .05
-    assert validation() == pytest.approx((0.5 + 1.5 + 0.15) / 12 + 0.0 + (2 * (0.1 + 0.15 + 0.75)) / 12)
+    assert validation() == pytest.approx((0.1 + 0.15 + 0.75) / 3 / 2 + 0.5 / 4 + 0.05 / 4)
     row = validation.row()
     assert [row[f"share_{name}"] for name in CLASSES] == [0.5, 0.25, 0.0, 0.25]
     assert row["gap_average"] == pytest.approx(0.7)
     # P(concise > concise) 1/2, P(vivid > concise) .9, .85, .25, P(malformed > concise) .05
-    assert row["win_rate_vs_previous"] == pytest.approx(0.5 / 2 + (0.9 + 0.85 + 0.25) / 12 + 0.05 / 4)
+    assert row["win_rate_vs_previous"] == pytest.approx(0.5 / 2 + (0.9 + 0.85 + 0.25) / 3 / 4 + 0.05 / 4)
     # best replies: vivid by .4/2 + .45/4 and .35/2 + .45/4; to praise, precise .3/2 - .35/4 + .45/4 or concise .25/4 + .45/4
     assert row["gap_last"] == pytest.approx(2 * ((0.2 + 0.175) + 3 * 0.45 / 4 + max(0.15 - 0.0875, 0.0625)) / 3)
     assert row["gap_last"] < row["gap_average"]
@@ -508,7 +515,7 @@ def test_the_noise_floor_by_hand_for_one_sample_and_below_a_bound_that_goes_down
         mean += sum(p * gap for p, gap in zip(pi, gaps, strict=True)) / 3
         variance += sum(p * gap**2 for p, gap in zip(pi, gaps, strict=True)) / 3  # an upper bound: the mean is not subtracted
     assert floors[1] == pytest.approx(mean, abs=SPREAD * (variance / (200 * 24)) ** 0.5)
-    assert floors[1] > 2 * floors[4] > 4 * floors[16] > 8 * floors[64] > 0
+    assert floors[1] > 3 * floors[4] > 9 * floors[16] > 27 * floors[64] > 0  # like 1/k; independent samples: like 1/sqrt(k)
 
 
 def test_the_t_interval_by_hand():
@@ -522,20 +529,21 @@ def test_the_t_interval_by_hand():
 # --- The run as it comes, with fewer iterations ---
 
 
-def test_fine_tuning_leaves_a_gap_algorithm_2_beats_the_teacher_and_algorithm_3_heads_for_nash(tmp_path):
-    """At full size, 24 iterations each. PLACEHOLDER"""
+def test_after_24_iterations_algorithm_2_is_level_with_its_teacher_and_algorithm_3_has_halved_the_gap(tmp_path):
+    """`python train.py text` with fewer iterations (about 60 s). Measured with seeds 0 to 6, lest this be luck: well-formed
+    .986 to .997, first gap .467 to .494, P(> teacher) at first .25 to .27, at its most .50 to .69 in Algorithm 2; gap of the
+    last third .31 to .52 in Algorithm 2, in Algorithm 3 .10 to .20, which is .21 to .43 of the first."""
     out = tmp_path / "run"
     assert train.main(["text", "--iterations", "24", "--threads", "1", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
-    second, third = summary["stages"]
+    (second, third), last = summary["stages"], rows(out)[-8:]
     assert summary["well_formed_first"] >= 0.97
     assert summary["gap_first"] >= 0.4
-    assert summary["win_rate_vs_teacher_first"] < 0.35
-    assert second["win_rate_vs_teacher_most"] > 0.5
+    assert summary["win_rate_vs_teacher_first"] <= 0.3
+    assert second["win_rate_vs_teacher_most"] >= 0.45
+    assert third["gap_last"] == pytest.approx(sum(row["gap_last"] for row in last) / 8, abs=EXACT)
     assert third["gap_last"] <= summary["gap_first"] / 2
     assert third["gap_last"] < second["gap_last"]
-    tail = [row["gap_last"] for row in rows(out)[-8:]]
-    assert third["gap_last"] == pytest.approx(sum(tail) / 8)
 
 
 # --- Ablations ---
@@ -628,7 +636,7 @@ def test_without_a_margin_all_of_dnos_pairs_are_there_and_others_below_the_margi
 def test_offline_samples_and_reference_are_those_of_pi_1_in_every_iteration(method, begin, fitted):
     start, untouched = begin(), begin().policy
     for t, it in enumerate(method(start), 1):
-        sampled, _ = untouched.sample(start.data(t)[0], K, seed=5 * 1_000_003 + t)
+        sampled, _ = untouched.sample(start.data(t)[0], K, seed=dno.random_numbers(start.seed, t)[0])
         assert [ys[:K] for ys in it.groups.responses] == sampled
         D = fitted[-1][1]
         assert triples(D) == chosen(it)  # nothing is replayed
@@ -642,7 +650,8 @@ def test_on_policy_samples_and_reference_are_those_of_pi_t(begin, fitted):
     next(its)
     pi_2.load_state_dict(start.policy.state_dict())
     it, D = next(its), fitted[-1][1]
-    assert [ys[:K] for ys in it.groups.responses] == pi_2.sample(start.data(2)[0], K, seed=5 * 1_000_003 + 2)[0]
+    sampled, _ = pi_2.sample(start.data(2)[0], K, seed=dno.random_numbers(start.seed, 2)[0])
+    assert [ys[:K] for ys in it.groups.responses] == sampled
     assert off(D.log_reference, pi_2, D) < DOUBLE
     assert off(D.log_reference, untouched, D) > 0.1
 
@@ -675,7 +684,6 @@ def test_lookahead_trains_pi_1_on_each_pair_that_dno_comes_to_see_once_and_in_an
         assert triples(D) & seen[1]
 
 
-@pytest.mark.xfail(strict=True, reason="with few prompts the parts into which its pairs are cut are fewer than T")
 def test_lookahead_has_as_many_iterations_as_the_others_however_few_its_pairs(begin):
     start = begin(4, prompts=2, margin=0.9)
     assert len(list(train.dno_lookahead(start))) == 4
