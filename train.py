@@ -468,13 +468,21 @@ class TextConfig:
             dno.check_positive(eta=stage.eta, iterations=stage.iterations)
             if stage.algorithm in (1, 3) and stage.samples < 2:
                 raise ValueError(f"samples is {stage.samples}; expected at least 2, each other's opponents")
+            if stage.move_reference_every < 0:
+                raise ValueError(f"move-reference-every is {stage.move_reference_every}; expected at least 0")
+        if self.option != "I" and self.algorithm != 4:
+            raise ValueError("option II belongs to Algorithm 4; add --algorithm 4")
+        if self.algorithm == 2 and (self.tau or self.move_reference_every):
+            raise ValueError("tau and move-reference-every belong to Algorithms 3 and 4; choose one of them by --algorithm")
+        if self.algorithm in (1, 3) and self.rule != "large-margin":
+            raise ValueError(f"rule {self.rule} belongs to Algorithms 2 and 4; Algorithms 1 and 3 train on all pairs")
             dno.check_regularization(stage.tau, stage.eta)
             self.practice(stage)
         for name, least, most in (("prompts", 1, 72), ("sft_steps", 1, None), ("vocabulary", 256, None), ("layers", 1, None),
                                   ("width", 8, None), ("max_new_tokens", 1, None), ("survey", 1, None), ("threads", 1, None),
-                                  ("seed", 0, None), ("margin", 0, 1)):  # fmt: skip
+                                  ("seed", 0, 10**9), ("margin", 0, 1)):  # fmt: skip
             value = getattr(self, name)
-            if value < least or (most is not None and value > most):
+            if not least <= value <= (value if most is None else most):
                 raise ValueError(f"{name} is {value}; expected at least {least}" + (f" and at most {most}" if most else ""))
         dno.check_positive(sft_lr=self.sft_lr)
         self.transformer(2)  # checks its shape
@@ -732,6 +740,8 @@ def run_text(config: TextConfig) -> None:
           f"P(Nash > teacher) {dno.win_rate(validation.P, nash, validation.teacher):.3f}, "
           f"gap of the teacher {dno.duality_gap(validation.P, validation.teacher):.3f}")  # fmt: skip
     show_responses(validation)
+    if run.state and run.state.get("stage", 0) >= len(config.stages()):
+        raise BadInput(f"the checkpoint in {run.out} is of a run with more algorithms than this; choose another --out")
     for number, stage in enumerate(config.stages()):
         if not run.state or run.state.get("stage", 0) <= number:
             train_stage(number, stage, config, policy, validation, run, base, dno.duality_gap(validation.P, nash))
@@ -1012,7 +1022,7 @@ def settings_to_try(config: AblationsConfig) -> dict[str, tuple[tuple[float, flo
     methods = {label: settings for label, (algorithm, _, settings) in METHODS.items() if config.algorithm in (None, algorithm)}
     if config.eta is None:
         return methods
-    return {label: tuple(dict.fromkeys((lr, config.eta) for lr, _ in settings)) for label, settings in methods.items()}
+    return {label: tuple(dict.fromkeys((lr, config.eta) for lr, _ in settings))[:2] for label, settings in methods.items()}
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
@@ -1103,7 +1113,7 @@ def ablations_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> plt.Figur
                 (line,) = axes.plot(t, mean, style, lw=1.6, label=name)
                 axes.fill_between(t, mean - half, mean + half, color=line.get_color(), alpha=0.15, lw=0)
             if column == "win_rate_vs_teacher":
-                axes.axhline(0.5, ls=":", lw=1, color="0.3")
+                axes.axhline(0.5, ls=":", lw=1, color="0.3", label="1/2")
                 axes.legend(fontsize=8)
             else:
                 axes.set(xlabel="iteration $t$")
