@@ -793,7 +793,8 @@ def text_figure(config: TextConfig, metrics: list[dict[str, Any]], first: dict[s
         axes.axhline(0.5 if column == "win_rate_vs_teacher" else floor, ls=":", lw=1, color="0.3",
                      label="1/2" if column == "win_rate_vs_teacher" else "noise floor: Nash itself, measured so")  # fmt: skip
         axes.set(xlabel="iteration $t$", ylabel=label, ylim=(0, None))
-        axes.legend(fontsize=8)
+        if column != "gap_last":  # whose lines are those of its neighbour
+            axes.legend(fontsize=8)
     return figure
 
 
