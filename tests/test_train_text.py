@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,12 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert train.main([*TINY, "--out", str(out)]) == 0
     return out
+
+
+def test_the_readme_explains_every_column_of_a_text_run(finished):
+    table = (ROOT / "README.md").read_text().split("The columns of a text run:")[1].split("\n## ")[0]
+    explained = {name for cell in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`(\w+)`", cell)}
+    assert explained == {name for row in rows(finished) for name in row}
 
 
 def jsonl(path):
