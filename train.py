@@ -466,6 +466,8 @@ class TextConfig:
             raise ValueError(f"{given[0]} differs between algorithms; add --algorithm, or leave it out")
         for stage in self.stages():
             dno.check_positive(eta=stage.eta, iterations=stage.iterations)
+            dno.check_regularization(stage.tau, stage.eta)
+            self.practice(stage)
             if stage.algorithm in (1, 3) and stage.samples < 2:
                 raise ValueError(f"samples is {stage.samples}; expected at least 2, each other's opponents")
             if stage.move_reference_every < 0:
@@ -476,8 +478,6 @@ class TextConfig:
             raise ValueError("tau and move-reference-every belong to Algorithms 3 and 4; choose one of them by --algorithm")
         if self.algorithm in (1, 3) and self.rule != "large-margin":
             raise ValueError(f"rule {self.rule} belongs to Algorithms 2 and 4; Algorithms 1 and 3 train on all pairs")
-            dno.check_regularization(stage.tau, stage.eta)
-            self.practice(stage)
         for name, least, most in (("prompts", 1, 72), ("sft_steps", 1, None), ("vocabulary", 256, None), ("layers", 1, None),
                                   ("width", 8, None), ("max_new_tokens", 1, None), ("survey", 1, None), ("threads", 1, None),
                                   ("seed", 0, 10**9), ("margin", 0, 1)):  # fmt: skip
