@@ -69,7 +69,7 @@ def parse(argv: list[str], presets: dict[str, type], default: str) -> tuple[str,
     if "-h" in rest or "--help" in rest:
         print(f"usage: python train.py [PRESET] [--field value ...]\n\npresets: {', '.join(presets)} (default: {default})\n")
         for name, config in presets.items():
-            if name == preset or not argv[0].startswith("-"):
+            if name == preset or argv[0].startswith("-"):
                 print(_parser(name, config).format_help())
         sys.exit(0)
     return preset, presets[preset](**vars(_parser(preset, presets[preset]).parse_args(rest)))
