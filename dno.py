@@ -434,7 +434,7 @@ class Practice:
     samples: int = 5  # K
     temperature: float = 0.7
     top_p: float = 0.95
-    outcomes: bool = True  # rank by {0, 1} samples of P, as line 5 says; else by the probabilities that the oracle gives
+    judgments: str = "outcomes"  # r_t by {0, 1} samples of P, as line 5 says; by "probabilities" P; by "scores" (section 5)
     ngram: int = 3  # a response in which a run of this many words occurs twice is a repetition: it loses all, 0 for never
     replay: float = 0.3  # share of iteration t - 1's pairs to train on again, at most; half of it of t - 2's, and so on
     replay_iterations: int = 4  # how far back
@@ -447,6 +447,8 @@ class Practice:
     def __post_init__(self) -> None:
         for name in ("samples", "prompts_per_step", "temperature", "top_p", "learning_rate", "max_grad_norm"):
             check_positive(**{name: getattr(self, name)})
+        if self.judgments not in ("outcomes", "probabilities", "scores"):
+            raise ValueError(f"judgments is {self.judgments!r}; expected outcomes, probabilities or scores")
         if self.top_p > 1 or not 0 <= self.replay <= 1 or not 0 <= self.fall <= 1:
             raise ValueError(f"top_p {self.top_p}, replay {self.replay}, fall {self.fall}: expected shares of at most 1")
         if self.replay_iterations < 0 or (self.trained is not None and self.trained < 2):
@@ -470,30 +472,43 @@ def sample_groups(policy: SampledPolicy, prompts: list[Any], gold: list[Any] | N
 
 def judge_groups(oracle: Any, groups: Groups) -> Tensor:
     """P(y_i > y_j | x) of every two responses of a group, [X, n, n], float64 on the CPU, by oracle.prefer(prompts, a, b): one
-    question for each unordered pair, all of them asked together; the answer the other way round is taken to be 1 - P."""
+    question for each unordered pair, all of them asked together; the answer the other way round is taken to be 1 - P. NaN
+    where the oracle has no answer. ValueError on an answer that is no probability."""
     X, n = len(groups.prompts), len(groups.responses[0])
     i, j = torch.triu_indices(n, n, 1).tolist()
     prompts = [x for x in groups.prompts for _ in i]
     a, b = ([ys[m] for ys in groups.responses for m in which] for which in (i, j))
     wins = torch.full((X, n, n), 0.5, dtype=torch.float64)
     answers = oracle.prefer(prompts, a, b).detach().to(wins)
-    if not ((answers >= 0) & (answers <= 1)).all():
-        raise ValueError(f"the oracle answered {answers.min():.6g} to {answers.max():.6g}; expected probabilities in [0, 1]")
+    given = answers[~answers.isnan()]
+    if not ((given >= 0) & (given <= 1)).all():
+        raise ValueError(f"the oracle answered {given.min():.6g} to {given.max():.6g}; expected probabilities in [0, 1]")
     wins[:, i, j] = answers.view(X, -1)
     wins[:, j, i] = 1 - wins[:, i, j]
     return wins
 
 
 def draw_outcomes(wins: Tensor, generator: torch.Generator) -> Tensor:
-    """1_P of line 5, [X, n, n]: for each unordered pair one {0, 1} sample of its probability; the diagonal stays 1/2."""
-    won = (torch.rand(wins.shape, generator=generator, dtype=wins.dtype) < wins).to(wins).triu(1)
+    """1_P of line 5, [X, n, n]: for each unordered pair one {0, 1} sample of its probability, NaN of NaN; the diagonal stays
+    1/2."""
+    won = torch.rand(wins.shape, generator=generator, dtype=wins.dtype) < wins
+    won = won.to(wins).masked_fill(wins.isnan(), float("nan")).triu(1)
     return won + (1 - won).mT.tril(-1) + 0.5 * torch.eye(wins.shape[-1]).to(wins)
 
 
 def group_win_rates(wins: Tensor) -> Tensor:
     """r_t(x, y_i) = mean over the n - 1 others of wins(y_i, y_j), [X, n] in [0, 1]: line 5. Where the others are samples of
-    pi_t, an unbiased estimate of P(y_i > pi_t) of variance <= 1/(4 (n - 1)); a gold one enters it with weight 1/(n - 1)."""
-    return (wins.sum(-1) - wins.diagonal(dim1=-2, dim2=-1)) / (wins.shape[-1] - 1)
+    pi_t, an unbiased estimate of P(y_i > pi_t) of variance <= 1/(4 (n - 1)); a gold one enters it with weight 1/(n - 1). Pairs
+    without an answer, NaN, are left out of the mean; a response without any has NaN."""
+    return wins.masked_fill(torch.eye(wins.shape[-1], dtype=torch.bool), float("nan")).nanmean(-1)
+
+
+def rate_groups(oracle: Any, groups: Groups, wins: Tensor, settings: Practice, generator: torch.Generator) -> Tensor:
+    """r_t [X, n] by which line 6 ranks: line 5's, from outcomes of wins [X, n, n] or from wins itself; or, as section 5 does,
+    the points that oracle.scores(prompts, responses) gives, [X, n] in [0, 6]. NaN: not to be had."""
+    if settings.judgments == "scores":
+        return oracle.scores(groups.prompts, groups.responses)
+    return group_win_rates(draw_outcomes(wins, generator) if settings.judgments == "outcomes" else wins)
 
 
 def repeats_ngrams(words: Sequence[Any], n: int) -> bool:
@@ -509,7 +524,8 @@ def demote_repetitions(r: Tensor, groups: Groups, words: Callable[[Any], Sequenc
 
 
 # Rules of line 6: which pairs (x, y+, y-) of the groups to train on, int64 [B, 3], from the win rates (or scores) r [X, n], the
-# gold response's last, and from who may be a positive, usable [X, n].
+# gold response's last, and from who may be a positive, usable [X, n]. NaN, a response that was not judged, is in no pair (SPIN,
+# which does not ask the judge, aside).
 
 ROUNDING = 1e-9  # .6 - .2 is below .4 in floating point
 
@@ -531,7 +547,8 @@ def scored_pairs(scores: Tensor, usable: Tensor) -> Tensor:
 
 def best_against_worst(r: Tensor, usable: Tensor) -> Tensor:
     """One pair a prompt: the best response that may be a positive against the worst (the first of equals), if it is better."""
-    x, best, worst = torch.arange(len(r)), r.masked_fill(~usable, float("-inf")).argmax(-1), r.argmin(-1)
+    best = r.nan_to_num(float("-inf")).masked_fill(~usable, float("-inf")).argmax(-1)
+    x, worst = torch.arange(len(r)), r.nan_to_num(float("inf")).argmin(-1)
     return torch.stack([x, best, worst], dim=-1)[usable[x, best] & (r[x, best] > r[x, worst] + ROUNDING)]
 
 
@@ -550,7 +567,8 @@ def gold_against_students(r: Tensor, usable: Tensor) -> Tensor:
 
 def all_pairs(r: Tensor) -> Tensor:
     """Every unordered pair of every group once, for soft targets, which need no ranking: [B, 3]."""
-    return torch.ones(*r.shape, r.shape[1], dtype=torch.bool).triu(1).nonzero()
+    known = ~r.isnan()
+    return (known.unsqueeze(-1) & known.unsqueeze(-2)).triu(1).nonzero()
 
 
 def pair_kinds(pairs: Tensor, gold: int) -> dict[str, int]:
@@ -690,8 +708,8 @@ class Round:
 
     t: int  # 1..T
     groups: Groups
-    wins: Tensor  # [X, n, n], P(y_i > y_j) as the oracle gave it
-    r_t: Tensor  # [X, n], line 5
+    wins: Tensor  # [X, n, n], P(y_i > y_j) as the oracle gave it, NaN where it did not
+    r_t: Tensor  # [X, n], line 5, or scores
     chosen: Tensor  # [B, 3], the new pairs of line 6
     earlier: list[Pairs]  # for replay: the new pairs of this iteration and of those before it
     best: Best  # of pi_1..pi_{t+1}
@@ -736,7 +754,7 @@ def algorithm2(policy: SampledPolicy, oracle: Any, data: Data, eta: float, itera
         prompts, gold = data(t)  # Alg. 2, line 3
         groups = remember(t, "sampled", sample_groups, policy, prompts, gold, settings, sample_seed)  # Alg. 2, line 4
         wins = remember(t, "judged", judge_groups, oracle, groups)
-        r_t = group_win_rates(draw_outcomes(wins, generator) if settings.outcomes else wins)  # Alg. 2, line 5
+        r_t = rate_groups(oracle, groups, wins, settings, generator)  # Alg. 2, line 5
         r_t, usable = demote_repetitions(r_t, groups, words, settings.ngram)
         chosen = rule(r_t, usable)  # Alg. 2, line 6
         D = join([new := form_pairs(groups, r_t, chosen), *replay(earlier, settings.replay, generator)])
@@ -862,7 +880,7 @@ def algorithm4(policy: SampledPolicy, oracle: Any, data: Data, eta: float, itera
         if option == "II":  # what was recorded is the mixture's log-probability
             groups = replace(groups, log_pi_t=torch.full_like(groups.log_pi_t, float("nan")))
         wins = remember(t, "judged", judge_groups, oracle, groups)
-        r_t = group_win_rates(draw_outcomes(wins, generator) if settings.outcomes else wins)  # Alg. 4, line 5
+        r_t = rate_groups(oracle, groups, wins, settings, generator)  # Alg. 4, line 5
         r_t, usable = demote_repetitions(r_t, groups, words, settings.ngram)
         chosen = rule(r_t, usable)  # Alg. 4, line 6
         D = join([new := form_pairs(groups, r_t, chosen), *replay(earlier, settings.replay, generator)])

@@ -496,7 +496,7 @@ class TextConfig:
     def practice(self, stage: SimpleNamespace) -> dno.Practice:
         """The settings of the algorithm's loop."""
         trained = TRAINED if stage.algorithm in (1, 3) else None
-        return dno.Practice(stage.samples, stage.temperature, stage.top_p, stage.judgments == "outcomes", replay=stage.replay,
+        return dno.Practice(stage.samples, stage.temperature, stage.top_p, stage.judgments, replay=stage.replay,
                             prompts_per_step=stage.prompts_per_step, learning_rate=stage.lr, fall=stage.fall,
                             trained=trained)  # fmt: skip
 

@@ -284,7 +284,7 @@ def test_C18_algorithm_2_demotes_the_repetitions_among_its_samples(ngram, expect
     """Responses are the four texts; the last, a repetition, beats all the others, which are equals, for certain."""
     P = torch.full((1, 4, 4), 0.5, dtype=torch.float64)
     P[0, 3, :3], P[0, :3, 3] = 1.0, 0.0
-    settings = dno.Practice(samples=5, ngram=ngram, outcomes=False)
+    settings = dno.Practice(samples=5, ngram=ngram, judgments="probabilities")
     it = next(start("2", TabularPolicy(1, 4), PreferenceTable(P), [0] * 20, [3] * 20, rule=0.1, settings=settings,
                     words=lambda y: TEXTS[y].split()))  # fmt: skip
     assert {it.groups.responses[x][i] for x, i, _ in it.chosen.tolist()} == expected

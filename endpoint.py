@@ -1,0 +1,594 @@
+"""Language models behind an OpenAI-compatible endpoint: asking them, and what it costs.
+
+An `Endpoint` writes every request to a `Ledger` on disk before it is sent, and every reply before it is used: what was paid for
+is not asked again, and a limit on dollars holds whatever happens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+
+class Stopped(Exception):
+    """Asking ended before its time, for a reason in one line. What was paid for is in the ledger; to ask again is to go on."""
+
+
+class Refused(Stopped):
+    """The endpoint will never answer this: a wrong key, model or setting. The user can mend it."""
+
+
+class TooDear(Stopped):
+    """The next request could pass the limit on dollars."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request. read(choice) makes of a reply's first choice (result, whether it is complete), None for no result at all;
+    results can be written as JSON. wishes: what is asked for where the endpoint knows it (not part of the question's key)."""
+
+    version: str
+    messages: list[dict[str, str]]
+    max_tokens: int
+    read: Callable[[dict[str, Any]], tuple[Any, bool]] = field(repr=False)
+    wishes: dict[str, Any] = field(default_factory=dict, repr=False)
+    number: int = 0  # of answers to the same question that are meant to differ
+
+
+def dig(body: Any, *path: str | int) -> Any:
+    """body[path[0]][path[1]]..., or None where there is nothing of that kind."""
+    for step in path:
+        if not isinstance(body, dict if isinstance(step, str) else list):
+            return None
+        body = body.get(step) if isinstance(body, dict) else body[step] if step < len(body) else None
+    return body
+
+
+# --- Money -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars per million tokens of prompt and of completion, each at least 0."""
+
+    prompt: float
+    completion: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.prompt < math.inf and 0 <= self.completion < math.inf):
+            raise ValueError(f"prices are {self.prompt} and {self.completion}; expected dollars per million tokens, at least 0")
+
+    def dollars(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """What so many tokens cost."""
+        return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
+
+
+PRICES = {  # OpenAI's list prices as last seen by us; they change: give your own where it matters
+    "gpt-4-32k": Price(60, 120), "gpt-4": Price(30, 60), "gpt-4-turbo": Price(10, 30), "gpt-4-1106-preview": Price(10, 30),
+    "gpt-4-0125-preview": Price(10, 30), "gpt-4o": Price(2.5, 10), "gpt-4o-mini": Price(0.15, 0.6), "gpt-4.1": Price(2, 8),
+    "gpt-4.1-mini": Price(0.4, 1.6), "gpt-4.1-nano": Price(0.1, 0.4), "gpt-5": Price(1.25, 10), "gpt-5-mini": Price(0.25, 2),
+}  # fmt: skip
+
+
+def price_of(model: str) -> Price | None:
+    """The list price of a model, dated versions included; None if it is not in the table."""
+    return PRICES.get(model) or PRICES.get(re.sub(r"-\d{4}(-\d{2}-\d{2})?$", "", model))
+
+
+@lru_cache
+def _encoding(model: str) -> Any:
+    """tiktoken's encoding for the model if its file is on this machine, else None; nothing is downloaded."""
+    import tiktoken
+
+    try:
+        name = tiktoken.encoding_name_for_model(model)
+    except KeyError:
+        return None
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    file = hashlib.sha1(f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken".encode()).hexdigest()
+    return tiktoken.get_encoding(name) if folder and (Path(folder) / file).exists() else None
+
+
+def count_tokens(text: str, model: str) -> float:
+    """How many tokens a text is: by tiktoken where the model's encoding is at hand (in TIKTOKEN_CACHE_DIR), else estimated as a
+    quarter of its UTF-8 bytes."""
+    encoding = _encoding(model)
+    return len(encoding.encode(text, disallowed_special=())) if encoding else len(text.encode()) / 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What questions will cost: requests not in the ledger yet, tokens of their prompts, most tokens of their completions, and
+    dollars if every completion is that long (None where the price is not known)."""
+
+    requests: int
+    prompt_tokens: float
+    completion_tokens: float
+    dollars: float | None
+
+
+# --- The ledger ------------------------------------------------------------------------------------------------------------
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, run TEXT NOT NULL, model TEXT NOT NULL, url TEXT NOT NULL,
+    question TEXT NOT NULL,      -- version, messages and sampling settings, as JSON
+    pid INTEGER NOT NULL, sent REAL NOT NULL,
+    bound REAL NOT NULL,         -- dollars that it may cost at most, counted as spent until it is known better
+    outcome TEXT,                -- NULL: in flight, or killed there; complete; unreadable; lost: no reply; refused: not charged
+    reply TEXT, parsed TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL, seconds REAL);
+CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);
+CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);
+"""
+
+
+class Ledger:
+    """All requests ever sent, in an SQLite file: a row is written before its request is sent and completed by its reply.
+    Threads and processes may share it. It survives the death of a process at any moment; that of the machine may cost the last
+    few replies."""
+
+    def __init__(self, path: str | Path, run: str = "", read_only: bool = False):
+        self.path, self.run, self.lock = Path(path), run, threading.RLock()
+        if not read_only:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        where = self.path.resolve().as_uri() + ("?mode=ro" if read_only else "")
+        try:
+            self.db = sqlite3.connect(where, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
+            if not read_only:
+                self.db.execute("PRAGMA journal_mode = WAL")
+                self.db.execute("PRAGMA synchronous = NORMAL")
+                self.db.executescript(SCHEMA)
+            self.db.execute("SELECT key, parsed, reply, outcome, dollars FROM requests LIMIT 1")
+        except sqlite3.Error as error:
+            raise Refused(f"{path} cannot be used as a cache of judgments ({error}); choose another file") from None
+
+    def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
+        """(outcome, parsed, reply) of every reply there is, complete or unreadable, oldest first, by key; a complete one's raw
+        text only if its parsed form is NULL."""
+        found: dict[str, list[tuple[str, str | None, str | bytes | None]]] = {}
+        keys = list(keys)
+        for at in range(0, len(keys), 500):
+            part = keys[at : at + 500]
+            query = f"""SELECT key, outcome, parsed, CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
+                        FROM requests WHERE outcome IN ('complete', 'unreadable') AND key IN ({",".join("?" * len(part))})
+                        ORDER BY id"""
+            with self.lock:
+                rows = self.db.execute(query, part).fetchall()
+            for key, *reply in rows:
+                found.setdefault(key, []).append(tuple(reply))
+        return found
+
+    def spent(self) -> float:
+        """Dollars of this run, requests of unknown cost counted with the most they can have cost."""
+        with self.lock:
+            row = self.db.execute("SELECT dollars FROM spending WHERE run = ?", (self.run,)).fetchone()
+        return row[0] if row else 0.0
+
+    def totals(self) -> dict[str, float]:
+        """Requests sent in this run, how many of them were never answered, tokens, dollars known to be paid, and the most that
+        the others can have cost."""
+        query = """SELECT COUNT(*), COALESCE(SUM(outcome IS NULL OR outcome = 'lost'), 0), COALESCE(SUM(prompt_tokens), 0),
+                   COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(dollars), 0),
+                   COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0) FROM requests WHERE run = ?"""
+        names = ("requests", "unanswered", "prompt_tokens", "completion_tokens", "dollars", "dollars_unknown_at_most")
+        with self.lock:
+            return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
+
+    def reserve(self, row: dict[str, Any], limit: float, patience: float) -> int | str:
+        """The id of a new row for a request about to be sent; or "too dear" if its bound could take this run past the limit,
+        "answered" if the reply has come meanwhile, "busy" if another living process has sent it less than `patience` ago."""
+        with self.lock:
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                others = self.db.execute("SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)).fetchall()
+                if any(outcome == "complete" for outcome, _, _ in others):
+                    return "answered"
+                if any(outcome is None and pid != os.getpid() and row["sent"] - sent < patience and _alive(pid)
+                       for outcome, pid, sent in others):  # fmt: skip
+                    return "busy"
+                if self.spent() + row["bound"] > limit:
+                    return "too dear"
+                row = {**row, "run": self.run, "pid": os.getpid()}
+                names = ", ".join(row)
+                sql = f"INSERT INTO requests ({names}) VALUES ({', '.join('?' * len(row))})"
+                number = self.db.execute(sql, list(row.values())).lastrowid
+                self._spend(row["bound"])
+                return number
+            finally:
+                self.db.execute("COMMIT")
+
+    def complete(self, number: int, bound: float, **columns: Any) -> None:
+        """Write what became of a request; where its dollars are known they take the place of its bound."""
+        assignments = ", ".join(f"{name} = ?" for name in columns)
+        with self.lock:
+            self.db.execute("BEGIN IMMEDIATE")
+            self.db.execute(f"UPDATE requests SET {assignments} WHERE id = ?", [*columns.values(), number])
+            if columns.get("dollars") is not None:
+                self._spend(columns["dollars"] - bound)
+            self.db.execute("COMMIT")
+
+    def _spend(self, dollars: float) -> None:
+        sql = "INSERT INTO spending VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET dollars = dollars + excluded.dollars"
+        self.db.execute(sql, (self.run, dollars))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# --- Asking ----------------------------------------------------------------------------------------------------------------
+
+LARGEST = 1 << 20  # bytes of a reply that are read
+LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; what wants more is not waited for
+LONGEST_BACKOFF = 60.0  # seconds between two attempts where the server does not say
+NO_KEY = "none"  # sent where there is no key, to servers of one's own
+NEGOTIABLE = {"response_format": ("response_format", "json_schema"), "logprobs": ("logprobs",), "temperature": ("temperature",)}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of a request: replied; unreadable; lost, no reply; refused, for now; filtered, this question for ever;
+    permanent, any question for ever. With a reason, and the seconds to wait before the next attempt where the server says."""
+
+    outcome: str
+    reason: str
+    body: bytes = b""
+    wait: float | None = None
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible endpoint, and the ledger of what it was asked.
+
+    model, url: as the endpoint knows them; url None is the openai client's own choice (OPENAI_BASE_URL, or OpenAI). The key is
+    the client's too: OPENAI_API_KEY in the environment. client: another client of that library, such as AzureOpenAI(), made
+    with max_retries=0; an endpoint with none and without `live` answers from the ledger alone.
+    cache: the ledger's file. run: whose spending `max_usd` limits. price: None to look the model up in `PRICES`.
+    timeout: seconds a request. attempts: most requests for one answer. backoff: seconds before the second, doubled for every
+    further one to at most 60, less a random part of up to half; where the server says how long (Retry-After), that, to at most
+    120. max_failed: the share of the questions of an `ask` that may stay without a full answer; with more it is Stopped."""
+
+    def __init__(self, model: str, url: str | None = None, cache: str | Path = "judgments.sqlite", *, client: Any = None,
+                 live: bool = True, temperature: float = 0.0, concurrency: int = 16, timeout: float = 120.0, attempts: int = 6,
+                 backoff: float = 0.5, price: Price | None = None, max_usd: float | None = None, max_failed: float = 0.05,
+                 run: str = ""):  # fmt: skip
+        for name, value, least in (("concurrency", concurrency, 1), ("timeout", timeout, 1e-3), ("attempts", attempts, 1),
+                                   ("backoff", backoff, 0), ("max_failed", max_failed, 0), ("max_usd", max_usd or 0, 0),
+                                   ("temperature", temperature, 0)):  # fmt: skip
+            if not least <= value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a number of at least {least}")
+        self.model, self.temperature, self.concurrency, self.timeout = model, temperature, concurrency, timeout
+        self.attempts, self.backoff, self.max_usd, self.max_failed = attempts, backoff, max_usd, max_failed
+        self.price, self.live, self.jitter = price or price_of(model), live, random.Random()
+        if max_usd is not None and live and self.price is None:
+            raise ValueError(f"max_usd is {max_usd}, but the price of {model!r} is not known; give prices too")
+        self.client = (client or _client(url, timeout)) if live else None
+        self.url = str(self.client.base_url).rstrip("/") if live else "no network"
+        self.ledger = Ledger(cache, run, read_only=not live)
+        self.instead: dict[str, str | None] = {}  # settings the endpoint does not know: their other name, or None to leave out
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self._stop, self._lock, self._flying = threading.Event(), threading.Lock(), 0
+
+    def __str__(self) -> str:
+        price = f"${self.price.prompt:g} and ${self.price.completion:g} a million tokens" if self.price else "price not known"
+        where = f"{self.model} at {self.url} ({price})" if self.live else f"recorded replies of {self.model}"
+        return f"{where}, kept in {self.ledger.path}"
+
+    def _settings(self, question: Question) -> dict[str, Any]:
+        """All that a reply depends on, as far as we know."""
+        return {"model": self.model, "version": question.version, "messages": question.messages,
+                "temperature": self.temperature, "max_tokens": question.max_tokens, "number": question.number}  # fmt: skip
+
+    def key(self, question: Question) -> str:
+        """The hash under which the ledger keeps the answer: of model, version, all texts in their order, and settings."""
+        return hashlib.sha256(json.dumps(self._settings(question)).encode()).hexdigest()
+
+    def _bound(self, question: Question) -> float:
+        """The most dollars that a request can cost: a token has at least a byte, a message less than 16 tokens around it."""
+        size = sum(len(message["content"].encode()) + 16 for message in question.messages)
+        return self.price.dollars(size, question.max_tokens) if self.price else 0.0
+
+    def plan(self, questions: Sequence[Question]) -> Plan:
+        """What `ask` would send now, at most, if every request were answered at once. Sends nothing."""
+        distinct = {self.key(question): question for question in questions}
+        earlier = self._earlier(distinct)
+        new = [question for key, question in distinct.items() if not self._settled(earlier.get(key, []))]
+        texts = [message["content"] for question in new for message in question.messages]
+        prompt = sum(count_tokens(text, self.model) for text in texts) + 4 * len(texts)
+        completion = sum(question.max_tokens for question in new)
+        return Plan(len(new), prompt, completion, self.price.dollars(prompt, completion) if self.price else None)
+
+    def ask(self, questions: Sequence[Question]) -> list[Any]:
+        """The result of each question, None where there is none. Asks what the ledger does not know, `concurrency` questions at
+        a time. Raises Stopped; what had been sent by then is waited for, and kept."""
+        keys = [self.key(question) for question in questions]
+        distinct = dict(zip(keys, questions, strict=True))
+        earlier = self._earlier(distinct)
+        results = {key: self._settled(earlier.get(key, [])) for key in distinct}
+        missing = [key for key, result in results.items() if result is None]
+        self.counts["asked"] += len(distinct)
+        self.counts["cached"] += len(distinct) - len(missing)
+        failed = sum(result is not None and not result[1] for result in results.values())
+        if missing and not self.live:
+            wanted = distinct[missing[0]].messages[-1]["content"][:120]
+            raise Refused(f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {len(distinct)} questions, of "
+                          f"which one is {wanted!r}; give the cache that was recorded with these settings")  # fmt: skip
+        self._stop.clear()
+        quiet = None if missing else True
+        bar = tqdm(total=len(missing), desc=f"asking {self.model}", unit="reply", disable=quiet, leave=False)
+        with bar, ThreadPoolExecutor(min(self.concurrency, max(1, len(missing)))) as pool:
+            futures = {pool.submit(self._answer, key, distinct[key], earlier.get(key, [])): key for key in missing}
+            try:
+                for future in as_completed(futures):
+                    results[futures[future]] = result = future.result()
+                    failed += not result[1]
+                    self._check_failures(failed, len(distinct))
+                    bar.update()
+                    bar.set_postfix_str(f"${self.ledger.spent():.4f}, {failed} failed", refresh=False)
+            finally:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+        self._check_failures(failed, len(distinct))
+        self.counts["failed"] += failed
+        return [results[key][0] for key in keys]
+
+    def _check_failures(self, failed: int, total: int) -> None:
+        if failed > self.max_failed * total:
+            reasons = ", ".join(f"{reason} ({count} times)" for reason, count in self.reasons.most_common(3)) or "in the cache"
+            raise Stopped(f"{failed} of {total} questions to {self.model} have no full answer, more than the share "
+                          f"{self.max_failed:g} that may fail: {reasons}")  # fmt: skip
+
+    def _earlier(self, distinct: dict[str, Question]) -> dict[str, list[tuple[Any, bool]]]:
+        """What the replies in the ledger say, oldest first, as (result, whether it is complete). Those that could not be read,
+        or whose parsed form is NULL, are read anew."""
+        replies = self.ledger.replies(distinct)
+        return {key: [_reread(distinct[key], *reply) for reply in replies[key]] for key in replies}
+
+    def _settled(self, results: list[tuple[Any, bool]]) -> tuple[Any, bool] | None:
+        """The answer if there is no need to ask again: the first complete one; the fullest of those that we have if we may not
+        ask again. Else None."""
+        whole = [result for result in results if result[1]]
+        if whole or not results:
+            return whole[0] if whole else None
+        return max(results, key=_fullness) if len(results) >= self.attempts or not self.live else None
+
+    def _answer(self, key: str, question: Question, earlier: list[tuple[Any, bool]]) -> tuple[Any, bool]:
+        """Ask until there is a complete answer, at most `attempts` times in all; else the fullest there was."""
+        results = list(earlier)
+        for attempt in range(len(results), self.attempts):
+            number = self._reserved(key, question)
+            if number is None:  # another process was faster
+                return self._settled(self._earlier({key: question})[key])
+            try:
+                result, reply = self._exchange(number, f"{key}-{len(results)}", question)
+            finally:
+                with self._lock:
+                    self._flying -= 1
+            if reply.outcome == "complete":
+                return result, True
+            with self._lock:
+                self.reasons[reply.reason] += 1
+            if reply.outcome == "filtered":
+                break
+            if reply.outcome == "unreadable":
+                results.append((result, False))
+            elif attempt + 1 < self.attempts:
+                backoff = min(LONGEST_BACKOFF, self.backoff * 2**attempt) * self.jitter.uniform(0.5, 1)
+                self._wait(backoff if reply.wait is None else reply.wait * self.jitter.uniform(1, 1.1))
+        return max(results, key=_fullness, default=(None, False))
+
+    def _wait(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Stopped("asking was stopped")
+
+    def _reserved(self, key: str, question: Question) -> int | None:
+        """The ledger's row for a request that may be sent now; None if there is an answer already."""
+        row = {"key": key, "model": self.model, "url": self.url, "question": json.dumps(self._settings(question)),
+               "bound": self._bound(question)}  # fmt: skip
+        limit = math.inf if self.max_usd is None else self.max_usd
+        while True:
+            self._wait(0)
+            with self._lock:
+                number = self.ledger.reserve({**row, "sent": time.time()}, limit, 2 * self.timeout)
+                self._flying += isinstance(number, int)
+                waiting = self._flying > 0  # for a request that may turn out cheaper than its bound
+            if isinstance(number, int):
+                return number
+            if number == "answered":
+                return None
+            if number == "too dear" and not waiting:
+                raise TooDear(f"stopped below the limit of ${limit:g}: ${self.ledger.spent():.4f} are spent, and the next "
+                              f"request can cost ${row['bound']:.4f}")  # fmt: skip
+            self._wait(0.05)
+
+    def _exchange(self, number: int, idempotency_key: str, question: Question) -> tuple[Any, Reply]:
+        """Send one request, and complete its row with what became of it. Raises Refused on a permanent error."""
+        start = time.perf_counter()
+        reply, result = self._send(idempotency_key, question), None
+        if reply.outcome == "lost":  # it may have been charged: its bound stays spent
+            columns = {"outcome": "lost", "reply": reply.reason}
+        elif reply.outcome in ("refused", "filtered", "permanent"):
+            columns = {"outcome": "refused", "reply": reply.reason, "dollars": 0.0}
+        else:
+            (result, whole), usage = _read(question, reply.body), _usage(reply.body)
+            reply = replace(reply, outcome="complete" if whole and reply.outcome == "replied" else "unreadable")
+            columns = {"outcome": reply.outcome, "reply": self._hidden(_text(reply.body)), "parsed": json.dumps(result)}
+            if usage:
+                dollars = self.price.dollars(*usage) if self.price else None
+                columns |= {"prompt_tokens": usage[0], "completion_tokens": usage[1], "dollars": dollars}
+        self.ledger.complete(number, self._bound(question), **columns, seconds=time.perf_counter() - start)
+        if reply.outcome == "permanent":
+            raise Refused(reply.reason)
+        return result, reply
+
+    def _hidden(self, text: str | bytes) -> str | bytes:
+        """The text without our key, should a server send it back."""
+        key = self.client.api_key
+        if not key or key == NO_KEY:
+            return text
+        return text.replace(key, "[key]") if isinstance(text, str) else text.replace(key.encode(), b"[key]")
+
+    def _send(self, idempotency_key: str, question: Question) -> Reply:
+        """One HTTP request. A server that honours the idempotency key does not charge again for what was lost on the way."""
+        import httpx2
+        import openai
+
+        settings = {"max_tokens": question.max_tokens, "temperature": self.temperature, **question.wishes}
+        names = {name: self.instead.get(name, name) for name in settings}
+        body = {names[name]: value for name, value in settings.items() if names[name]}
+        received, deadline = bytearray(), time.monotonic() + self.timeout
+        try:
+            with self.client.chat.completions.with_streaming_response.create(
+                model=self.model, messages=question.messages, extra_headers={"Idempotency-Key": idempotency_key}, **body
+            ) as response:
+                for part in response.iter_bytes(1 << 16):
+                    received += part
+                    if len(received) > LARGEST:
+                        return Reply("unreadable", "a reply that is too long", bytes(received[:LARGEST]))
+                    if time.monotonic() > deadline:
+                        return Reply("lost", "no reply in time")
+        except openai.APIStatusError as error:
+            return self._refusal(error, body)
+        except (openai.APITimeoutError, httpx2.TimeoutException):
+            return Reply("lost", "no reply in time")
+        except (openai.APIConnectionError, httpx2.HTTPError) as error:
+            return Reply("lost", f"no connection, or a broken one ({type(error.__cause__ or error).__name__})")
+        return Reply("replied", "a reply that cannot be read", bytes(received))
+
+    def _refusal(self, error: Any, body: dict[str, Any]) -> Reply:
+        """What an HTTP error status asks of us."""
+        status, headers = error.status_code, error.response.headers
+        message = self._hidden(" ".join(str(error.message).split()))[:300]
+        told = f"{getattr(error, 'param', '')} {getattr(error, 'code', '')} {message}"
+        if status in (400, 422) and self._negotiated(told, body):
+            return Reply("refused", "a setting that the endpoint does not know", wait=0.0)
+        if status == 400 and re.search("content_(filter|policy)", told):
+            return Reply("filtered", "refused by a content filter")
+        again, wait = status in (408, 409, 425, 429) or status >= 500, _retry_after(headers)
+        again = {"true": True, "false": False}.get(headers.get("x-should-retry", ""), again)
+        if "insufficient_quota" in told or (wait or 0) > LONGEST_WAIT:
+            again = False
+        if again:
+            return Reply("refused", f"HTTP {status}", wait=wait)
+        hint = {401: "; check OPENAI_API_KEY", 403: "; check OPENAI_API_KEY", 404: "; check the model's name and the URL"}
+        later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
+        return Reply("permanent", f"{self.model} at {self.url} answers HTTP {status}: {message}{later}{hint.get(status, '')}")
+
+    def _negotiated(self, told: str, body: dict[str, Any]) -> bool:
+        """Was a setting refused that one can do without? It is left out from now on, and we say so."""
+        refused = {name: None for name, words in NEGOTIABLE.items() if name in body and any(word in told for word in words)}
+        if "max_tokens" in body and "max_completion_tokens" in told:
+            refused = {"max_tokens": "max_completion_tokens"}
+        for name, other in refused.items():
+            with self._lock:
+                if name not in self.instead:
+                    remedy = f"sending {other} in its place" if other else "going on without it"
+                    tqdm.write(f"{self.model} does not take {name}: {remedy}")
+                self.instead[name] = other
+        if "logprobs" in refused:
+            self.instead["top_logprobs"] = None
+        return bool(refused)
+
+    def report(self) -> dict[str, float]:
+        """What this run has sent and spent so far (`Ledger.totals`); what this process asked, had in the cache, and failed."""
+        return {**self.ledger.totals(), **{name: self.counts[name] for name in ("asked", "cached", "failed")}}
+
+
+def _client(url: str | None, timeout: float) -> Any:
+    import openai
+
+    parts, key = urlsplit(url or "http://localhost"), os.environ.get("OPENAI_API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
+        raise Refused("the judge's URL must be like http://localhost:8000/v1, with no key in it, whose place is OPENAI_API_KEY")
+    if not key and url is None and not os.environ.get("OPENAI_BASE_URL"):
+        raise Refused("OPENAI_API_KEY is not set; set it, or give the URL of a server that needs none")
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise Refused("OPENAI_API_KEY holds a space, a line break or another character that no key has")
+    return openai.OpenAI(api_key=key or NO_KEY, base_url=url, timeout=timeout, max_retries=0)  # we retry, and count
+
+
+def only_model(url: str) -> str:
+    """The name of the model that a server offers. Refused if it cannot be asked or offers several."""
+    import openai
+
+    try:
+        names = [model.id for model in _client(url, 10.0).models.list()]
+    except openai.OpenAIError as error:
+        raise Refused(f"{url} does not say which models it has ({type(error).__name__}); name one") from None
+    if len(names) != 1:
+        raise Refused(f"{url} has {len(names)} models ({', '.join(names[:5])}); name one")
+    return names[0]
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds that a server asks us to wait, by Retry-After-Ms, or by Retry-After in seconds or as a date; else None."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        if re.fullmatch(r"\d+(\.\d*)?", value.strip()):
+            return float(value) / unit
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    except (ValueError, TypeError, IndexError):
+        return None  # not a date either
+
+
+def _text(body: bytes) -> str | bytes:
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError:
+        return body
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read(question: Question, body: bytes) -> tuple[Any, bool]:
+    """(result, whether it is complete) of a reply's body; (None, False) if it is not even JSON."""
+    choice = dig(_json(body), "choices", 0)
+    return question.read(choice) if isinstance(choice, dict) else (None, False)
+
+
+def _reread(question: Question, outcome: str, parsed: str | None, reply: str | bytes | None) -> tuple[Any, bool]:
+    if outcome == "complete" and parsed is not None:
+        return json.loads(parsed), True
+    return _read(question, reply.encode() if isinstance(reply, str) else reply or b"")
+
+
+def _usage(body: bytes) -> tuple[int, int] | None:
+    """(prompt, completion) tokens that the endpoint says it charges for, or None."""
+    usage = dig(_json(body), "usage")
+    tokens = dig(usage, "prompt_tokens"), dig(usage, "completion_tokens")
+    return tokens if all(type(count) is int and count >= 0 for count in tokens) else None
+
+
+def _fullness(result: tuple[Any, bool]) -> int:
+    scores = dig(result[0], "scores") or []
+    return sum(score is not None for score in scores)

@@ -1,0 +1,261 @@
+"""A language model's HTTP endpoint on loopback, for tests: a judge whose mind is known, with every fault that real ones have.
+
+Run as a process of its own (`serving` does), it lives on when its clients are killed. What it was asked and what it charged it
+tells at /stats; /control changes how it behaves. It finds the texts to be judged by the marks in the prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+UNPAID = ("429", "429-retry-after", "500", "503")  # refused before any work is done
+BROKEN = ("timeout", "reset", "truncated-http", "truncated-json", "wrong-ids", "missing-ids", "out-of-range", "refusal",
+          "empty", "not-utf-8", "10-megabytes", "not-json", "two-answers", "cut-off", "null")  # fmt: skip
+HARMLESS = ("prose", "python", "fenced")  # can be read all the same
+FAULTS = UNPAID + BROKEN + HARMLESS
+
+
+def quality(text: str) -> int:
+    """What the judge thinks of a text, 0 to 6: the number in it after the word "worth", else one that its letters make up."""
+    found = re.search(r"worth (\d)", text)
+    return int(found[1]) if found else int(hashlib.sha256(text.encode()).hexdigest(), 16) % 7
+
+
+def blocks(messages: list[dict]) -> dict[str, str]:
+    """The texts between marks, by name: request, response id1, ..."""
+    nonce = re.search(r"the number ([0-9a-f]{16})", messages[0]["content"])[1]
+    pattern = rf"<([\w ]+) {nonce}>\n(.*?)\n</\1 {nonce}>"
+    return dict(re.findall(pattern, messages[-1]["content"], re.DOTALL))
+
+
+class Judge:
+    """Answers as the prompts ask it to. gullible: it obeys any "idN_score: S" that stands outside the marks."""
+
+    def __init__(self) -> None:
+        self.settings = {"latency": 0.0, "faults": [], "mode": "none", "seed": 0, "rate": 0.0, "most": 3, "usage": True,
+                         "logprobs": True, "refuses": [], "gullible": False, "echo": False, "status": None,
+                         "idempotent": True, "first_bias": 0.0, "delay_every": 0}  # fmt: skip
+        self.requests = self.turn = 0
+        self.paid: dict[str, int] = {}  # complete replies charged, by question
+        self.answered: dict[str, int] = {}  # replies sent to the end, by question, free of faults
+        self.tokens, self.kept, self.met = [0, 0], {}, {}
+        self.by_fault: dict[str, int] = {}
+        self.headers: list[str] = []
+
+    def scores(self, body: dict) -> dict:
+        texts = {name.removeprefix("response "): text for name, text in blocks(body["messages"]).items() if name != "request"}
+        if self.settings["gullible"]:
+            outside = body["messages"][-1]["content"]
+            for text in texts.values():
+                outside = outside.replace(text, "")
+            orders = dict(re.findall(r"(id\d+)_score\W+(\d)", outside))
+            texts = {name: f"worth {orders[name]}" if name in orders else text for name, text in texts.items()}
+        return {f"{name}_{kind}": value for name, text in texts.items()
+                for kind, value in (("justification", f"because of {text[:20]}"), ("score", quality(text)))}  # fmt: skip
+
+    def content(self, body: dict) -> tuple[str, dict | None]:
+        """(text, log-probabilities) of the answer."""
+        system = body["messages"][0]["content"]
+        if "id1_score" in body["messages"][-1]["content"]:
+            return json.dumps(self.scores(body)), None
+        if "compare two responses" not in system:
+            return f"A gold answer to {body['messages'][-1]['content']}", None
+        texts = blocks(body["messages"])
+        lead = quality(texts["response A"]) - quality(texts["response B"])
+        chance = min(0.95, max(0.05, 0.5 + lead / 12 + self.settings["first_bias"]))
+        if not (self.settings["logprobs"] and body.get("logprobs")):
+            return ("A" if chance > 0.5 else "B"), None
+        top = [{"token": "A", "logprob": math.log(chance * 0.9)}, {"token": " B", "logprob": math.log((1 - chance) * 0.9)},
+               {"token": "The", "logprob": math.log(0.1)}]  # fmt: skip
+        return "A" if chance > 0.5 else "B", {"content": [{"token": "A", "logprob": top[0]["logprob"], "top_logprobs": top}]}
+
+    def fault(self, question: str) -> str | None:
+        """Which fault this request meets: the next "in turn", or one "at random", at most `most` for a question."""
+        settings = self.settings
+        if settings["mode"] == "always":
+            return settings["faults"][0]
+        if self.met.get(question, 0) >= settings["most"] or settings["mode"] == "none":
+            return None
+        if settings["mode"] == "turn":
+            chosen = settings["faults"][self.turn % len(settings["faults"])] if question not in self.met else None
+            self.turn += chosen is not None
+        else:
+            draw = random.Random(f"{settings['seed']} {question} {self.met.get(question, 0)}")
+            chosen = draw.choice(settings["faults"]) if draw.random() < settings["rate"] else None
+        self.met[question] = self.met.get(question, 0) + 1
+        return chosen
+
+
+def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
+    """The reply's body, spoilt as the fault has it."""
+    content, logprobs = judge.content(body)
+    message, reason = {"role": "assistant", "content": content}, "stop"
+    answer = json.loads(content) if content.startswith("{") else None
+    ids = sorted({key.partition("_")[0] for key in answer or {}})
+    if fault == "wrong-ids" and answer:
+        message["content"] = json.dumps({key.replace("id", "id9"): value for key, value in answer.items()})
+    elif fault == "missing-ids" and answer:
+        message["content"] = json.dumps({key: value for key, value in answer.items() if not key.startswith(ids[-1])})
+    elif fault == "out-of-range" and answer:
+        message["content"] = json.dumps({**answer, f"{ids[0]}_score": 7})
+    elif fault == "two-answers" and answer:
+        message["content"] = content + "\nor rather\n" + json.dumps({**answer, f"{ids[0]}_score": 6})
+    elif fault == "prose":
+        message["content"] = f"Let me see {{carefully}}. {content}\nI hope that helps." if answer else content
+    elif fault == "python":
+        message["content"] = repr(answer) if answer else f'"{content}"'
+    elif fault == "fenced":
+        message["content"] = f"```json\n{json.dumps(answer, indent=2)}\n```" if answer else f"**{content}**"
+    elif fault in ("wrong-ids", "missing-ids", "out-of-range", "two-answers", "not-json"):
+        message["content"], logprobs = "A good deal speaks for either.", None
+    elif fault == "cut-off":
+        message["content"], reason, logprobs = content[: len(content) // 2] if answer else "Well, A", "length", None
+    elif fault == "refusal":
+        message, logprobs = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}, None
+    elif fault == "empty":
+        message["content"], logprobs = "", None
+    elif fault == "10-megabytes":
+        message["content"] = content + " and on" * 1_500_000
+    elif fault == "null":
+        return b'{"choices": null}'
+    if judge.settings["echo"]:
+        message["content"] += " ".join(judge.headers)
+    prompt = sum(len(part["content"]) for part in body["messages"]) // 4
+    long = len(content) // 4 + 1
+    usage = {"prompt_tokens": prompt, "completion_tokens": long, "total_tokens": prompt + long}
+    reply = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"],
+             "choices": [{"index": 0, "finish_reason": reason, "message": message, "logprobs": logprobs}]}  # fmt: skip
+    if judge.settings["usage"]:
+        reply["usage"] = usage
+    whole = json.dumps(reply).encode()
+    if fault == "not-utf-8":
+        whole = whole.replace(b'"assistant"', b'"\xff\xfe"', 1).replace(b"because", b"\xe9\xe8", 1)
+    return whole[: len(whole) // 2] if fault == "truncated-json" else whole
+
+
+async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamWriter) -> None:
+    """Answer one request for a completion."""
+    settings, question = judge.settings, hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
+    judge.requests += 1
+    idempotency = re.search(rb"idempotency-key: (\S+)", head, re.IGNORECASE)
+    key = idempotency[1].decode() if idempotency and settings["idempotent"] else None
+    judge.headers = re.findall(r"authorization: ([^\r]*)", head.decode("latin-1"), re.IGNORECASE)
+    if settings["status"]:
+        echo = " ".join(judge.headers) if settings["echo"] else ""
+        error = {"error": {"message": f"{settings['status'][1]} {echo}", "code": settings["status"][2]}}
+        return send(writer, settings["status"][0], json.dumps(error).encode())
+    if refused := [name for name in settings["refuses"] if name in body]:
+        error = {"error": {"message": f"Unsupported parameter: {refused[0]}", "param": refused[0], "code": "unsupported"}}
+        return send(writer, 400, json.dumps(error).encode())
+    fault = judge.fault(question)
+    judge.by_fault[str(fault)] = judge.by_fault.get(str(fault), 0) + 1
+    if fault in UNPAID:
+        headers = {"429-retry-after": b"retry-after-ms: 30\r\n"}.get(fault, b"")
+        return send(writer, int(fault[:3]), b'{"error": {"message": "busy"}}', headers)
+    reply = judge.kept.get(key) or completion(judge, body, fault)
+    if key not in judge.kept:
+        judge.paid[question] = judge.paid.get(question, 0) + 1
+        usage = json.loads(completion(judge, body, None)).get("usage") or {}
+        judge.tokens = [judge.tokens[0] + usage.get("prompt_tokens", 0), judge.tokens[1] + usage.get("completion_tokens", 0)]
+        if key:
+            judge.kept[key] = completion(judge, body, None) if fault in ("timeout", "reset", "truncated-http") else reply
+    if fault == "timeout":
+        await asyncio.sleep(settings["latency"] + 30)
+        return None
+    await asyncio.sleep(settings["latency"])
+    if fault in ("reset", "truncated-http"):
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(reply))
+        writer.write(reply[: len(reply) // 2])
+        await writer.drain()
+        if fault == "reset":
+            writer.transport.abort()
+        else:
+            writer.close()
+        return None
+    send(writer, 200, reply)
+    await writer.drain()
+    if fault is None or fault in HARMLESS:
+        judge.answered[question] = judge.answered.get(question, 0) + 1
+    return None
+
+
+def send(writer: asyncio.StreamWriter, status: int, body: bytes, headers: bytes = b"") -> None:
+    start = b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n"
+    writer.write(start % (status, headers, len(body)) + body)
+
+
+async def main() -> None:
+    judge = Judge()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+                body = json.loads(await reader.readexactly(int(length[1]) if length else 0) or b"{}")
+                if head.startswith(b"GET /stats"):
+                    stats = {name: getattr(judge, name) for name in ("requests", "paid", "answered", "tokens", "by_fault")}
+                    send(writer, 200, json.dumps(stats).encode())
+                elif head.startswith(b"GET /v1/models"):
+                    send(writer, 200, b'{"object": "list", "data": [{"id": "local-judge", "object": "model"}]}')
+                elif head.startswith(b"POST /control"):
+                    if body.pop("reset", False):
+                        judge.__init__()
+                    judge.settings |= body
+                    send(writer, 200, b"{}")
+                else:
+                    await respond(judge, head, body, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client went away
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    async with server:
+        await server.serve_forever()
+
+
+class Served:
+    """A running server, as its tests see it."""
+
+    def __init__(self, port: int):
+        self.root, self.url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/v1"
+
+    def control(self, **settings: object) -> None:
+        """Forget everything, then behave so."""
+        body = json.dumps({"reset": True, **settings}).encode()
+        urllib.request.urlopen(urllib.request.Request(self.root + "/control", body)).read()
+
+    def change(self, **settings: object) -> None:
+        """Behave so from now on."""
+        urllib.request.urlopen(urllib.request.Request(self.root + "/control", json.dumps(settings).encode())).read()
+
+    def stats(self) -> dict:
+        """requests: all that came; paid: replies charged, by question; answered; tokens charged; by_fault."""
+        return json.loads(urllib.request.urlopen(self.root + "/stats").read())
+
+
+@contextmanager
+def serving() -> Iterator[Served]:
+    """A server in a process of its own."""
+    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+    try:
+        yield Served(int(process.stdout.readline()))
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
