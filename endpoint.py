@@ -124,6 +124,20 @@ class Plan:
     completion_tokens: float
     dollars: float | None
 
+    def __str__(self) -> str:
+        dollars = "dollars not known" if self.dollars is None else f"${self.dollars:.2f} at most if none is asked twice"
+        return (f"{self.requests:,} requests, about {self.prompt_tokens:,.0f} tokens of prompts and at most "
+                f"{self.completion_tokens:,.0f} of completions, {dollars}")  # fmt: skip
+
+    def __add__(self, other: Plan) -> Plan:
+        dollars = None if self.dollars is None or other.dollars is None else self.dollars + other.dollars
+        return Plan(self.requests + other.requests, self.prompt_tokens + other.prompt_tokens,
+                    self.completion_tokens + other.completion_tokens, dollars)  # fmt: skip
+
+    def __mul__(self, times: int) -> Plan:
+        dollars = None if self.dollars is None else self.dollars * times
+        return Plan(self.requests * times, self.prompt_tokens * times, self.completion_tokens * times, dollars)
+
 
 # --- The ledger ------------------------------------------------------------------------------------------------------------
 
@@ -145,19 +159,19 @@ class Ledger:
     Threads and processes may share it. It survives the death of a process at any moment; that of the machine may cost the last
     few replies."""
 
-    def __init__(self, path: str | Path, run: str = "", read_only: bool = False):
-        self.path, self.run, self.lock = Path(path), run, threading.RLock()
-        if not read_only:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        where = self.path.resolve().as_uri() + ("?mode=ro" if read_only else "")
+    def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
+        self.path, self.run, self.lock = path or "memory", run, threading.RLock()
+        where = Path(path).resolve().as_uri() + ("?mode=ro" if read_only else "") if path else ":memory:"
         try:
+            if path and not read_only:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(where, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
             if not read_only:
                 self.db.execute("PRAGMA journal_mode = WAL")
                 self.db.execute("PRAGMA synchronous = NORMAL")
                 self.db.executescript(SCHEMA)
             self.db.execute("SELECT key, parsed, reply, outcome, dollars FROM requests LIMIT 1")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise Refused(f"{path} cannot be used as a cache of judgments ({error}); choose another file") from None
 
     def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
@@ -264,14 +278,14 @@ class Endpoint:
     """A model behind an OpenAI-compatible endpoint, and the ledger of what it was asked.
 
     model, url: as the endpoint knows them; url None is the openai client's own choice (OPENAI_BASE_URL, or OpenAI). The key is
-    the client's too: OPENAI_API_KEY in the environment. client: another client of that library, such as AzureOpenAI(), made
-    with max_retries=0; an endpoint with none and without `live` answers from the ledger alone.
-    cache: the ledger's file. run: whose spending `max_usd` limits. price: None to look the model up in `PRICES`.
+    the client's too: OPENAI_API_KEY in the environment. client: another client of that library, such as AzureOpenAI(), or
+    None. Without `live` there is none: it answers from the ledger alone.
+    cache: the ledger's file; None for memory. run: whose spending `max_usd` limits. price: None to look it up in `PRICES`.
     timeout: seconds a request. attempts: most requests for one answer. backoff: seconds before the second, doubled for every
     further one to at most 60, less a random part of up to half; where the server says how long (Retry-After), that, to at most
     120. max_failed: the share of the questions of an `ask` that may stay without a full answer; with more it is Stopped."""
 
-    def __init__(self, model: str, url: str | None = None, cache: str | Path = "judgments.sqlite", *, client: Any = None,
+    def __init__(self, model: str, url: str | None = None, cache: str | Path | None = "judgments.sqlite", *, client: Any = None,
                  live: bool = True, temperature: float = 0.0, concurrency: int = 16, timeout: float = 120.0, attempts: int = 6,
                  backoff: float = 0.5, price: Price | None = None, max_usd: float | None = None, max_failed: float = 0.05,
                  run: str = ""):  # fmt: skip
@@ -285,7 +299,7 @@ class Endpoint:
         self.price, self.live, self.jitter = price or price_of(model), live, random.Random()
         if max_usd is not None and live and self.price is None:
             raise ValueError(f"max_usd is {max_usd}, but the price of {model!r} is not known; give prices too")
-        self.client = (client or _client(url, timeout)) if live else None
+        self.client = (client or make_client(url)).with_options(timeout=timeout, max_retries=0) if live else None  # we count
         self.url = str(self.client.base_url).rstrip("/") if live else "no network"
         self.ledger = Ledger(cache, run, read_only=not live)
         self.instead: dict[str, str | None] = {}  # settings the endpoint does not know: their other name, or None to leave out
@@ -518,29 +532,41 @@ class Endpoint:
         return {**self.ledger.totals(), **{name: self.counts[name] for name in ("asked", "cached", "failed")}}
 
 
-def _client(url: str | None, timeout: float) -> Any:
+def make_client(url: str | None, keyless: bool = False) -> Any:
+    """The openai library's client for a URL, with the key from the environment, or without one: such a client can only be asked
+    where no key is needed. Refused on a URL or key that cannot be one, or if the key is missing."""
     import openai
 
     parts, key = urlsplit(url or "http://localhost"), os.environ.get("OPENAI_API_KEY")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
         raise Refused("the judge's URL must be like http://localhost:8000/v1, with no key in it, whose place is OPENAI_API_KEY")
-    if not key and url is None and not os.environ.get("OPENAI_BASE_URL"):
+    if not (key or keyless or url or os.environ.get("OPENAI_BASE_URL")):
         raise Refused("OPENAI_API_KEY is not set; set it, or give the URL of a server that needs none")
     if key and not re.fullmatch(r"[!-~]+", key):
         raise Refused("OPENAI_API_KEY holds a space, a line break or another character that no key has")
-    return openai.OpenAI(api_key=key or NO_KEY, base_url=url, timeout=timeout, max_retries=0)  # we retry, and count
+    return openai.OpenAI(api_key=NO_KEY if keyless or not key else key, base_url=url)
 
 
-def only_model(url: str) -> str:
+def only_model(url: str | None) -> str:
     """The name of the model that a server offers. Refused if it cannot be asked or offers several."""
     import openai
 
     try:
-        names = [model.id for model in _client(url, 10.0).models.list()]
+        return only([model.id for model in make_client(url).with_options(timeout=10.0).models.list()], str(url))
     except openai.OpenAIError as error:
         raise Refused(f"{url} does not say which models it has ({type(error).__name__}); name one") from None
+
+
+def recorded_models(cache: str | Path, kind: str) -> list[str]:
+    """The models whose replies to a judge's or a teacher's questions are in a ledger. Refused if it cannot be read."""
+    sql = "SELECT DISTINCT model FROM requests WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"
+    return [model for (model,) in Ledger(cache, read_only=True).db.execute(sql, (kind == "teacher",))]
+
+
+def only(names: list[str], where: str) -> str:
+    """The only one of the names; Refused if there are none or several."""
     if len(names) != 1:
-        raise Refused(f"{url} has {len(names)} models ({', '.join(names[:5])}); name one")
+        raise Refused(f"{where} has {len(names)} models{': ' * bool(names)}{', '.join(names[:5])}; name one")
     return names[0]
 
 

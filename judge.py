@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -248,6 +248,16 @@ class OpenAIJudge:
         return {"pairs_in_both_orders": pairs, "flip_rate": self.counts["flips"] / pairs if pairs else None,
                 "first_rate": self.counts["first"] / (2 * pairs) if pairs else None,
                 "failed_rate": self.counts["failed"] / asked if asked else None}  # fmt: skip
+
+    def flip_rate(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> float | None:
+        """The share of the pairs of responses [X][n] in which the verdict changes with the order, for form "pairwise"; None if
+        there are none. What was asked before is not asked again."""
+        counts, self.counts = self.counts, Counter()
+        if self.form == "pairwise":
+            pairs = [(str(x), y, z) for x, ys in zip(prompts, responses, strict=True) for y, z in combinations(map(str, ys), 2)]
+            self._by_verdicts(pairs)
+        rate, self.counts = self.report()["flip_rate"], counts
+        return rate
 
     def _by_scores(self, triples: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], float]:
         points = self._scores([(x, y) for x, *ys in triples for y in ys], 2)

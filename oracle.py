@@ -2,21 +2,33 @@
 
 An oracle is any object with `prefer` and `win_rates` (the `Oracle` protocol); `check_oracle` puts one through its paces.
 Tables (`PreferenceTable`) know every probability; prompts and responses are then indices. `RegisterJudge` reads text: it rules
-over a small world of prompts and answers, made up below, in which preferences go round in a circle.
+over a small world of prompts and answers, made up below, in which preferences go round in a circle. `OpenAIJudge` asks a
+language model (judge.py). How far a judge can be trusted, `python oracle.py agreement FILE.jsonl` tells.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from dno import check_preferences
+from judge import OpenAIJudge, OpenAITeacher
+
+__all__ = ["OpenAIJudge", "OpenAITeacher", "Oracle", "PreferenceTable", "RegisterJudge", "bradley_terry", "check_oracle",
+           "random_game", "rock_paper_scissors"]  # fmt: skip  # the names that do not change
 
 AGREEMENT = 1e-5  # how far two answers to the same question may lie apart: float32 rounding, not a matter of opinion
 
@@ -28,7 +40,7 @@ class Oracle(Protocol):
     deterministic: bool  # promises the same answer to the same question
 
     def prefer(self, prompts: Sequence[Any] | Tensor, a: Sequence[Any] | Tensor, b: Sequence[Any] | Tensor) -> Tensor:
-        """Probability [B] that response a[i] beats response b[i] to prompts[i], in [0, 1]."""
+        """Probability [B] that response a[i] beats response b[i] to prompts[i], in [0, 1]; NaN if it is not to be had."""
 
     def win_rates(self, prompt: Any, responses: Sequence[Any] | Tensor) -> Tensor:
         """For each of n >= 2 responses to one prompt its mean probability of beating one of the n - 1 others, [n]."""
@@ -270,3 +282,195 @@ def student_answer(prompt: str, draw: random.Random) -> str:
     """An answer to learn to write from: mostly concise, but to praise mostly precise, as `STUDENT` has it."""
     (register,) = draw.choices(tuple(REGISTERS.values()), weights=STUDENT[prompt_class(prompt)])
     return register.write(topic(prompt), draw)
+
+
+# --- How far a judge can be trusted -----------------------------------------------------------------------------------------
+
+
+def clustered_mean(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
+    """Mean of values [n] and the half width of its 95% interval, those of one cluster (one prompt's) being dependent:
+    1.96 sqrt(G/(G - 1) sum_g (sum_{i in g} (v_i - mean))^2) / n, with G clusters; NaN for fewer than two. NaN values are left
+    out."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return math.nan, math.nan
+    values, clusters = values[known], np.unique(np.asarray(clusters)[known], return_inverse=True)[1]
+    sums = np.bincount(clusters, values - values.mean())
+    G = len(sums)
+    return float(values.mean()), float(1.96 * np.sqrt(G / (G - 1) * (sums**2).sum()) / len(values)) if G > 1 else math.nan
+
+
+def length_controlled(wins: np.ndarray, lead: np.ndarray) -> float:
+    """The win rate at equal lengths: sigma(theta), where theta and phi maximise the likelihood of the wins [n] in [0, 1] under
+    P(win) = sigma(theta + phi tanh(d / std d)), d = lead [n] the differences of length. That is the length-controlled win rate
+    of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) without its term for how hard a prompt is, which takes many models;
+    a prior exp(-phi^2/2 - theta^2/200) keeps it finite where every response wins. NaN wins are left out."""
+    known = ~np.isnan(wins)
+    wins, lead = wins[known], lead[known].astype(float)
+    if not len(wins):
+        return math.nan
+    spread = lead.std()
+    design = np.stack([np.ones_like(lead), np.tanh(lead / spread) if spread else 0 * lead], axis=1)
+    prior, w = np.array([0.01, 1.0]), np.zeros(2)
+    for _ in range(50):  # Newton's method on a strictly concave function
+        p = 1 / (1 + np.exp(-design @ w))
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + np.diag(prior)
+        w = w + np.linalg.solve(hessian, design.T @ (wins - p) - prior * w)
+    return float(1 / (1 + np.exp(-w[0])))
+
+
+def win_rate_report(wins: Tensor, prompts: Sequence[Any], lead: Sequence[float]) -> dict[str, float]:
+    """A win rate as an evaluation should give it: of judged comparisons wins [n] in [0, 1], NaN where there was no answer, with
+    the prompt and the difference of length (ours less theirs) of each: the mean, the half width of its 95% interval clustered
+    by prompt, the number of answers, and the length-controlled win rate."""
+    wins, lead = wins.numpy(), np.asarray(lead, dtype=float)
+    mean, interval = clustered_mean(wins, prompts)
+    return {"win_rate": mean, "interval": interval, "n": len(wins), "n_parsed": int((~np.isnan(wins)).sum()),
+            "length_controlled": length_controlled(wins, lead)}  # fmt: skip
+
+
+def cohens_kappa(first: Sequence[str], second: Sequence[str]) -> float:
+    """(p_o - p_e) / (1 - p_e): agreement p_o of two raters of n things beyond that by chance, p_e = sum_c p_1(c) p_2(c). 1 is
+    perfect, 0 is chance; NaN where chance agreement is 1 (both always say the same)."""
+    n, kinds = len(first), sorted({*first, *second})
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    chance = sum(list(first).count(kind) / n * (list(second).count(kind) / n) for kind in kinds)
+    return (observed - chance) / (1 - chance) if chance < 1 else math.nan
+
+
+def cyclic_triples(prompts: Sequence[str], a: Sequence[str], b: Sequence[str], P: Sequence[float]) -> tuple[int, int]:
+    """(cyclic, all) triples of responses to one prompt of which all three pairs are decided, P != 1/2 and not NaN."""
+    beats: dict[Any, dict[tuple[str, str], bool]] = {}
+    for x, y, z, p in zip(prompts, a, b, P, strict=True):
+        if y != z and p not in (0.5,) and not math.isnan(p):
+            beats.setdefault(x, {}).update({(y, z): p > 0.5, (z, y): p < 0.5})
+    cyclic = total = 0
+    for decided in beats.values():
+        for triple in combinations(sorted({y for pair in decided for y in pair}), 3):
+            if all(pair in decided for pair in combinations(triple, 2)):
+                total += 1
+                cyclic += len({sum(decided[y, z] for z in triple if z != y) for y in triple}) == 1  # each wins once
+    return cyclic, total
+
+
+def verdicts(P: Sequence[float]) -> list[str]:
+    """a, b or tie for each probability that a wins; NaN is none of them, but "none"."""
+    return ["none" if math.isnan(p) else "a" if p > 0.5 else "b" if p < 0.5 else "tie" for p in P]
+
+
+def agreement(items: Sequence[dict[str, Any]], P: Sequence[float], flip_rate: float | None = None) -> dict[str, Any]:
+    """How a judge's P(a > b) [n] compare with people's labels: items with prompt, a, b and label (a, b or tie).
+
+    n and n_parsed; agreement with people and the half width of its 95% interval clustered by prompt; Cohen's kappa; flip_rate
+    as it is given (share of pairs whose verdict changes with the order); longer_wins, of the decided pairs of different length
+    the share won by the longer, by judge and by people; cyclic, the share of cyclic triples, of how many, and the p-value of
+    what is as unlikely if every verdict were a fair coin, by which a triple is cyclic with probability 1/4 (binomial, triples
+    taken as independent)."""
+    said = verdicts(P)
+    known = [i for i, verdict in enumerate(said) if verdict != "none"]
+    judge, human = [said[i] for i in known], [items[i]["label"] for i in known]
+    same = np.array([float(a == b) for a, b in zip(judge, human, strict=True)])
+    rate, interval = clustered_mean(same, [items[i]["prompt"] for i in known])
+    cyclic, triples = cyclic_triples(*([item[name] for item in items] for name in ("prompt", "a", "b")), P)
+    lead = np.array([len(items[i]["a"]) - len(items[i]["b"]) for i in known])
+
+    def longer(labels: list[str]) -> float | None:
+        won = [(label == "a") == (d > 0) for label, d in zip(labels, lead, strict=True) if label != "tie" and d]
+        return sum(won) / len(won) if won else None
+
+    return {"n": len(items), "n_parsed": len(known), "agreement": rate, "interval": interval,
+            "kappa": cohens_kappa(judge, human) if known else math.nan, "flip_rate": flip_rate,
+            "longer_wins": longer(judge), "longer_wins_people": longer(human), "triples": triples,
+            "cyclic": cyclic / triples if triples else None,
+            "cyclic_p_value": binomtest(cyclic, triples, 0.25).pvalue if triples else None}  # fmt: skip
+
+
+def read_labels(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a file of people's labels: {"prompt", "a", "b", "label": a, b or tie, and optionally "judge": P(a > b)}.
+    ValueError naming the first bad line."""
+    items = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            item = json.loads(line)
+            good = all(isinstance(item[name], str) for name in ("prompt", "a", "b")) and item["label"] in ("a", "b", "tie")
+            good = good and (item.get("judge") is None or 0 <= item["judge"] <= 1)
+        except (ValueError, TypeError, KeyError):
+            good = False
+        if not good:
+            wanted = '{"prompt": ..., "a": ..., "b": ..., "label": "a", "b" or "tie"}, "judge" in [0, 1] if given'
+            raise ValueError(f"{path}, line {number} is {line[:60]!r}; expected {wanted}")
+        items.append(item)
+    if not items:
+        raise ValueError(f"{path} is empty; expected a line for each comparison")
+    return items
+
+
+def agreement_figure(found: dict[str, Any], items: Sequence[dict[str, Any]], P: Sequence[float]) -> Any:
+    """Left, the shares of `agreement`, some beside what they are for people or a coin. Right, how often a wins against how much
+    longer it is, for judge and people."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    rows = [("agreement with people", found["agreement"], None), ("verdict flips with the order", found["flip_rate"], None),
+            ("the longer wins (mark: people)", found["longer_wins"], found["longer_wins_people"]),
+            ("cyclic triples (mark: a coin)", found["cyclic"], 0.25)]  # fmt: skip
+    for place, (_, value, compare) in enumerate(rows[::-1]):
+        if value is None:
+            left.text(0.5, place, "not measured", ha="center", va="center", color="0.5", fontsize=8)
+            continue
+        left.plot(value, place, "o", color="C0")
+        if compare is not None:
+            left.plot(compare, place, "|", color="C1", ms=16, mew=2)
+    if not math.isnan(found["interval"]):
+        left.errorbar(found["agreement"], 3, xerr=found["interval"], color="C0", capsize=3)
+    left.set(xlim=(-0.03, 1.03), ylim=(-0.5, 3.5), xlabel="share", yticks=range(4), yticklabels=[row[0] for row in rows[::-1]])
+    lead = np.array([len(item["a"]) - len(item["b"]) for item in items])
+    human = np.array([{"a": 1.0, "tie": 0.5, "b": 0.0}[item["label"]] for item in items])
+    edges = np.unique(np.quantile(lead, np.linspace(0, 1, 6)))
+    bins = np.clip(np.searchsorted(edges, lead, "right") - 1, 0, max(0, len(edges) - 2))
+    for name, values, style in (("judge", np.array(P), "o-"), ("people", human, "s--")):
+        means = [(lead[bins == b].mean(), np.nanmean(values[bins == b])) for b in np.unique(bins[~np.isnan(values)])]
+        right.plot(*zip(*means, strict=True), style, label=name)
+    right.set(xlabel="characters that a is longer than b (fifths)", ylabel="$P(a \\succ b)$", ylim=(0, 1))
+    right.legend(fontsize=8)
+    return figure
+
+
+def main(argv: list[str]) -> int:
+    """`python oracle.py agreement FILE.jsonl [--option value ...]`: `agreement` as table and figure. Exit codes: train.py's."""
+    import runs
+
+    return runs.guarded("oracle.py", lambda: compare_with_people(*runs.parse_agreement(argv)))
+
+
+def compare_with_people(file: str, options: Any) -> None:
+    """Ask the judge that the options name about the comparisons in the file, or take the answers recorded there, and report."""
+    import runs
+
+    items = read_labels(file)
+    columns = [[item[name] for item in items] for name in ("prompt", "a", "b")]
+    flip_rate = None
+    if options.oracle == "recorded":
+        P = torch.tensor([item.get("judge", math.nan) for item in items], dtype=torch.float64)
+    elif options.oracle == "synthetic":
+        P = RegisterJudge().prefer(*columns)
+    else:
+        judge = OpenAIJudge(runs.open_judge(options), options.judge_form)
+        questions = judge.questions(columns[0], list(zip(*columns[1:], strict=True)))
+        print(f"judge: {judge.endpoint}\nto be asked: {judge.endpoint.plan(questions)}")
+        if options.dry_run:
+            return
+        P = judge.prefer(*columns)
+        flip_rate = judge.report()["flip_rate"]
+        print(f"asked: {judge.endpoint.report()}")
+    found = agreement(items, P.tolist(), flip_rate)
+    for name, value in found.items():
+        print(f"{name:20} {'-' if value is None else f'{value:.3f}' if isinstance(value, float) else value}")
+    with runs.plt.style.context(runs.STYLE):
+        figure = agreement_figure(found, items, P.tolist())
+        figure.savefig(options.figure)
+    print(f"figure: {options.figure}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

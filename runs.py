@@ -1,4 +1,5 @@
-"""What every run of `train.py` shares: a command line made from a dataclass, the run's folder, the look of its figures."""
+"""What every run of `train.py` shares: a command line made from a dataclass, also of judges that are language models; the run's
+folder; the look of its figures."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from endpoint import Endpoint, Price, Refused, Stopped, TooDear, make_client, only, only_model, recorded_models
 
 STYLE = {
     "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]),
@@ -41,14 +44,14 @@ def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message}; `python train.py --help` lists what there is")
+        raise BadInput(f"{message}; `python {self.prog.partition(' ')[0]} --help` lists what there is")
 
 
-def _parser(preset: str, config: type) -> argparse.ArgumentParser:
-    """A parser with one --option for each field of the dataclass."""
+def options_parser(name: str, config: type) -> argparse.ArgumentParser:
+    """A parser with one --option for each field of the dataclass, inherited ones last. BadInput on what it does not know."""
     summary = (config.__doc__ or "").strip().splitlines()[0]
-    parser = _Parser(f"train.py {preset}", description=summary, allow_abbrev=False, add_help=False)
-    for field in dataclasses.fields(config):
+    parser = _Parser(name, description=summary, allow_abbrev=False, add_help=False)
+    for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in config.__annotations__):
         kind = typing.get_type_hints(config)[field.name]
         kind = next(part for part in typing.get_args(kind) or (kind,) if part is not type(None))
         flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
@@ -70,14 +73,134 @@ def parse(argv: list[str], presets: dict[str, type], default: str) -> tuple[str,
         print(f"usage: python train.py [PRESET] [--field value ...]\n\npresets: {', '.join(presets)} (default: {default})\n")
         for name, config in presets.items():
             if name == preset or argv[0].startswith("-"):
-                print(_parser(name, config).format_help())
+                print(options_parser(f"train.py {name}", config).format_help())
         sys.exit(0)
-    return preset, presets[preset](**vars(_parser(preset, presets[preset]).parse_args(rest)))
+    return preset, presets[preset](**vars(options_parser(f"train.py {preset}", presets[preset]).parse_args(rest)))
+
+
+@dataclasses.dataclass
+class JudgeOptions:
+    """Who judges, and what it may cost."""
+
+    oracle: str | None = setting(
+        None, "synthetic, openai:MODEL, or replay:CACHE (recorded replies, no network); when left out openai if --judge-url or "
+        "--judge-model is given, else synthetic"
+    )  # fmt: skip
+    judge_url: str | None = setting(None, "of an OpenAI-compatible endpoint, http://localhost:8000/v1 say (default: OpenAI's)")
+    judge_model: str | None = setting(None, "the judge's name there (default: the only one that the endpoint has)")
+    judge_form: str = setting("scored", "0 to 6 points for all candidates at once, or two at a time", ("scored", "pairwise"))
+    judge_prices: str | None = setting(None, "dollars per million tokens of prompt and completion: 2.5,10 (default: as listed)")
+    judge_cache: str | None = setting(None, "file of all requests and replies (default: judgments.sqlite in --out)")
+    judge_concurrency: int = setting(16, "requests under way at a time")
+    judge_timeout: float = setting(120.0, "seconds that a request may take")
+    max_failed: float = setting(0.05, "in [0, 1], share of the questions of a round that may stay without an answer")
+    max_usd: float | None = setting(None, "dollars that the run may spend on requests; it stops below, resumable")
+    dry_run: bool = setting(False, "say what would be asked, and at what price; send and write nothing")
+
+    def check_judge(self) -> None:
+        """Settle who judges, and check the judge's options. ValueError naming the field."""
+        asked = self.judge_url or self.judge_model
+        self.oracle = self.oracle or ("openai" if asked else "synthetic")
+        self.judge_prices = self.judge_prices and prices(self.judge_prices) and self.judge_prices
+        check_source("oracle", self.oracle)
+        if self.oracle == "synthetic" and (asked or self.max_usd is not None):
+            raise ValueError("judge-url, judge-model and max-usd belong to a language model; add --oracle openai:MODEL")
+        for name, least, most in (("judge_concurrency", 1, 1000), ("judge_timeout", 1e-3, 1e5), ("max_failed", 0, 1)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {least:g} to {most:g}")
+        if self.max_usd is not None and not 0 <= self.max_usd < float("inf"):
+            raise ValueError(f"max_usd is {self.max_usd}; expected a number of dollars, at least 0")
+
+
+def check_source(name: str, source: str) -> None:
+    """ValueError unless it is synthetic, openai[:MODEL] or replay:CACHE."""
+    kind, _, rest = source.partition(":")
+    if not (source == "synthetic" or kind == "openai" or (kind == "replay" and rest)):
+        raise ValueError(f"{name} is {source!r}; expected synthetic, openai:MODEL or replay:CACHE")
+
+
+def prices(text: str) -> Price:
+    """The Price written as "2.5,10". ValueError if it is none."""
+    try:
+        prompt, completion = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"prices are {text!r}; expected dollars per million tokens of prompt and completion: 2.5,10") from None
+    return Price(prompt, completion)
+
+
+def open_judge(options: Any) -> Endpoint:
+    """The endpoint of `JudgeOptions`. Refused if there can be none."""
+    return open_endpoint(options, options.oracle, options.judge_model, options.judge_url, options.judge_prices, "judge")
+
+
+def open_endpoint(options: Any, source: str, model: str | None, url: str | None, price: str | None, kind: str) -> Endpoint:
+    """The endpoint that a source such as openai:MODEL names; kind: judge or teacher. Refused if there can be none."""
+    how, _, rest = source.partition(":")
+    common = {"max_failed": options.max_failed, "run": str(options.out)}
+    if how == "replay":
+        return Endpoint(model or only(recorded_models(rest, kind), rest), cache=rest, live=False, **common)
+    cache = None if options.dry_run else options.judge_cache or f"{options.out}/judgments.sqlite"
+    try:
+        return Endpoint(rest or model or only_model(url), url, cache, client=make_client(url, options.dry_run),
+                        concurrency=options.judge_concurrency, timeout=options.judge_timeout,
+                        price=prices(price) if price else None, max_usd=options.max_usd, **common)  # fmt: skip
+    except ValueError as error:
+        raise BadInput(f"{kind}: {error} (--{kind}-prices 2.5,10, in dollars per million tokens)") from error
+
+
+@dataclasses.dataclass
+class AgreementOptions(JudgeOptions):
+    """agreement: how far a judge agrees with people, on comparisons in a file."""
+
+    figure: str = setting("agreement.png", "file to draw in")
+    out: str = setting("runs/agreement", "folder for the judge's cache")
+
+    def __post_init__(self) -> None:
+        """Settle who judges: the answers recorded in the file if nobody is named. ValueError on a bad option."""
+        named = self.oracle or self.judge_url or self.judge_model
+        self.check_judge()
+        self.oracle = self.oracle if named else "recorded"
+
+
+def parse_agreement(argv: list[str]) -> tuple[str, AgreementOptions]:
+    """(file, options) of `python oracle.py agreement`. Prints the help and exits 0 if asked to. BadInput on what is unknown."""
+    parser = options_parser("oracle.py agreement", AgreementOptions)
+    if "-h" in argv or "--help" in argv:
+        print("usage: python oracle.py agreement FILE.jsonl [--option value ...]\n\n" + parser.format_help())
+        sys.exit(0)
+    if len(argv) < 2 or argv[0] != "agreement" or argv[1].startswith("-"):
+        raise BadInput(f"the command is {' '.join(argv)!r}; expected agreement FILE.jsonl, and options after it")
+    try:
+        return argv[1], AgreementOptions(**vars(parser.parse_args(argv[2:])))
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def guarded(program: str, work: Callable[[], Any]) -> int:
+    """Do the work; the exit code: 0 done, 1 too many failures of a judge, 2 bad input, 130 interrupted or at the limit of
+    dollars, to go on with."""
+    try:
+        work()
+    except (BadInput, Refused) as error:
+        print(f"{program}: {error}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except (TooDear, KeyboardInterrupt) as error:
+        reason = str(error) or "interrupted"
+        print(f"\n{program}: {reason}; the same command goes on from there, a run with --resume", file=sys.stderr)
+        return 130
+    except Stopped as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 # --- The folder of a run ---------------------------------------------------------------------------------------------------
 
-MAY_DIFFER = ("out", "resume", "device", "threads", "jobs")  # between the start of a run and its resumption
+MAY_DIFFER = (  # between the start of a run and its resumption
+    "out", "resume", "device", "threads", "jobs", "judge_url", "judge_prices", "judge_cache", "judge_concurrency",
+    "judge_timeout", "max_failed", "max_usd", "dry_run", "teacher_url", "teacher_prices",
+)  # fmt: skip
+BESIDE = (".part", ".sqlite", ".sqlite-wal", ".sqlite-shm")  # what may lie in the folder before a run starts
 
 
 class Run:
@@ -89,7 +212,7 @@ class Run:
     def __init__(self, preset: str, config: Any, classes: tuple[type, ...] = ()):
         self.out, self.classes = Path(config.out), list(classes)
         settings = {"preset": preset, **dataclasses.asdict(config)}
-        started = self.out.exists() and any(path.suffix != ".part" for path in self.out.iterdir())
+        started = self.out.exists() and any(path.suffix not in BESIDE for path in self.out.iterdir())
         self.state = self._earlier(settings) if started else None
         self.phases = (self.load("checkpoint/phases.pt", settings["device"]) if started else None) or {}
         self.out.mkdir(parents=True, exist_ok=True)

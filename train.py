@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dno
+from endpoint import Plan, Stopped
 from model import (
     ANSWER,
     END,
@@ -52,6 +53,9 @@ from oracle import (
     CLASSES,
     PROMPTS,
     TOPICS,
+    OpenAIJudge,
+    OpenAITeacher,
+    Oracle,
     RegisterJudge,
     classify,
     prompt_class,
@@ -59,8 +63,22 @@ from oracle import (
     student_answer,
     style_game,
     teacher_answer,
+    win_rate_report,
 )
-from runs import STYLE, BadInput, Run, check_device, parse, setting
+from runs import (
+    STYLE,
+    BadInput,
+    JudgeOptions,
+    Run,
+    check_device,
+    check_source,
+    guarded,
+    open_endpoint,
+    open_judge,
+    parse,
+    prices,
+    setting,
+)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 MOVING = {"eta": 0.25, "tau": 0.125, "move_reference_every": 6}  # a table's last iterate converges with these
@@ -415,6 +433,7 @@ RULES = {
     "best-worst": lambda margin: dno.best_against_worst,
     "teacher": lambda margin: partial(dno.teacher_pairs, margin=margin),
     "spin": lambda margin: dno.gold_against_students,
+    "scored": lambda margin: dno.scored_pairs,
 }  # fmt: skip
 TRAINED = 8  # of a prompt's samples in algorithms 1 and 3; all of them are opponents
 KINDS = ("teacher_student", "student_teacher", "student_student")
@@ -422,12 +441,13 @@ CLASSES_KEPT = (dno.Round, dno.Groups, dno.Pairs, dno.Best, Response)  # what ch
 
 
 @dataclass
-class TextConfig:
+class TextConfig(JudgeOptions):
     """text: supervised fine-tuning on a small world of text, then Algorithm 2, then a regression that approaches Nash."""
 
     algorithm: int | None = setting(
-        None, "2, 4: contrast sampled pairs; 1, 3: regress on soft targets; when left out 2, then 3", choices=(1, 2, 3, 4)
-    )
+        None, "2, 4: contrast sampled pairs; 1, 3: regress on soft targets; when left out 2, then 3 if the judge is synthetic",
+        choices=(1, 2, 3, 4),
+    )  # fmt: skip
     option: str = setting("I", "of Algorithm 4: samples of pi_t (I) or of its mixture with pi_ref by token (II)", ("I", "II"))
     iterations: int | None = setting(None, "T (30 for Algorithms 2 and 4, 60 for 1 and 3)")
     eta: float | None = setting(None, "> 0, larger is slower (eta~ 8 for Algorithms 2 and 4; 1 for 1, 0.25 for 3)")
@@ -435,7 +455,10 @@ class TextConfig:
     move_reference_every: int | None = setting(None, "iterations; 0: never (5 for Algorithm 3)")
     rule: str = setting("large-margin", "which pairs Algorithms 2 and 4 train on", tuple(RULES))
     margin: float = setting(0.4, "in [0, 1], least difference of the win rates of a pair")
-    judgments: str = setting("outcomes", "rank by {0, 1} samples of P, as in the paper, or by P", ("outcomes", "probabilities"))
+    judgments: str = setting(
+        "outcomes", "rank by {0, 1} samples of P, as in Algorithm 2; by P; or, with rule scored, by a judge's points",
+        ("outcomes", "probabilities", "scores"),
+    )  # fmt: skip
     samples: int | None = setting(None, "K, responses a prompt (5 for Algorithms 2 and 4, as in the paper; 24 for 1 and 3)")
     temperature: float | None = setting(None, "of sampling (default: 1.0; the paper's 0.7 hides malformed text from the judge)")
     top_p: float | None = setting(None, "of sampling (default: 1.0; the paper's is 0.95)")
@@ -450,6 +473,10 @@ class TextConfig:
     width: int = setting(64, "channels of the transformer")
     max_new_tokens: int = setting(24, "after which a response is cut off")
     survey: int = setting(32, "samples of each held-out prompt by which a policy is measured")
+    judged: int = setting(2, "samples of each held-out prompt that a language model judges, each iteration")
+    teacher: str = setting("synthetic", "who writes gold responses: synthetic, openai:MODEL, or replay:CACHE")
+    teacher_url: str | None = setting(None, "the teacher's endpoint (default: --judge-url)")
+    teacher_prices: str | None = setting(None, "as --judge-prices, which it is when left out if the model is the judge's")
     seed: int = setting(0, "of the corpus, the transformer's weights, the samples and the outcomes")
     out: str | None = setting(None, "folder of the run (default: runs/text-SEED)")
     resume: bool = setting(False, "go on with the run in --out, to the same result as if it had never stopped")
@@ -460,9 +487,13 @@ class TextConfig:
     def __post_init__(self) -> None:
         """Fill in the recipe of the algorithm, and check every number. ValueError naming the field."""
         self.out = self.out or f"runs/text-{self.seed}"
-        recipe = RECIPES.get(self.algorithm, {"samples", "temperature", "top_p", "prompts_per_step", "lr", "eta", "tau"})
-        given = [name for name in recipe if name != "fall" and getattr(self, name) is not None]
-        if self.algorithm is None and given:
+        self.check_judge()
+        check_source("teacher", self.teacher)
+        self.teacher_prices = self.teacher_prices and prices(self.teacher_prices) and self.teacher_prices
+        algorithms = self.algorithms()
+        own = ("samples", "temperature", "top_p", "prompts_per_step", "lr", "eta", "tau")
+        given = [name for name in own if getattr(self, name) is not None]
+        if len(algorithms) > 1 and given:
             raise ValueError(f"{given[0]} differs between algorithms; add --algorithm, or leave it out")
         for stage in self.stages():
             dno.check_positive(eta=stage.eta, iterations=stage.iterations)
@@ -474,12 +505,17 @@ class TextConfig:
                 raise ValueError(f"move-reference-every is {stage.move_reference_every}; expected at least 0")
         if self.option != "I" and self.algorithm != 4:
             raise ValueError("option II belongs to Algorithm 4; add --algorithm 4")
-        if self.algorithm == 2 and (self.tau or self.move_reference_every):
+        if (self.rule == "scored") != (self.judgments == "scores") or (self.rule == "scored" and self.oracle == "synthetic"):
+            raise ValueError("rule scored, judgments scores and a language model that scores belong together; give all three")
+        if self.judgments == "scores" and self.judge_form != "scored":
+            raise ValueError("judgments scores need a judge that gives scores; leave --judge-form out")
+        if algorithms == (2,) and (self.tau or self.move_reference_every):
             raise ValueError("tau and move-reference-every belong to Algorithms 3 and 4; choose one of them by --algorithm")
         if self.algorithm in (1, 3) and self.rule != "large-margin":
             raise ValueError(f"rule {self.rule} belongs to Algorithms 2 and 4; Algorithms 1 and 3 train on all pairs")
         for name, least, most in (("prompts", 1, 72), ("sft_steps", 1, None), ("vocabulary", 256, None), ("layers", 1, None),
                                   ("width", 8, None), ("max_new_tokens", 1, None), ("survey", 1, None), ("threads", 1, None),
+                                  ("judged", 1, None),
                                   ("seed", 0, 10**9), ("margin", 0, 1)):  # fmt: skip
             value = getattr(self, name)
             if not least <= value <= (value if most is None else most):
@@ -487,11 +523,16 @@ class TextConfig:
         dno.check_positive(sft_lr=self.sft_lr)
         self.transformer(2)  # checks its shape
 
+    def algorithms(self) -> tuple[int, ...]:
+        """Which to run one after the other; with a judge that costs money only one, if it is not said which Algorithm 2."""
+        if self.algorithm is not None:
+            return (self.algorithm,)
+        return (2, 3) if self.oracle == "synthetic" else (2,)
+
     def stages(self) -> list[SimpleNamespace]:
         """The algorithms to run one after the other, each from the fine-tuned policy, with all their numbers."""
-        algorithms = (2, 3) if self.algorithm is None else (self.algorithm,)
         chosen = {name: value for name, value in asdict(self).items() if value is not None}
-        return [SimpleNamespace(**{**RECIPES[algorithm], **chosen, "algorithm": algorithm}) for algorithm in algorithms]
+        return [SimpleNamespace(**{**RECIPES[number], **chosen, "algorithm": number}) for number in self.algorithms()]
 
     def practice(self, stage: SimpleNamespace) -> dno.Practice:
         """The settings of the algorithm's loop."""
@@ -523,20 +564,88 @@ def examples(seed: int) -> list[tuple[str, str]]:
     return pairs
 
 
-def demonstrations(seed: int, count: int) -> dno.Data:
-    """Alg. 2, line 3: for iteration t some training prompts, drawn anew, with the teacher's answers."""
+def demonstrations(seed: int, count: int, teacher: OpenAITeacher | None = None) -> dno.Data:
+    """Alg. 2, line 3: for iteration t some training prompts, drawn anew, with the teacher's answers: those of a language model,
+    always the same to a prompt (prompts that it has none to are left out), or of `teacher_answer`."""
 
     def data(t: int) -> tuple[list[str], list[str]]:
         draw = random.Random(seed * 1_000_003 + t)
         prompts = draw.sample(TRAINING, count)
-        return prompts, [teacher_answer(x, draw) for x in prompts]
+        if teacher is None:
+            return prompts, [teacher_answer(x, draw) for x in prompts]
+        return answered(teacher, prompts)
 
     return data
+
+
+def answered(teacher: OpenAITeacher, prompts: list[str]) -> tuple[list[str], list[str]]:
+    """The prompts that the teacher has an answer to, and the answers."""
+    answers = [(x, y) for x, y in zip(prompts, teacher.answers(prompts), strict=True) if y is not None]
+    return [x for x, _ in answers], [y for _, y in answers]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who judges a run and writes its gold responses; None for the synthetic teacher."""
+
+    judge: Oracle
+    teacher: OpenAITeacher | None
+
+    def data(self, config: TextConfig) -> dno.Data:
+        """What the algorithms are given."""
+        return demonstrations(config.seed, config.prompts, self.teacher)
+
+    def spending(self) -> dict[str, float]:
+        """Requests so far and dollars that they can have cost, of judge and teacher; nothing if there is none that asks."""
+        endpoints = [part.endpoint for part in (self.judge, self.teacher) if hasattr(part, "endpoint") and part.endpoint.live]
+        ledgers = {str(endpoint.ledger.path): endpoint.ledger for endpoint in endpoints}.values()
+        return {"requests": sum(ledger.totals()["requests"] for ledger in ledgers),
+                "dollars": sum(ledger.spent() for ledger in ledgers)}  # fmt: skip
+
+
+def judging(config: TextConfig) -> Judging:
+    """Judge and teacher as the config has them. Refused if an endpoint cannot be asked."""
+    judge, teacher = RegisterJudge(), None
+    if config.oracle != "synthetic":
+        judge = OpenAIJudge(open_judge(config), config.judge_form, seed=config.seed)
+        config.judge_model = judge.endpoint.model
+    if config.teacher != "synthetic":
+        url, same = config.teacher_url or config.judge_url, config.teacher.partition(":")[2] == config.judge_model
+        price = config.teacher_prices or (config.judge_prices if same else None)
+        teacher = OpenAITeacher(open_endpoint(config, config.teacher, None, url, price, "teacher"))
+    return Judging(judge, teacher)
+
+
+def announce_judging(config: TextConfig, judging: Judging) -> None:
+    """Say whom the run will ask how much, and what it will cost: with the student's and the synthetic teacher's answers in
+    place of the samples and gold responses that are not known yet."""
+    draw, plans = random.Random(0), {}
+    if judging.teacher:
+        plans["teacher"] = judging.teacher, judging.teacher.endpoint.plan(judging.teacher.questions(PROMPTS))
+    if isinstance(judging.judge, OpenAIJudge):
+
+        def plan(prompts: tuple[str, ...], students: int, gold: bool) -> Plan:
+            answers = [[student_answer(x, draw) for _ in range(students)] + [teacher_answer(x, draw)] * gold for x in prompts]
+            return judging.judge.endpoint.plan(judging.judge.questions(prompts, answers))
+
+        total = plan(HELD_OUT, config.judged, True)
+        for stage in config.stages():
+            training = plan(TRAINING[: config.prompts], stage.samples, stage.algorithm in (2, 4))
+            total += (training + plan(HELD_OUT, 2 * config.judged, True)) * stage.iterations
+        plans["judge"] = judging.judge, total
+    for name, (part, plan_) in plans.items():
+        print(f"{name}: {part.endpoint}")
+        if part.endpoint.live:
+            print(f"    the whole run: {plan_}; spent so far: ${part.endpoint.ledger.spent():.4f}")
+    if plans and config.max_usd is not None:
+        print(f"    stops below ${config.max_usd:g}")
 
 
 class Validation:
     """Measures a policy on held-out prompts, by a survey of its samples, classified: `shares` [T+1, X, 4], of pi_1 first. The
     class probabilities being the judge's, win rates and gaps follow without a further judgment."""
+
+    HEADER = "P(> teacher) | gap: last        average    | P(new > old)"
 
     def __init__(self, policy: TextPolicy, judge: RegisterJudge, k: int, seed: int):
         self.policy, self.k, self.seed = policy, k, seed
@@ -547,11 +656,36 @@ class Validation:
 
     def __call__(self) -> float:
         """Survey the policy as it is; its win rate over the teacher, the score of Alg. 2, line 9."""
+        return dno.win_rate(self.P, self.survey(), self.teacher)
+
+    def survey(self) -> Tensor:
+        """How often each class occurs among the policy's samples, [X, 4]; kept with what was found before."""
         self.responses = self.policy.survey(HELD_OUT, self.k, self.seed)
         classes = torch.tensor([[classify(y) for y in ys] for ys in self.responses])
         shares = F.one_hot(classes, len(CLASSES)).double().mean(1)
         self.shares = torch.cat([self.shares, shares[None]])
-        return dno.win_rate(self.P, shares, self.teacher)
+        return shares
+
+    def state(self) -> dict[str, Any]:
+        """All that was found."""
+        return {"shares": self.shares}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a `state`, or forget everything."""
+        self.shares = state["shares"] if state else self.shares[:0]
+
+    def first(self) -> dict[str, Any]:
+        """The numbers of pi_1, printed; with the exact Nash policy's and the noise floor."""
+        nash = dno.nash(self.P)
+        gap, interval = self.gap(self.shares[0])
+        shares, floor = self.shares[0].mean(0).tolist(), self.floor(nash)
+        won = dno.win_rate(self.P, self.shares[0], self.teacher)
+        print(f"pi_1: gap {gap:.3f} +- {interval:.3f}, P(> teacher) {won:.3f}, well-formed {1 - shares[-1]:.3f}")
+        print(f"Exact Nash: gap {dno.duality_gap(self.P, nash):.0e}, measured as here {floor:.3f} (the noise floor); "
+              f"P(Nash > teacher) {dno.win_rate(self.P, nash, self.teacher):.3f}, "
+              f"gap of the teacher {dno.duality_gap(self.P, self.teacher):.3f}")  # fmt: skip
+        return {"gap_first": gap, "gap_first_interval": interval, "win_rate_vs_teacher_first": won,
+                "well_formed_first": 1 - shares[-1], "gap_floor": floor}  # fmt: skip
 
     def gap(self, shares: Tensor) -> tuple[float, float]:
         """Duality gap and the half width of its 95% interval, prompts being the clusters (normal approximation)."""
@@ -573,10 +707,82 @@ class Validation:
         before, last = self.shares[-2], self.shares[-1]
         gap_last, interval = self.gap(last)
         gap_average, interval_average = self.gap(self.shares[:-1].mean(0))
-        shares = {f"share_{name}": last[:, i].mean().item() for i, name in enumerate(CLASSES)}
         return {"gap_last": gap_last, "gap_last_interval": interval, "gap_average": gap_average,
                 "gap_average_interval": interval_average, "win_rate_vs_previous": dno.win_rate(self.P, last, before),
-                "win_rate_vs_teacher": dno.win_rate(self.P, last, self.teacher), **shares}  # fmt: skip
+                "win_rate_vs_teacher": dno.win_rate(self.P, last, self.teacher), **self.share_columns(),
+                "gap_nash": dno.duality_gap(self.P, dno.nash(self.P))}  # fmt: skip
+
+    def share_columns(self) -> dict[str, float]:
+        """How often the last policy writes in each class."""
+        return {f"share_{name}": self.shares[-1][:, i].mean().item() for i, name in enumerate(CLASSES)}
+
+    @staticmethod
+    def line(row: dict[str, float]) -> str:
+        """The columns under `HEADER`."""
+        gaps = "  ".join(f"{row[name]:.3f} +- {row[name + '_interval']:.3f}" for name in ("gap_last", "gap_average"))
+        return f"{row['win_rate_vs_teacher']:12.3f} | {gaps} | {row['win_rate_vs_previous']:12.3f}"
+
+
+class JudgedValidation(Validation):
+    """Measures a policy by a judge that must be asked: some samples of each held-out prompt against the teacher's answer and
+    against as many samples of the policy before. Gaps, for which one would have to know P, are not defined."""
+
+    HEADER = "P(> teacher)  at equal length | answers | P(new > old)"
+
+    def __init__(self, policy: TextPolicy, judging: Judging, config: TextConfig):
+        super().__init__(policy, RegisterJudge(), config.survey, config.seed)
+        self.judge, self.count = judging.judge, config.judged
+        draw = random.Random(config.seed)
+        gold = [teacher_answer(x, draw) for x in HELD_OUT]
+        self.prompts, self.gold = answered(judging.teacher, list(HELD_OUT)) if judging.teacher else (list(HELD_OUT), gold)
+        self.samples: list[str] = []
+        self.numbers: dict[str, float] = {}
+
+    def __call__(self) -> float:
+        """Have the policy as it is judged, all in one go; its win rate over the teacher. Stopped if there is no answer."""
+        self.survey()
+        before, k = self.samples, self.count
+        self.samples = [str(y) for ys in self.policy.survey(self.prompts, k, self.seed + 1) for y in ys]
+        prompts, gold = ([item for item in items for _ in range(k)] for items in (self.prompts, self.gold))
+        wins = self.judge.prefer(prompts * (1 + bool(before)), self.samples * (1 + bool(before)), gold + before)
+        lead = [len(y) - len(z) for y, z in zip(self.samples, gold, strict=True)]
+        report = win_rate_report(wins[: len(gold)], prompts, lead)
+        if report["n_parsed"] == 0:
+            raise Stopped("the judge has no answer to any question of the validation")
+        self.numbers = {"win_rate_vs_teacher": report["win_rate"], "win_rate_vs_teacher_interval": report["interval"],
+                        "win_rate_vs_teacher_length_controlled": report["length_controlled"], "n": report["n"],
+                        "n_parsed": report["n_parsed"]}  # fmt: skip
+        if before:
+            self.numbers["win_rate_vs_previous"] = wins[len(gold) :].nanmean().item()
+        return report["win_rate"]
+
+    def state(self) -> dict[str, Any]:
+        """All that was found, and the samples that the next policy is compared with."""
+        return {"shares": self.shares, "samples": self.samples, "numbers": self.numbers}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a `state`, or forget everything."""
+        super().restore(state)
+        self.samples, self.numbers = (state["samples"], state["numbers"]) if state else ([], {})
+
+    def first(self) -> dict[str, Any]:
+        """The numbers of pi_1, printed."""
+        well_formed, found = 1 - self.shares[0].mean(0)[-1].item(), self.numbers
+        print(f"pi_1: P(> teacher) {found['win_rate_vs_teacher']:.3f} +- {found['win_rate_vs_teacher_interval']:.3f}, at equal "
+              f"length {found['win_rate_vs_teacher_length_controlled']:.3f}, {found['n_parsed']} of {found['n']} judged; "
+              f"well-formed {well_formed:.3f}")  # fmt: skip
+        return {**{f"{name}_first": value for name, value in found.items()}, "well_formed_first": well_formed}
+
+    def row(self) -> dict[str, float]:
+        """The numbers of pi_{t+1}, the last policy judged."""
+        return {**self.numbers, **self.share_columns()}
+
+    @staticmethod
+    def line(row: dict[str, float]) -> str:
+        """The columns under `HEADER`."""
+        return (f"{row['win_rate_vs_teacher']:.3f} +- {row['win_rate_vs_teacher_interval']:.3f}  "
+                f"{row['win_rate_vs_teacher_length_controlled']:11.3f}    | {row['n_parsed']:3d}/{row['n']:3d} | "
+                f"{row['win_rate_vs_previous']:12.3f}")  # fmt: skip
 
 
 def fine_tune(config: TextConfig, policy: TextPolicy, pairs: list[tuple[str, str]], run: Run) -> None:
@@ -603,11 +809,10 @@ def fine_tune(config: TextConfig, policy: TextPolicy, pairs: list[tuple[str, str
             run.checkpoint({"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "sft_steps": step + 1})
 
 
-def loop_of(stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, judge: RegisterJudge, validation: Validation,
+def loop_of(stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, judging: Judging, validation: Validation,
             **common: Any) -> Iterator[dno.Round]:  # fmt: skip
     """The generator of the stage's algorithm."""
-    data = demonstrations(config.seed, config.prompts)
-    first = (policy, judge, data, stage.eta, stage.iterations)
+    first = (policy, judging.judge, judging.data(config), stage.eta, stage.iterations)
     regularized = {"tau": stage.tau, "move_reference_every": stage.move_reference_every}
     common |= {"settings": config.practice(stage), "seed": config.seed}
     if stage.algorithm in (1, 3):
@@ -620,23 +825,40 @@ def loop_of(stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, judg
 
 def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
     """What Table 2 reports of an iteration: new pairs by kind; of the K samples, their mean length in words, how many beat the
-    gold response on average, and the share of prompts at which the best of them does."""
+    gold response on average, and the share of prompts at which the best of them does. Of judged ones, where some are not."""
     row = {"loss": it.loss, "steps": it.steps}
     n = len(it.groups.responses[0])
     samples = [y for ys in it.groups.responses for y in (ys[:-1] if hard else ys)]
     row["mean_length"] = sum(len(y.split()) for y in samples) / len(samples)
     if hard:
         row |= {f"pairs_{kind}": count for kind, count in dno.pair_kinds(it.chosen, n - 1).items()}
-        beaten = it.wins[:, :-1, -1] > 0.5
-        row |= {"student_wins": beaten.sum(1).double().mean().item(), "best_of_n": beaten.any(1).double().mean().item()}
+        wins = it.wins[:, :-1, -1]
+        beaten = (wins > 0.5).double().masked_fill(wins.isnan(), float("nan"))
+        best = beaten.nan_to_num(-1).amax(1)
+        row |= {"student_wins": (n - 1) * beaten.nanmean(1).nanmean().item(), "best_of_n": best[best >= 0].mean().item()}
     return row
 
 
-def write_round(run: Run, iteration: int, it: dno.Round, hard: bool) -> None:
-    """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration."""
+def judged_numbers(it: dno.Round, config: TextConfig, judging: Judging, hard: bool) -> dict[str, float | None]:
+    """What a judge that must be asked adds: the share of judgments of the iteration that could not be had; prompts left out
+    for want of a gold response; how often a verdict changes with the order; Table 2's scores; requests, dollars of the run."""
+    row: dict[str, float | None] = {}
+    if isinstance(judging.judge, OpenAIJudge):
+        i, j = torch.triu_indices(*it.wins.shape[1:], 1)
+        row = {"judgments_failed": it.wins[:, i, j].isnan().double().mean().item(),
+               "flip_rate": judging.judge.flip_rate(it.groups.prompts, it.groups.responses)}  # fmt: skip
+    if hard and config.judgments == "scores":
+        row |= {"student_score": it.r_t[:, :-1].nanmean().item(), "teacher_score": it.r_t[:, -1].nanmean().item()}
+    if row or judging.teacher:
+        row |= {"prompts_dropped": config.prompts - len(it.groups.prompts), **judging.spending()}
+    return row
+
+
+def write_round(run: Run, iteration: int, it: dno.Round, hard: bool, rated: str) -> None:
+    """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration; rated: what r_t is, win_rate or score, null if not judged."""
     n = len(it.groups.responses[0])
     responses = [
-        {"prompt": x, "response": y, "by": "teacher" if hard and i == n - 1 else "student", "win_rate": r,
+        {"prompt": x, "response": y, "by": "teacher" if hard and i == n - 1 else "student", rated: None if math.isnan(r) else r,
          "class": CLASSES[classify(y)]}
         for x, ys, rs in zip(it.groups.prompts, it.groups.responses, it.r_t.tolist(), strict=True)
         for i, (y, r) in enumerate(zip(ys, rs, strict=True))
@@ -657,13 +879,13 @@ def show_responses(validation: Validation) -> None:
         tqdm.write(f"         {CLASSES[kind]:9} {x} -> {y!r}")
 
 
-def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, validation: Validation, run: Run,
-                base: dict[str, Tensor], nash_gap: float) -> None:  # fmt: skip
+def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, judging: Judging,
+                validation: Validation, run: Run, base: dict[str, Tensor]) -> None:  # fmt: skip
     """Run one algorithm from the fine-tuned policy or the run's last checkpoint on, a line and a checkpoint an iteration."""
     policy.load_state_dict(base)
     optimizer, after, hard = dno.adam(policy, momentum=0.0), None, stage.algorithm in (2, 4)
     done = sum(earlier.iterations for earlier in config.stages()[:number])
-    validation.shares = validation.shares[:0]
+    validation.restore(None)
     if run.state and run.state.get("stage") == number:
         with run.restoring():
             policy.load_state_dict(run.state["policy"])
@@ -671,27 +893,28 @@ def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy:
             pi_ref = copy.deepcopy(policy)
             if run.state["pi_ref"]:
                 pi_ref.load_state_dict(run.state["pi_ref"])
-            after, validation.shares = replace(run.state["round"], pi_ref=pi_ref), run.state["shares"]
+            after = replace(run.state["round"], pi_ref=pi_ref)
+            validation.restore(run.state["validation"])
     remember = lambda t, phase, *call: run.remember([number, t], phase, *call)  # noqa: E731
-    loop = loop_of(stage, config, policy, RegisterJudge(), validation, optimizer=optimizer, after=after, remember=remember)
+    loop = loop_of(stage, config, policy, judging, validation, optimizer=optimizer, after=after, remember=remember)
     print(f"\nAlgorithm {stage.algorithm}, eta {stage.eta:g}" + (f", tau {stage.tau:g}" if stage.tau else "") + ":")
-    print("    t | P(> teacher) | gap: last        average    | P(new > old) | well-formed | words |  T>S  S>T  S>S | loss")
+    print(f"    t | {validation.HEADER} | well-formed | words |  T>S  S>T  S>S | loss")
     start = time.perf_counter()
     progress = tqdm(total=stage.iterations, initial=after.t if after else 0, unit="iteration", disable=None, leave=False)
     for it in loop:
         row = {"iteration": done + it.t, "algorithm": stage.algorithm, "t": it.t, "seconds": time.perf_counter() - start,
-               **round_numbers(it, hard), **validation.row(), "gap_nash": nash_gap, "best_iteration": it.best.t}  # fmt: skip
-        write_round(run, done + it.t, it, hard)
+               **round_numbers(it, hard), **validation.row(), "best_iteration": it.best.t,
+               **judged_numbers(it, config, judging, hard)}  # fmt: skip
+        write_round(run, done + it.t, it, hard, "score" if config.judgments == "scores" else "win_rate")
         run.keep(f"policies/{done + it.t:03d}.pt", policy.state_dict())
         run.save(row, {"stage": number, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
                        "round": replace(it, pi_ref=None), "pi_ref": it.pi_ref.state_dict() if it.pi_ref else None,
-                       "shares": validation.shares})  # fmt: skip
+                       "validation": validation.state()})  # fmt: skip
         kinds = " ".join(f"{row[f'pairs_{kind}']:4d}" for kind in KINDS) if hard else " " * 14
         progress.update()
         tqdm.write(
-            f"{it.t:5d} | {row['win_rate_vs_teacher']:12.3f} | {row['gap_last']:.3f} +- {row['gap_last_interval']:.3f}  "
-            f"{row['gap_average']:.3f} +- {row['gap_average_interval']:.3f} | {row['win_rate_vs_previous']:12.3f} | "
-            f"{1 - row['share_malformed']:11.3f} | {row['mean_length']:5.1f} | {kinds} | {row['loss']:.4f}"
+            f"{it.t:5d} | {validation.line(row)} | {1 - row['share_malformed']:11.3f} | {row['mean_length']:5.1f} | {kinds} | "
+            f"{row['loss']:.4f}" + (f" | ${row['dollars']:.4f}" if "dollars" in row else "")
         )
         if it.t % 10 == 0:
             show_responses(validation)
@@ -723,77 +946,87 @@ def run_text(config: TextConfig) -> None:
     start = time.perf_counter()
     torch.set_num_threads(config.threads)
     check_device(config.device)
+    asked = judging(config)
+    announce_judging(config, asked)
+    if config.dry_run:
+        return
     run = Run("text", config, CLASSES_KEPT)
     policy = fine_tuned(config, run)
-    base, judge = copy.deepcopy(policy.state_dict()), RegisterJudge()
-    validation = Validation(policy, judge, config.survey, config.seed)
-    validation()
-    nash = dno.nash(validation.P)
-    first = {"gap": validation.gap(validation.shares[0]), "shares": validation.shares[0].mean(0).tolist(),
-             "win_rate_vs_teacher": dno.win_rate(validation.P, validation.shares[0], validation.teacher)}  # fmt: skip
-    floor = validation.floor(nash)
+    base, synthetic = copy.deepcopy(policy.state_dict()), config.oracle == "synthetic"
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {policy.tokenizer.n_vocab} tokens; "
           f"fine-tuned after {time.perf_counter() - start:.0f} s. Writing to {config.out}")  # fmt: skip
-    print(f"pi_1: gap {first['gap'][0]:.3f} +- {first['gap'][1]:.3f}, P(> teacher) {first['win_rate_vs_teacher']:.3f}, "
-          f"well-formed {1 - first['shares'][-1]:.3f}")  # fmt: skip
-    print(f"Exact Nash: gap {dno.duality_gap(validation.P, nash):.0e}, measured as here {floor:.3f} (the noise floor); "
-          f"P(Nash > teacher) {dno.win_rate(validation.P, nash, validation.teacher):.3f}, "
-          f"gap of the teacher {dno.duality_gap(validation.P, validation.teacher):.3f}")  # fmt: skip
+    validation = Validation(policy, RegisterJudge(), config.survey, config.seed) if synthetic else JudgedValidation(
+        policy, asked, config)  # fmt: skip
+    validation()
+    first = validation.first()
     show_responses(validation)
     if run.state and run.state.get("stage", 0) >= len(config.stages()):
         raise BadInput(f"the checkpoint in {run.out} is of a run with more algorithms than this; choose another --out")
     for number, stage in enumerate(config.stages()):
         if not run.state or run.state.get("stage", 0) <= number:
-            train_stage(number, stage, config, policy, validation, run, base, dno.duality_gap(validation.P, nash))
-    summary = summarise_text(config, run.metrics, first, floor)
+            train_stage(number, stage, config, policy, asked, validation, run, base)
+    summary = {**summarise_text(config, run.metrics, first), **asked.spending()}
     run.write("summary.json", json.dumps(summary, indent=2) + "\n")
     with plt.style.context(STYLE):
-        run.figure("text.png", text_figure(config, run.metrics, first, floor))
+        run.figure("text.png", text_figure(config, run.metrics, first))
     print(f"\n{time.perf_counter() - start:.0f} s. Figure and metrics: {run.out}")
 
 
-def summarise_text(config: TextConfig, metrics: list[dict[str, Any]], first: dict[str, Any], floor: float) -> dict[str, Any]:
+HEADINGS = {"gap_last": "gap of last", "gap_average": "gap of mixture", "win_rate_vs_teacher": "P(> teacher)",
+            "win_rate_vs_teacher_length_controlled": "at equal length", "share_malformed": "malformed", "mean_length": "words",
+            "gap_last_over_first": "over pi_1's", "win_rate_vs_teacher_most": "P(> teacher), most"}  # fmt: skip
+
+
+def summarise_text(config: TextConfig, metrics: list[dict[str, Any]], first: dict[str, Any]) -> dict[str, Any]:
     """The headline numbers, printed as a table: last iterates' as means over the last third of the iterations."""
-    summary = {"config": asdict(config), "gap_first": first["gap"][0], "gap_first_interval": first["gap"][1],
-               "win_rate_vs_teacher_first": first["win_rate_vs_teacher"], "well_formed_first": 1 - first["shares"][-1],
-               "gap_floor": floor, "stages": []}  # fmt: skip
+    columns = [name for name in ("gap_last", "gap_average", "win_rate_vs_teacher", "win_rate_vs_teacher_length_controlled",
+                                 "share_malformed", "mean_length") if name in metrics[0]]  # fmt: skip
+    summary = {"config": asdict(config), **first, "stages": []}
     print("\nmeans over the last third of the iterations")
-    print("            | gap of last | over pi_1's | gap of mixture | P(> teacher), most | well-formed")
     for stage in config.stages():
         rows = [row for row in metrics if row["algorithm"] == stage.algorithm]
         tail = rows[-max(1, len(rows) // 3) :]
-        mean = {name: sum(row[name] for row in tail) / len(tail)
-                for name in ("gap_last", "gap_average", "win_rate_vs_teacher", "share_malformed")}  # fmt: skip
-        most = max(row["win_rate_vs_teacher"] for row in rows)
-        over = mean["gap_last"] / first["gap"][0]
-        summary["stages"].append({"algorithm": stage.algorithm, **mean, "gap_last_over_first": over,
-                                  "win_rate_vs_teacher_most": most, "best_iteration": rows[-1]["best_iteration"],
+        found = {name: sum(row[name] for row in tail) / len(tail) for name in columns}
+        if "gap_last" in columns:
+            found |= {"gap_last_over_first": found["gap_last"] / first["gap_first"], "gap_average": rows[-1]["gap_average"]}
+        found |= {"win_rate_vs_teacher_most": max(row["win_rate_vs_teacher"] for row in rows)}
+        summary["stages"].append({"algorithm": stage.algorithm, **found, "best_iteration": rows[-1]["best_iteration"],
                                   "seconds": sum(row["seconds"] for row in rows)})  # fmt: skip
-        print(f"Algorithm {stage.algorithm} | {mean['gap_last']:11.3f} | {over:11.3f} | {rows[-1]['gap_average']:14.3f} | "
-              f"{mean['win_rate_vs_teacher']:11.3f}, {most:.3f} | {1 - mean['share_malformed']:.3f}")  # fmt: skip
+        if len(summary["stages"]) == 1:
+            print("            | " + " | ".join(HEADINGS[name] for name in found))
+        values = " | ".join(f"{value:{len(HEADINGS[name])}.3f}" for name, value in found.items())
+        print(f"Algorithm {stage.algorithm} | {values}")
     return summary
 
 
-def text_figure(config: TextConfig, metrics: list[dict[str, Any]], first: dict[str, Any], floor: float) -> plt.Figure:
-    """Win rate over the teacher, gap of the last iterate and gap of the mixture against the iteration, a line an algorithm."""
-    panels = (("win_rate_vs_teacher", "$P(\\pi_{t+1} \\succ$ teacher$)$", first["win_rate_vs_teacher"]),
-              ("gap_last", "gap of the last iterate $\\pi_{t+1}$", first["gap"][0]),
-              ("gap_average", "gap of the mixture unif$(\\pi_1..\\pi_t)$", None))  # fmt: skip
+def text_figure(config: TextConfig, metrics: list[dict[str, Any]], first: dict[str, Any]) -> plt.Figure:
+    """Win rate over the teacher and the gaps of last iterate and mixture (where they are not defined: the length of responses)
+    against the iteration, a line an algorithm."""
+    panels = {"win_rate_vs_teacher": "$P(\\pi_{t+1} \\succ$ teacher$)$", "gap_last": "gap of the last iterate $\\pi_{t+1}$",
+              "gap_average": "gap of the mixture unif$(\\pi_1..\\pi_t)$"}  # fmt: skip
+    if "gap_last" not in metrics[0]:
+        panels = {"win_rate_vs_teacher": panels["win_rate_vs_teacher"], "mean_length": "words a response"}
+    levels = {"win_rate_vs_teacher": (0.5, "1/2")}
+    if "gap_floor" in first:
+        levels |= dict.fromkeys(("gap_last", "gap_average"), (first["gap_floor"], "noise floor: Nash itself, measured so"))
+    starts = {"win_rate_vs_teacher": first["win_rate_vs_teacher_first"], "gap_last": first.get("gap_first")}
     names = {1: "Algorithm 1, sampled", 2: "Algorithm 2", 3: "Algorithm 3, sampled", 4: "Algorithm 4"}
-    figure, grid = plt.subplots(1, 3, figsize=(11, 3.6))
-    for axes, (column, label, start) in zip(grid, panels, strict=True):
+    figure, grid = plt.subplots(1, len(panels), figsize=(11 if len(panels) == 3 else 8, 3.6))
+    for axes, (column, label) in zip(grid, panels.items(), strict=True):
         for stage, style in zip(config.stages(), ("-", "--"), strict=False):
-            rows = [row for row in metrics if row["algorithm"] == stage.algorithm]
+            rows, start = [row for row in metrics if row["algorithm"] == stage.algorithm], starts.get(column)
             t, values = [row["t"] for row in rows], np.array([row[column] for row in rows])
             (line,) = axes.plot([0, *t] if start is not None else t, [start, *values] if start is not None else values, style,
                                 label=names[stage.algorithm])  # fmt: skip
             if f"{column}_interval" in metrics[0]:
                 half = np.array([row[f"{column}_interval"] for row in rows])
                 axes.fill_between(t, values - half, values + half, color=line.get_color(), alpha=0.15, lw=0)
-        axes.axhline(0.5 if column == "win_rate_vs_teacher" else floor, ls=":", lw=1, color="0.3",
-                     label="1/2" if column == "win_rate_vs_teacher" else "noise floor: Nash itself, measured so")  # fmt: skip
+            if f"{column}_length_controlled" in metrics[0]:
+                axes.plot(t, [row[f"{column}_length_controlled"] for row in rows], ":", color="C1", label="at equal length")
+        if column in levels:
+            axes.axhline(levels[column][0], ls=":", lw=1, color="0.3", label=levels[column][1])
         axes.set(xlabel="iteration $t$", ylabel=label, ylim=(0, None))
-        if column != "gap_last":  # whose lines are those of its neighbour
+        if column not in ("gap_last", "mean_length"):  # whose lines are those of its neighbour
             axes.legend(fontsize=8)
     return figure
 
@@ -1128,20 +1361,16 @@ PRESETS = {"game": (GameConfig, run_game), "text": (TextConfig, run_text), "abla
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a preset; the exit code: 0 done, 2 bad input, 130 interrupted."""
-    try:
+    """Run a preset; the exit code is that of `runs.guarded`."""
+
+    def work() -> None:
         try:
             preset, config = parse(sys.argv[1:] if argv is None else argv, {p: c for p, (c, _) in PRESETS.items()}, "game")
         except ValueError as error:  # a config's own checks
             raise BadInput(str(error)) from error
         PRESETS[preset][1](config)
-    except BadInput as error:
-        print(f"train.py: {error}".replace("\n", " "), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last finished iteration", file=sys.stderr)
-        return 130
-    return 0
+
+    return guarded("train.py", work)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 UNPAID = ("429", "429-retry-after", "500", "503")  # refused before any work is done
-BROKEN = ("timeout", "reset", "truncated-http", "truncated-json", "wrong-ids", "missing-ids", "out-of-range", "refusal",
-          "empty", "not-utf-8", "10-megabytes", "not-json", "two-answers", "cut-off", "null")  # fmt: skip
-HARMLESS = ("prose", "python", "fenced")  # can be read all the same
-FAULTS = UNPAID + BROKEN + HARMLESS
+LOST = ("timeout", "reset", "truncated-http", "closed", "not-http", "not-gzip")  # charged, but no whole reply arrives
+DRIPS = ("drip", "drip-head", "drip-error")  # likewise: it comes so slowly that it never ends
+BROKEN = ("truncated-json", "wrong-ids", "missing-ids", "out-of-range", "refusal", "filtered", "empty", "not-utf-8",
+          "10-megabytes", "not-json", "two-answers", "cut-off", "null", "list", "deep", "error-200")  # fmt: skip
+HARMLESS = ("prose", "python", "fenced", "surrogates", "no-usage")  # can be read all the same
+FAULTS = UNPAID + LOST + BROKEN + HARMLESS
+LARGEST = 1 << 20  # bytes of a reply that a client can be expected to read
 
 
 def quality(text: str) -> int:
@@ -32,36 +35,46 @@ def quality(text: str) -> int:
 
 
 def blocks(messages: list[dict]) -> dict[str, str]:
-    """The texts between marks, by name: request, response id1, ..."""
-    nonce = re.search(r"the number ([0-9a-f]{16})", messages[0]["content"])[1]
-    pattern = rf"<([\w ]+) {nonce}>\n(.*?)\n</\1 {nonce}>"
-    return dict(re.findall(pattern, messages[-1]["content"], re.DOTALL))
+    """The texts between marks, by name: request, response id1, ... Without marks (a careless prompt), what follows "[name]"."""
+    number = re.search(r"the number ([0-9a-f]{16})", messages[0]["content"])
+    marked = rf"<([\w ]+) {number[1]}>\n(.*?)\n</\1 {number[1]}>" if number else r"^\[([\w ]+)\] (.*?)(?=^\[|\Z)"
+    return dict(re.findall(marked, messages[-1]["content"], re.DOTALL | re.MULTILINE))
+
+
+def outside(messages: list[dict]) -> str:
+    """What stands outside the marks: instructions. All of it, if there are no marks."""
+    number = re.search(r"the number ([0-9a-f]{16})", messages[0]["content"])
+    said = messages[-1]["content"]
+    return re.sub(rf"<([\w ]+) {number[1]}>\n.*?\n</\1 {number[1]}>", "", said, flags=re.DOTALL) if number else said
 
 
 class Judge:
-    """Answers as the prompts ask it to. gullible: it obeys any "idN_score: S" that stands outside the marks."""
+    """Answers as the prompts ask it to. gullible: it obeys any "idN_score: S" or "verdict: A" that stands outside the marks.
+    filters: requests with this word are refused by a content filter. status: [HTTP status, message, code, header] of every
+    reply. refuses: settings it does not know. echo: it sends the caller's key back wherever it can. drip: seconds that a
+    dripping reply takes. most: faults that a question meets before it gets its answer."""
 
     def __init__(self) -> None:
         self.settings = {"latency": 0.0, "faults": [], "mode": "none", "seed": 0, "rate": 0.0, "most": 3, "usage": True,
-                         "logprobs": True, "refuses": [], "gullible": False, "echo": False, "status": None,
-                         "idempotent": True, "first_bias": 0.0, "delay_every": 0}  # fmt: skip
-        self.requests = self.turn = 0
+                         "logprobs": True, "refuses": [], "gullible": False, "echo": False, "status": None, "filters": None,
+                         "idempotent": True, "first_bias": 0.0, "drip": 6.0}  # fmt: skip
+        self.requests = self.turn = self.flying = self.peak = self.outlasted = 0
         self.paid: dict[str, int] = {}  # complete replies charged, by question
         self.answered: dict[str, int] = {}  # replies sent to the end, by question, free of faults
         self.tokens, self.kept, self.met = [0, 0], {}, {}
+        self.told = [0, 0]  # tokens whose charge was told in a reply that went out whole
+        self.last: dict = {}  # the settings of the last request
         self.by_fault: dict[str, int] = {}
         self.headers: list[str] = []
 
     def scores(self, body: dict) -> dict:
         texts = {name.removeprefix("response "): text for name, text in blocks(body["messages"]).items() if name != "request"}
         if self.settings["gullible"]:
-            outside = body["messages"][-1]["content"]
-            for text in texts.values():
-                outside = outside.replace(text, "")
-            orders = dict(re.findall(r"(id\d+)_score\W+(\d)", outside))
+            orders = dict(re.findall(r"(id\d+)_score\W+(\d)", outside(body["messages"])))
             texts = {name: f"worth {orders[name]}" if name in orders else text for name, text in texts.items()}
+        reason = "because of " + " ".join(self.headers if self.settings["echo"] else ["it"])
         return {f"{name}_{kind}": value for name, text in texts.items()
-                for kind, value in (("justification", f"because of {text[:20]}"), ("score", quality(text)))}  # fmt: skip
+                for kind, value in (("justification", f"{reason}: {text[:20]}"), ("score", quality(text)))}  # fmt: skip
 
     def content(self, body: dict) -> tuple[str, dict | None]:
         """(text, log-probabilities) of the answer."""
@@ -72,12 +85,15 @@ class Judge:
             return f"A gold answer to {body['messages'][-1]['content']}", None
         texts = blocks(body["messages"])
         lead = quality(texts["response A"]) - quality(texts["response B"])
-        chance = min(0.95, max(0.05, 0.5 + lead / 12 + self.settings["first_bias"]))
+        chance = min(0.95, max(0.05, 0.5 + lead / 16 + self.settings["first_bias"]))
+        order = re.search(r"verdict\W+([AB])\b", outside(body["messages"])) if self.settings["gullible"] else None
+        chance = 0.95 if order and order[1] == "A" else 0.05 if order else chance
         if not (self.settings["logprobs"] and body.get("logprobs")):
             return ("A" if chance > 0.5 else "B"), None
+        first = "A" if chance > 0.5 else "B"
         top = [{"token": "A", "logprob": math.log(chance * 0.9)}, {"token": " B", "logprob": math.log((1 - chance) * 0.9)},
                {"token": "The", "logprob": math.log(0.1)}]  # fmt: skip
-        return "A" if chance > 0.5 else "B", {"content": [{"token": "A", "logprob": top[0]["logprob"], "top_logprobs": top}]}
+        return first, {"content": [{"token": first, "logprob": top[first == "B"]["logprob"], "top_logprobs": top}]}
 
     def fault(self, question: str) -> str | None:
         """Which fault this request meets: the next "in turn", or one "at random", at most `most` for a question."""
@@ -114,6 +130,8 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
         message["content"] = f"Let me see {{carefully}}. {content}\nI hope that helps." if answer else content
     elif fault == "python":
         message["content"] = repr(answer) if answer else f'"{content}"'
+    elif fault == "surrogates" and answer:
+        message["content"] = json.dumps({**answer, "id1_justification": "\ud800"}, ensure_ascii=False)
     elif fault == "fenced":
         message["content"] = f"```json\n{json.dumps(answer, indent=2)}\n```" if answer else f"**{content}**"
     elif fault in ("wrong-ids", "missing-ids", "out-of-range", "two-answers", "not-json"):
@@ -126,16 +144,19 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
         message["content"], logprobs = "", None
     elif fault == "10-megabytes":
         message["content"] = content + " and on" * 1_500_000
-    elif fault == "null":
-        return b'{"choices": null}'
+    elif fault == "filtered":
+        message["content"], reason, logprobs = "", "content_filter", None
+    elif fault in ("null", "list", "deep", "error-200"):
+        return {"null": b'{"choices": null}', "list": b"[[1]]", "deep": b"[" * 100_000, "error-200": b'{"error": {}}'}[fault]
     if judge.settings["echo"]:
-        message["content"] += " ".join(judge.headers)
-    prompt = sum(len(part["content"]) for part in body["messages"]) // 4
-    long = len(content) // 4 + 1
+        message["content"] = (message["content"] or "") + " ".join(judge.headers)
+    prompt, long = charged(judge, body)
     usage = {"prompt_tokens": prompt, "completion_tokens": long, "total_tokens": prompt + long}
     reply = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"],
              "choices": [{"index": 0, "finish_reason": reason, "message": message, "logprobs": logprobs}]}  # fmt: skip
-    if judge.settings["usage"]:
+    if fault == "huge-usage":
+        usage["prompt_tokens"] = 10**30
+    if judge.settings["usage"] and fault != "no-usage":
         reply["usage"] = usage
     whole = json.dumps(reply).encode()
     if fault == "not-utf-8":
@@ -147,46 +168,77 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
     """Answer one request for a completion."""
     settings, question = judge.settings, hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
     judge.requests += 1
+    judge.last = {name: value for name, value in body.items() if name != "messages"}
     idempotency = re.search(rb"idempotency-key: (\S+)", head, re.IGNORECASE)
     key = idempotency[1].decode() if idempotency and settings["idempotent"] else None
     judge.headers = re.findall(r"authorization: ([^\r]*)", head.decode("latin-1"), re.IGNORECASE)
+    echo = " ".join(judge.headers) if settings["echo"] else ""
+    mirror = b"x-echo: %s\r\n" % echo.encode() if echo else b""
     if settings["status"]:
-        echo = " ".join(judge.headers) if settings["echo"] else ""
-        error = {"error": {"message": f"{settings['status'][1]} {echo}", "code": settings["status"][2]}}
-        return send(writer, settings["status"][0], json.dumps(error).encode())
+        status, message, code, header = settings["status"]
+        return send(writer, status, error(f"{message} {echo}", code=code), mirror + header.encode())
+    if settings["filters"] and settings["filters"] in body["messages"][-1]["content"]:
+        return send(writer, 400, error("The response was filtered", code="content_filter"))
     if refused := [name for name in settings["refuses"] if name in body]:
-        error = {"error": {"message": f"Unsupported parameter: {refused[0]}", "param": refused[0], "code": "unsupported"}}
-        return send(writer, 400, json.dumps(error).encode())
+        instead = ", use max_completion_tokens in its place" if refused == ["max_tokens"] else ""
+        return send(writer, 400, error(f"Unsupported parameter: {refused[0]}{instead}", param=refused[0], code="unsupported"))
     fault = judge.fault(question)
     judge.by_fault[str(fault)] = judge.by_fault.get(str(fault), 0) + 1
     if fault in UNPAID:
         headers = {"429-retry-after": b"retry-after-ms: 30\r\n"}.get(fault, b"")
-        return send(writer, int(fault[:3]), b'{"error": {"message": "busy"}}', headers)
+        return send(writer, int(fault[:3]), error(f"busy {echo}"), mirror + headers)
     reply = judge.kept.get(key) or completion(judge, body, fault)
     if key not in judge.kept:
         judge.paid[question] = judge.paid.get(question, 0) + 1
-        usage = json.loads(completion(judge, body, None)).get("usage") or {}
-        judge.tokens = [judge.tokens[0] + usage.get("prompt_tokens", 0), judge.tokens[1] + usage.get("completion_tokens", 0)]
+        judge.tokens = [sum(pair) for pair in zip(judge.tokens, charged(judge, body), strict=True)]
         if key:
-            judge.kept[key] = completion(judge, body, None) if fault in ("timeout", "reset", "truncated-http") else reply
-    if fault == "timeout":
-        await asyncio.sleep(settings["latency"] + 30)
-        return None
-    await asyncio.sleep(settings["latency"])
-    if fault in ("reset", "truncated-http"):
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(reply))
-        writer.write(reply[: len(reply) // 2])
+            judge.kept[key] = completion(judge, body, None) if fault in LOST + DRIPS else reply
+    await asyncio.sleep(settings["latency"] + (30 if fault == "timeout" else 0))
+    start = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n"
+    if fault in DRIPS:
+        begun = {"drip": start % (b"", 40), "drip-head": b"HTTP/1.1 200 OK\r\nx-slow: ", "drip-error": start % (b"", 40)}[fault]
+        writer.write(begun.replace(b"200 OK", b"500 Alas") if fault == "drip-error" else begun)
+        for _ in range(40):
+            await asyncio.sleep(settings["drip"] / 40)
+            writer.write(b" ")
+            await writer.drain()
+        judge.outlasted += 1
+    elif fault in LOST:
+        if fault in ("reset", "truncated-http"):
+            writer.write(start % (b"", len(reply)) + reply[: len(reply) // 2])
+        elif fault == "not-http":
+            writer.write(b"Who goes there?\r\n\r\n")
+        elif fault == "not-gzip":
+            writer.write(start % (b"content-encoding: gzip\r\n", len(reply)) + reply)
+        if fault != "timeout":
+            await writer.drain()
+        writer.transport.abort() if fault == "reset" else writer.close()
+    else:
+        send(writer, 200, reply, mirror)
         await writer.drain()
-        if fault == "reset":
-            writer.transport.abort()
-        else:
-            writer.close()
-        return None
-    send(writer, 200, reply)
-    await writer.drain()
-    if fault is None or fault in HARMLESS:
-        judge.answered[question] = judge.answered.get(question, 0) + 1
+        judge.told = [sum(pair) for pair in zip(judge.told, told(reply), strict=True)]
+        if fault is None or fault in HARMLESS:
+            judge.answered[question] = judge.answered.get(question, 0) + 1
     return None
+
+
+def charged(judge: Judge, body: dict) -> tuple[int, int]:
+    """Tokens of prompt and completion: a quarter of their characters."""
+    return sum(len(part["content"]) for part in body["messages"]) // 4, len(judge.content(body)[0]) // 4 + 1
+
+
+def told(reply: bytes) -> tuple[int, int]:
+    """The tokens that a reply says are charged; none if it does not or cannot be read."""
+    try:
+        body = json.loads(reply.decode()) if len(reply) <= LARGEST else None
+    except (ValueError, RecursionError):
+        body = None
+    usage = body.get("usage") if isinstance(body, dict) else None
+    return (usage["prompt_tokens"], usage["completion_tokens"]) if usage else (0, 0)
+
+
+def error(message: str, **more: object) -> bytes:
+    return json.dumps({"error": {"message": message, **more}}).encode()
 
 
 def send(writer: asyncio.StreamWriter, status: int, body: bytes, headers: bytes = b"") -> None:
@@ -204,7 +256,8 @@ async def main() -> None:
                 length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
                 body = json.loads(await reader.readexactly(int(length[1]) if length else 0) or b"{}")
                 if head.startswith(b"GET /stats"):
-                    stats = {name: getattr(judge, name) for name in ("requests", "paid", "answered", "tokens", "by_fault")}
+                    hidden = ("settings", "kept", "met", "headers", "turn")
+                    stats = {name: value for name, value in vars(judge).items() if name not in hidden}
                     send(writer, 200, json.dumps(stats).encode())
                 elif head.startswith(b"GET /v1/models"):
                     send(writer, 200, b'{"object": "list", "data": [{"id": "local-judge", "object": "model"}]}')
@@ -214,7 +267,12 @@ async def main() -> None:
                     judge.settings |= body
                     send(writer, 200, b"{}")
                 else:
-                    await respond(judge, head, body, writer)
+                    judge.flying += 1
+                    judge.peak = max(judge.peak, judge.flying)
+                    try:
+                        await respond(judge, head, body, writer)
+                    finally:
+                        judge.flying -= 1
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the client went away
         finally:
@@ -242,7 +300,9 @@ class Served:
         urllib.request.urlopen(urllib.request.Request(self.root + "/control", json.dumps(settings).encode())).read()
 
     def stats(self) -> dict:
-        """requests: all that came; paid: replies charged, by question; answered; tokens charged; by_fault."""
+        """requests: all that came; paid: replies charged, by question; answered: sent whole and free of faults, by question;
+        tokens: charged; told: of them, those told in a whole reply; by_fault; peak: most requests at once; last: settings of
+        the last request; outlasted: dripping replies whose reader stayed to the end."""
         return json.loads(urllib.request.urlopen(self.root + "/stats").read())
 
 
