@@ -4,7 +4,7 @@ fit, the best policy, resumption. C16, C18, C19, C20."""
 import copy
 import itertools
 import math
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import dno
 from model import TabularPolicy
 from oracle import PreferenceTable, random_game, rock_paper_scissors
 
+NAN = float("nan")
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "ngram": 0, "max_grad_norm": 1e9}  # samples of pi_t itself, nothing filtered or cut
 SMALL = dno.Practice(samples=3, prompts_per_step=2, learning_rate=0.1, replay=0.5, **PLAIN)
 TEXTS = ["a b c d", "e f", "a b c a b c", "a a a a"]  # the last two repeat a run of three words
@@ -186,14 +187,76 @@ def test_judging_asks_each_unordered_pair_once_and_all_in_one_call():
         assert (wins[x] - P[prompt][ys][:, ys]).abs().max() < EXACT
 
 
-@pytest.mark.parametrize("answer", [float("nan"), 1.2, -0.1])
-def test_a_failed_judgment_is_an_error_and_not_a_label(answer):
-    class Broken:
-        def prefer(self, prompts, a, b):
-            return torch.tensor([0.5, answer, 0.5], dtype=torch.float64)
+class Scripted:
+    """An oracle that gives these answers, whatever it is asked."""
 
-    with pytest.raises(ValueError, match=str(answer)):
-        dno.judge_groups(Broken(), dno.Groups(["x"], [["a", "b", "c"]], torch.zeros(1, 3)))
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def prefer(self, prompts, a, b):
+        return torch.tensor(self.answers, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("answers", [(0.5, 1.2, 0.5), (0.5, -0.1, NAN)])
+def test_an_answer_that_is_no_probability_is_an_error(answers):
+    with pytest.raises(ValueError, match="expected probabilities"):
+        dno.judge_groups(Scripted(*answers), dno.Groups(["x"], [["a", "b", "c"]], torch.zeros(1, 3)))
+
+
+def test_a_judgment_that_failed_is_no_label_in_outcomes_means_and_pairs():
+    """Responses 0 to 3 of one prompt; the judge has no answer on (0, 1), and none at all on 3."""
+    answers = (NAN, 1.0, NAN, 1.0, NAN, NAN)  # pairs 01, 02, 03, 12, 13, 23
+    wins = dno.judge_groups(Scripted(*answers), dno.Groups(["x"], [list("abcd")], torch.zeros(1, 4)))
+    expected = torch.tensor([[0.5, NAN, 1, NAN], [NAN, 0.5, 1, NAN], [0, 0, 0.5, NAN], [NAN, NAN, NAN, 0.5]])
+    for given in (wins[0], dno.draw_outcomes(wins, torch.Generator().manual_seed(0))[0]):
+        assert torch.equal(given.isnan(), expected.isnan())
+        assert torch.equal(given.nan_to_num(9), expected.double().nan_to_num(9))
+    r, usable = dno.group_win_rates(wins), torch.ones(1, 4, dtype=torch.bool)
+    assert torch.equal(r.nan_to_num(9), torch.tensor([[1.0, 1.0, 0.0, 9.0]], dtype=torch.float64))
+    assert dno.large_margin_pairs(r, usable, 0.0).tolist() == [[0, 0, 2], [0, 1, 2]]
+    assert dno.teacher_pairs(r, usable, 0.0).tolist() == []
+    assert dno.best_against_worst(r, usable).tolist() == [[0, 0, 2]]
+    assert dno.all_pairs(r).tolist() == [[0, 0, 1], [0, 0, 2], [0, 1, 2]]
+    nothing = torch.full((1, 4), NAN)
+    assert dno.best_against_worst(nothing, usable).tolist() == dno.all_pairs(nothing).tolist() == []
+    assert by_hand(dno.scored_pairs, [[6, NAN, 3, 5], [NAN, 2, 1, NAN]]) == [[0, 0, 2], [0, 0, 3], [0, 3, 2]]
+
+
+@pytest.mark.parametrize("algorithm", ["2", "3", "4-I"])
+def test_prompts_whose_judgments_failed_are_not_trained_on(algorithm):
+    """The judge knows nothing of prompt 1; everything else is the algorithm's business as usual."""
+    P = random_game(2, 4, seed=0).P
+
+    class Sick(PreferenceTable):
+        def prefer(self, prompts, a, b):
+            answers = super().prefer(prompts, a, b)
+            return answers.masked_fill(torch.tensor(prompts) == 1, NAN)
+
+    it = next(start(algorithm, TabularPolicy(2, 4), Sick(P), [0, 1] * 10, [3] * 20, rule=0.0, settings=SMALL))
+    assert len(it.chosen) > 10
+    assert {it.groups.prompts[x] for x in it.chosen[:, 0].tolist()} == {0}
+    assert it.r_t[1::2].isnan().all()
+    assert not it.r_t[::2].isnan().any()
+    assert math.isfinite(it.loss)
+
+
+def test_section_5_ranks_by_the_points_that_the_judge_gives():
+    """In place of line 5's win rates, and with a rule of its own for pairs; response y gets y + 2 points."""
+
+    class Scoring(PreferenceTable):
+        def scores(self, prompts, responses):
+            return torch.tensor(responses, dtype=torch.float64) + 2
+
+    settings = replace(SMALL, samples=5, judgments="scores")
+    oracle = Scoring(random_game(1, 5, seed=0).P)
+    it = next(start("2", TabularPolicy(1, 5), oracle, [0] * 20, [4] * 20, rule=dno.scored_pairs, settings=settings))
+    points = torch.tensor(it.groups.responses) + 2
+    assert torch.equal(it.r_t, points.double())
+    led = [(points[x, i] - points[x, j], points[x, i], i) for x, i, j in it.chosen.tolist()]
+    assert len(led) > 20
+    assert all(best >= 5 and lead >= (2 if i == 5 else 1) for lead, best, i in led)
+    with pytest.raises(ValueError, match="judgments is 'points'"):
+        dno.Practice(judgments="points")
 
 
 # --- C18: line 6 ---
