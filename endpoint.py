@@ -16,12 +16,14 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -102,14 +104,14 @@ def _encoding(model: str) -> Any:
         name = tiktoken.encoding_name_for_model(model)
     except KeyError:
         return None
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or f"{gettempdir()}/data-gym-cache"
     file = hashlib.sha1(f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken".encode()).hexdigest()
-    return tiktoken.get_encoding(name) if folder and (Path(folder) / file).exists() else None
+    return tiktoken.get_encoding(name) if (Path(folder) / file).exists() else None
 
 
 def count_tokens(text: str, model: str) -> float:
-    """How many tokens a text is: by tiktoken where the model's encoding is at hand (in TIKTOKEN_CACHE_DIR), else estimated as a
-    quarter of its UTF-8 bytes."""
+    """How many tokens a text is: by tiktoken where the model's encoding is on this machine already, else estimated as a quarter
+    of its UTF-8 bytes."""
     encoding = _encoding(model)
     return len(encoding.encode(text, disallowed_special=())) if encoding else len(text.encode()) / 4
 
@@ -161,7 +163,10 @@ class Ledger:
 
     def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
         self.path, self.run, self.lock = path or "memory", run, threading.RLock()
-        where = Path(path).resolve().as_uri() + ("?mode=ro" if read_only else "") if path else ":memory:"
+        where = Path(path).resolve().as_uri() if path else ":memory:"
+        if read_only:  # without leaving files beside it, unless somebody is writing to it
+            log = Path(f"{path}-wal")
+            where += "?mode=ro" if log.exists() and log.stat().st_size else "?mode=ro&immutable=1"
         try:
             if path and not read_only:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -209,34 +214,38 @@ class Ledger:
     def reserve(self, row: dict[str, Any], limit: float, patience: float) -> int | str:
         """The id of a new row for a request about to be sent; or "too dear" if its bound could take this run past the limit,
         "answered" if the reply has come meanwhile, "busy" if another living process has sent it less than `patience` ago."""
-        with self.lock:
-            self.db.execute("BEGIN IMMEDIATE")
-            try:
-                others = self.db.execute("SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)).fetchall()
-                if any(outcome == "complete" for outcome, _, _ in others):
-                    return "answered"
-                if any(outcome is None and pid != os.getpid() and row["sent"] - sent < patience and _alive(pid)
-                       for outcome, pid, sent in others):  # fmt: skip
-                    return "busy"
-                if self.spent() + row["bound"] > limit:
-                    return "too dear"
-                row = {**row, "run": self.run, "pid": os.getpid()}
-                names = ", ".join(row)
-                sql = f"INSERT INTO requests ({names}) VALUES ({', '.join('?' * len(row))})"
-                number = self.db.execute(sql, list(row.values())).lastrowid
-                self._spend(row["bound"])
-                return number
-            finally:
-                self.db.execute("COMMIT")
+        with self._transaction():
+            others = self.db.execute("SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)).fetchall()
+            if any(outcome == "complete" for outcome, _, _ in others):
+                return "answered"
+            if any(outcome is None and pid != os.getpid() and row["sent"] - sent < patience and _alive(pid)
+                   for outcome, pid, sent in others):  # fmt: skip
+                return "busy"
+            if self.spent() + row["bound"] > limit:
+                return "too dear"
+            row = {**row, "run": self.run, "pid": os.getpid()}
+            sql = f"INSERT INTO requests ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+            number = self.db.execute(sql, list(row.values())).lastrowid
+            self._spend(row["bound"])
+            return number
 
     def complete(self, number: int, bound: float, **columns: Any) -> None:
         """Write what became of a request; where its dollars are known they take the place of its bound."""
         assignments = ", ".join(f"{name} = ?" for name in columns)
-        with self.lock:
-            self.db.execute("BEGIN IMMEDIATE")
+        with self._transaction():
             self.db.execute(f"UPDATE requests SET {assignments} WHERE id = ?", [*columns.values(), number])
             if columns.get("dollars") is not None:
                 self._spend(columns["dollars"] - bound)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self.lock:
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self.db.execute("ROLLBACK")
+                raise
             self.db.execute("COMMIT")
 
     def _spend(self, dollars: float) -> None:
@@ -265,8 +274,9 @@ NEGOTIABLE = {"response_format": ("response_format", "json_schema"), "logprobs":
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a request: replied; unreadable; lost, no reply; refused, for now; filtered, this question for ever;
-    permanent, any question for ever. With a reason, and the seconds to wait before the next attempt where the server says."""
+    """What became of a request: replied; unreadable; lost, no reply; refused, for now; negotiated, to be asked in another way;
+    filtered, this question for ever; permanent, any question for ever. With a reason, and the seconds to wait before the next
+    attempt where the server says."""
 
     outcome: str
     reason: str
@@ -280,15 +290,15 @@ class Endpoint:
     model, url: as the endpoint knows them; url None is the openai client's own choice (OPENAI_BASE_URL, or OpenAI). The key is
     the client's too: OPENAI_API_KEY in the environment. client: another client of that library, such as AzureOpenAI(), or
     None. Without `live` there is none: it answers from the ledger alone.
-    cache: the ledger's file; None for memory. run: whose spending `max_usd` limits. price: None to look it up in `PRICES`.
+    cache: the ledger or its file; None for memory. run: whose spending `max_usd` limits. price: None to look it up in `PRICES`.
     timeout: seconds a request. attempts: most requests for one answer. backoff: seconds before the second, doubled for every
     further one to at most 60, less a random part of up to half; where the server says how long (Retry-After), that, to at most
     120. max_failed: the share of the questions of an `ask` that may stay without a full answer; with more it is Stopped."""
 
-    def __init__(self, model: str, url: str | None = None, cache: str | Path | None = "judgments.sqlite", *, client: Any = None,
-                 live: bool = True, temperature: float = 0.0, concurrency: int = 16, timeout: float = 120.0, attempts: int = 6,
-                 backoff: float = 0.5, price: Price | None = None, max_usd: float | None = None, max_failed: float = 0.05,
-                 run: str = ""):  # fmt: skip
+    def __init__(self, model: str, url: str | None = None, cache: str | Path | Ledger | None = "judgments.sqlite", *,
+                 client: Any = None, live: bool = True, temperature: float = 0.0, concurrency: int = 16, timeout: float = 120.0,
+                 attempts: int = 6, backoff: float = 0.5, price: Price | None = None, max_usd: float | None = None,
+                 max_failed: float = 0.05, run: str = ""):  # fmt: skip
         for name, value, least in (("concurrency", concurrency, 1), ("timeout", timeout, 1e-3), ("attempts", attempts, 1),
                                    ("backoff", backoff, 0), ("max_failed", max_failed, 0), ("max_usd", max_usd or 0, 0),
                                    ("temperature", temperature, 0)):  # fmt: skip
@@ -301,7 +311,7 @@ class Endpoint:
             raise ValueError(f"max_usd is {max_usd}, but the price of {model!r} is not known; give prices too")
         self.client = (client or make_client(url)).with_options(timeout=timeout, max_retries=0) if live else None  # we count
         self.url = str(self.client.base_url).rstrip("/") if live else "no network"
-        self.ledger = Ledger(cache, run, read_only=not live)
+        self.ledger = cache if isinstance(cache, Ledger) else Ledger(cache, run, read_only=not live)
         self.instead: dict[str, str | None] = {}  # settings the endpoint does not know: their other name, or None to leave out
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -362,7 +372,12 @@ class Endpoint:
                     failed += not result[1]
                     self._check_failures(failed, len(distinct))
                     bar.update()
-                    bar.set_postfix_str(f"${self.ledger.spent():.4f}, {failed} failed", refresh=False)
+                    bar.set_postfix_str(f"{self.spent()}, {failed} failed", refresh=False)
+            except KeyboardInterrupt:
+                tqdm.write("interrupted: waiting for the replies under way, which may be paid for")
+                raise
+            except sqlite3.Error as error:
+                raise Stopped(f"{self.ledger.path} cannot be written ({error}); make room for it, and go on") from None
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
@@ -392,8 +407,8 @@ class Endpoint:
 
     def _answer(self, key: str, question: Question, earlier: list[tuple[Any, bool]]) -> tuple[Any, bool]:
         """Ask until there is a complete answer, at most `attempts` times in all; else the fullest there was."""
-        results = list(earlier)
-        for attempt in range(len(results), self.attempts):
+        results, attempt = list(earlier), len(earlier)
+        while attempt < self.attempts:
             number = self._reserved(key, question)
             if number is None:  # another process was faster
                 return self._settled(self._earlier({key: question})[key])
@@ -404,14 +419,17 @@ class Endpoint:
                     self._flying -= 1
             if reply.outcome == "complete":
                 return result, True
+            if reply.outcome == "negotiated":
+                continue
             with self._lock:
                 self.reasons[reply.reason] += 1
             if reply.outcome == "filtered":
                 break
+            attempt += 1
             if reply.outcome == "unreadable":
                 results.append((result, False))
-            elif attempt + 1 < self.attempts:
-                backoff = min(LONGEST_BACKOFF, self.backoff * 2**attempt) * self.jitter.uniform(0.5, 1)
+            elif attempt < self.attempts:
+                backoff = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * self.jitter.uniform(0.5, 1)
                 self._wait(backoff if reply.wait is None else reply.wait * self.jitter.uniform(1, 1.1))
         return max(results, key=_fullness, default=(None, False))
 
@@ -445,7 +463,7 @@ class Endpoint:
         reply, result = self._send(idempotency_key, question), None
         if reply.outcome == "lost":  # it may have been charged: its bound stays spent
             columns = {"outcome": "lost", "reply": reply.reason}
-        elif reply.outcome in ("refused", "filtered", "permanent"):
+        elif reply.outcome in ("refused", "negotiated", "filtered", "permanent"):
             columns = {"outcome": "refused", "reply": reply.reason, "dollars": 0.0}
         else:
             (result, whole), usage = _read(question, reply.body), _usage(reply.body)
@@ -471,9 +489,7 @@ class Endpoint:
         import httpx2
         import openai
 
-        settings = {"max_tokens": question.max_tokens, "temperature": self.temperature, **question.wishes}
-        names = {name: self.instead.get(name, name) for name in settings}
-        body = {names[name]: value for name, value in settings.items() if names[name]}
+        body = self._body(question)
         received, deadline = bytearray(), time.monotonic() + self.timeout
         try:
             with self.client.chat.completions.with_streaming_response.create(
@@ -498,8 +514,8 @@ class Endpoint:
         status, headers = error.status_code, error.response.headers
         message = self._hidden(" ".join(str(error.message).split()))[:300]
         told = f"{getattr(error, 'param', '')} {getattr(error, 'code', '')} {message}"
-        if status in (400, 422) and self._negotiated(told, body):
-            return Reply("refused", "a setting that the endpoint does not know", wait=0.0)
+        if status in (400, 422, 500, 501) and self._negotiated(told, body):
+            return Reply("negotiated", "a setting that the endpoint does not know")
         if status == 400 and re.search("content_(filter|policy)", told):
             return Reply("filtered", "refused by a content filter")
         again, wait = status in (408, 409, 425, 429) or status >= 500, _retry_after(headers)
@@ -512,24 +528,44 @@ class Endpoint:
         later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
         return Reply("permanent", f"{self.model} at {self.url} answers HTTP {status}: {message}{later}{hint.get(status, '')}")
 
+    def _body(self, question: Question) -> dict[str, Any]:
+        """The settings of a request, without those that the endpoint has refused."""
+        body = {"max_tokens": question.max_tokens, "temperature": self.temperature, **question.wishes}
+        if self.instead.get("response_format") == "json_object" and "response_format" in body:
+            schema = body["response_format"]["json_schema"]["schema"]
+            body["response_format"] = {"type": "json_object", "schema": schema}  # as llama-cpp-python has it
+        if self.instead.get("max_tokens"):
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        return {name: value for name, value in body.items() if self.instead.get(name, name)}
+
     def _negotiated(self, told: str, body: dict[str, Any]) -> bool:
-        """Was a setting refused that one can do without? It is left out from now on, and we say so."""
+        """Was a setting refused that there is another form of, or that one can do without? So from now on, and we say so."""
         refused = {name: None for name, words in NEGOTIABLE.items() if name in body and any(word in told for word in words)}
         if "max_tokens" in body and "max_completion_tokens" in told:
             refused = {"max_tokens": "max_completion_tokens"}
+        elif "response_format" in refused and body["response_format"]["type"] == "json_schema":
+            refused = {"response_format": "json_object"}
         for name, other in refused.items():
             with self._lock:
-                if name not in self.instead:
+                if self.instead.get(name, name) not in (other, None):
                     remedy = f"sending {other} in its place" if other else "going on without it"
-                    tqdm.write(f"{self.model} does not take {name}: {remedy}")
-                self.instead[name] = other
+                    tqdm.write(f"{self.model} does not take {name} as it was sent: {remedy}")
+                    self.instead[name] = other
         if "logprobs" in refused:
             self.instead["top_logprobs"] = None
         return bool(refused)
 
-    def report(self) -> dict[str, float]:
-        """What this run has sent and spent so far (`Ledger.totals`); what this process asked, had in the cache, and failed."""
-        return {**self.ledger.totals(), **{name: self.counts[name] for name in ("asked", "cached", "failed")}}
+    def report(self) -> dict[str, float | None]:
+        """What this run has sent and spent so far (`Ledger.totals`; dollars are None where the price is not known); what this
+        process asked, had in the cache, and failed."""
+        totals = self.ledger.totals()
+        if self.live and self.price is None:
+            totals |= {"dollars": None, "dollars_unknown_at_most": None}
+        return {**totals, **{name: self.counts[name] for name in ("asked", "cached", "failed")}}
+
+    def spent(self) -> str:
+        """The dollars of this run so far, to be shown."""
+        return f"${self.ledger.spent():.4f}" if self.price or not self.live else "price not known"
 
 
 def make_client(url: str | None, keyless: bool = False) -> Any:

@@ -389,12 +389,13 @@ def read_labels(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a file of people's labels: {"prompt", "a", "b", "label": a, b or tie, and optionally "judge": P(a > b)}.
     ValueError naming the first bad line."""
     items = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    for number, line in enumerate(text.split("\n") if text else [], 1):
         try:
             item = json.loads(line)
             good = all(isinstance(item[name], str) for name in ("prompt", "a", "b")) and item["label"] in ("a", "b", "tie")
             good = good and (item.get("judge") is None or 0 <= item["judge"] <= 1)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             good = False
         if not good:
             wanted = '{"prompt": ..., "a": ..., "b": ..., "label": "a", "b" or "tie"}, "judge" in [0, 1] if given'
@@ -447,22 +448,29 @@ def compare_with_people(file: str, options: Any) -> None:
     """Ask the judge that the options name about the comparisons in the file, or take the answers recorded there, and report."""
     import runs
 
-    items = read_labels(file)
-    columns = [[item[name] for item in items] for name in ("prompt", "a", "b")]
+    try:
+        items = read_labels(file)
+        columns = [[item[name] for item in items] for name in ("prompt", "a", "b")]
+        synthetic = RegisterJudge().prefer(*columns) if options.oracle == "synthetic" else None
+    except (ValueError, OSError) as error:
+        raise runs.BadInput(str(error)) from error
+    recorded = [item.get("judge") for item in items]
     flip_rate = None
-    if options.oracle == "recorded":
-        P = torch.tensor([item.get("judge", math.nan) for item in items], dtype=torch.float64)
-    elif options.oracle == "synthetic":
-        P = RegisterJudge().prefer(*columns)
+    if options.oracle == "recorded" and not any(p is not None for p in recorded):
+        raise runs.BadInput(f"{file} has no answers of a judge; name one, by --oracle or --judge-url")
+    if options.oracle in ("recorded", "synthetic"):
+        P = synthetic if synthetic is not None else torch.tensor([math.nan if p is None else p for p in recorded])
+        if options.dry_run:
+            print("nobody is to be asked")
+            return
     else:
         judge = OpenAIJudge(runs.open_judge(options), options.judge_form)
-        questions = judge.questions(columns[0], list(zip(*columns[1:], strict=True)))
-        print(f"judge: {judge.endpoint}\nto be asked: {judge.endpoint.plan(questions)}")
+        print(f"judge: {judge.endpoint}\nto be asked: {judge.endpoint.plan(judge.questions(*columns))}")
         if options.dry_run:
             return
         P = judge.prefer(*columns)
         flip_rate = judge.report()["flip_rate"]
-        print(f"asked: {judge.endpoint.report()}")
+        print("asked: " + ", ".join(f"{name} {value}" for name, value in judge.endpoint.report().items()))
     found = agreement(items, P.tolist(), flip_rate)
     for name, value in found.items():
         print(f"{name:20} {'-' if value is None else f'{value:.3f}' if isinstance(value, float) else value}")

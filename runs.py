@@ -21,7 +21,7 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from endpoint import Endpoint, Price, Refused, Stopped, TooDear, make_client, only, only_model, recorded_models
+from endpoint import Endpoint, Ledger, Price, Refused, Stopped, TooDear, make_client, only, only_model, recorded_models
 
 STYLE = {
     "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]),
@@ -139,7 +139,9 @@ def open_endpoint(options: Any, source: str, model: str | None, url: str | None,
     common = {"max_failed": options.max_failed, "run": str(options.out)}
     if how == "replay":
         return Endpoint(model or only(recorded_models(rest, kind), rest), cache=rest, live=False, **common)
-    cache = None if options.dry_run else options.judge_cache or f"{options.out}/judgments.sqlite"
+    cache: Any = options.judge_cache or f"{options.out}/judgments.sqlite"
+    if options.dry_run:
+        cache = Ledger(cache, str(options.out), read_only=True) if os.path.exists(cache) else None
     try:
         return Endpoint(rest or model or only_model(url), url, cache, client=make_client(url, options.dry_run),
                         concurrency=options.judge_concurrency, timeout=options.judge_timeout,
@@ -160,6 +162,8 @@ class AgreementOptions(JudgeOptions):
         named = self.oracle or self.judge_url or self.judge_model
         self.check_judge()
         self.oracle = self.oracle if named else "recorded"
+        if not os.path.isdir(os.path.dirname(self.figure) or "."):
+            raise ValueError(f"figure is {self.figure}; expected a file in a folder that exists")
 
 
 def parse_agreement(argv: list[str]) -> tuple[str, AgreementOptions]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import combinations
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -595,12 +596,12 @@ class Judging:
         """What the algorithms are given."""
         return demonstrations(config.seed, config.prompts, self.teacher)
 
-    def spending(self) -> dict[str, float]:
-        """Requests so far and dollars that they can have cost, of judge and teacher; nothing if there is none that asks."""
+    def spending(self) -> dict[str, float | None]:
+        """Requests of judge and teacher so far and dollars that they can have cost (None: a price is not known)."""
         endpoints = [part.endpoint for part in (self.judge, self.teacher) if hasattr(part, "endpoint") and part.endpoint.live]
         ledgers = {str(endpoint.ledger.path): endpoint.ledger for endpoint in endpoints}.values()
-        return {"requests": sum(ledger.totals()["requests"] for ledger in ledgers),
-                "dollars": sum(ledger.spent() for ledger in ledgers)}  # fmt: skip
+        dollars = None if any(endpoint.price is None for endpoint in endpoints) else sum(ledger.spent() for ledger in ledgers)
+        return {"requests": sum(ledger.totals()["requests"] for ledger in ledgers), "dollars": dollars}
 
 
 def judging(config: TextConfig) -> Judging:
@@ -626,7 +627,8 @@ def announce_judging(config: TextConfig, judging: Judging) -> None:
 
         def plan(prompts: tuple[str, ...], students: int, gold: bool) -> Plan:
             answers = [[student_answer(x, draw) for _ in range(students)] + [teacher_answer(x, draw)] * gold for x in prompts]
-            return judging.judge.endpoint.plan(judging.judge.questions(prompts, answers))
+            pairs = [(x, *two) for x, ys in zip(prompts, answers, strict=True) for two in combinations(ys, 2)]
+            return judging.judge.endpoint.plan(judging.judge.questions(*zip(*pairs, strict=True)))
 
         total = plan(HELD_OUT, config.judged, True)
         for stage in config.stages():
@@ -636,7 +638,7 @@ def announce_judging(config: TextConfig, judging: Judging) -> None:
     for name, (part, plan_) in plans.items():
         print(f"{name}: {part.endpoint}")
         if part.endpoint.live:
-            print(f"    the whole run: {plan_}; spent so far: ${part.endpoint.ledger.spent():.4f}")
+            print(f"    the whole run: {plan_}; spent so far: {part.endpoint.spent()}")
     if plans and config.max_usd is not None:
         print(f"    stops below ${config.max_usd:g}")
 
@@ -914,7 +916,7 @@ def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy:
         progress.update()
         tqdm.write(
             f"{it.t:5d} | {validation.line(row)} | {1 - row['share_malformed']:11.3f} | {row['mean_length']:5.1f} | {kinds} | "
-            f"{row['loss']:.4f}" + (f" | ${row['dollars']:.4f}" if "dollars" in row else "")
+            f"{row['loss']:.4f}" + (f" | ${row['dollars']:.4f}" if row.get("dollars") is not None else "")
         )
         if it.t % 10 == 0:
             show_responses(validation)

@@ -78,22 +78,25 @@ class Judge:
 
     def content(self, body: dict) -> tuple[str, dict | None]:
         """(text, log-probabilities) of the answer."""
-        system = body["messages"][0]["content"]
-        if "id1_score" in body["messages"][-1]["content"]:
+        system, form = body["messages"][0]["content"], outside(body["messages"])
+        if "grade responses" in system:
             return json.dumps(self.scores(body)), None
         if "compare two responses" not in system:
             return f"A gold answer to {body['messages'][-1]['content']}", None
         texts = blocks(body["messages"])
         lead = quality(texts["response A"]) - quality(texts["response B"])
         chance = min(0.95, max(0.05, 0.5 + lead / 16 + self.settings["first_bias"]))
-        order = re.search(r"verdict\W+([AB])\b", outside(body["messages"])) if self.settings["gullible"] else None
-        chance = 0.95 if order and order[1] == "A" else 0.05 if order else chance
-        if not (self.settings["logprobs"] and body.get("logprobs")):
-            return ("A" if chance > 0.5 else "B"), None
-        first = "A" if chance > 0.5 else "B"
-        top = [{"token": "A", "logprob": math.log(chance * 0.9)}, {"token": " B", "logprob": math.log((1 - chance) * 0.9)},
-               {"token": "The", "logprob": math.log(0.1)}]  # fmt: skip
-        return first, {"content": [{"token": first, "logprob": top[first == "B"]["logprob"], "top_logprobs": top}]}
+        order = re.search(r"verdict is ([AB])\b", form) if self.settings["gullible"] else None
+        chance = {"A": 0.95, "B": 0.05}[order[1]] if order else chance
+        verdict = "A" if chance > 0.5 else "B"
+        around = ['{"', "verdict", '":', ' "', '"}'] if '"verdict"' in form else [""]
+        tokens = [*around[:-1], verdict, *around[-1:]] if self.settings["logprobs"] and body.get("logprobs") else []
+        shares = {"A": chance * 0.9, " B": (1 - chance) * 0.9, "The": 0.1}
+        top = [{"token": token, "logprob": math.log(share)} for token, share in shares.items()]
+        others = [{"token": "A", "logprob": -9.0}, {"token": "{", "logprob": -0.1}]  # of tokens that are no verdict
+        told = [{"token": token, "logprob": -0.1, "top_logprobs": top if token == verdict else others}
+                for token in tokens if token]  # fmt: skip
+        return f"{''.join(around[:-1])}{verdict}{around[-1]}", {"content": told} if told else None
 
     def fault(self, question: str) -> str | None:
         """Which fault this request meets: the next "in turn", or one "at random", at most `most` for a question."""
@@ -118,14 +121,15 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
     message, reason = {"role": "assistant", "content": content}, "stop"
     answer = json.loads(content) if content.startswith("{") else None
     ids = sorted({key.partition("_")[0] for key in answer or {}})
+    last = f"{ids[0]}_score" if "id1" in ids else "verdict"
     if fault == "wrong-ids" and answer:
-        message["content"] = json.dumps({key.replace("id", "id9"): value for key, value in answer.items()})
+        message["content"] = json.dumps({re.sub("^(id|verdict)", r"\g<1>9", key): value for key, value in answer.items()})
     elif fault == "missing-ids" and answer:
         message["content"] = json.dumps({key: value for key, value in answer.items() if not key.startswith(ids[-1])})
     elif fault == "out-of-range" and answer:
-        message["content"] = json.dumps({**answer, f"{ids[0]}_score": 7})
+        message["content"] = json.dumps({**answer, last: 7})
     elif fault == "two-answers" and answer:
-        message["content"] = content + "\nor rather\n" + json.dumps({**answer, f"{ids[0]}_score": 6})
+        message["content"] = content + "\nor rather\n" + json.dumps({**answer, last: 6 if "id1" in ids else "A"})
     elif fault == "prose":
         message["content"] = f"Let me see {{carefully}}. {content}\nI hope that helps." if answer else content
     elif fault == "python":
@@ -173,20 +177,20 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
     key = idempotency[1].decode() if idempotency and settings["idempotent"] else None
     judge.headers = re.findall(r"authorization: ([^\r]*)", head.decode("latin-1"), re.IGNORECASE)
     echo = " ".join(judge.headers) if settings["echo"] else ""
-    mirror = b"x-echo: %s\r\n" % echo.encode() if echo else b""
     if settings["status"]:
         status, message, code, header = settings["status"]
-        return send(writer, status, error(f"{message} {echo}", code=code), mirror + header.encode())
+        return send(writer, status, error(f"{message} {echo}", code=code), header.encode())
     if settings["filters"] and settings["filters"] in body["messages"][-1]["content"]:
         return send(writer, 400, error("The response was filtered", code="content_filter"))
-    if refused := [name for name in settings["refuses"] if name in body]:
-        instead = ", use max_completion_tokens in its place" if refused == ["max_tokens"] else ""
+    known = {*body, body.get("response_format", {}).get("type")}
+    if refused := [name for name in settings["refuses"] if name in known]:
+        instead = ", use max_completion_tokens in its place" if refused[0] == "max_tokens" else ""
         return send(writer, 400, error(f"Unsupported parameter: {refused[0]}{instead}", param=refused[0], code="unsupported"))
     fault = judge.fault(question)
     judge.by_fault[str(fault)] = judge.by_fault.get(str(fault), 0) + 1
     if fault in UNPAID:
         headers = {"429-retry-after": b"retry-after-ms: 30\r\n"}.get(fault, b"")
-        return send(writer, int(fault[:3]), error(f"busy {echo}"), mirror + headers)
+        return send(writer, int(fault[:3]), error(f"busy {echo}"), headers)
     reply = judge.kept.get(key) or completion(judge, body, fault)
     if key not in judge.kept:
         judge.paid[question] = judge.paid.get(question, 0) + 1
@@ -214,7 +218,7 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
             await writer.drain()
         writer.transport.abort() if fault == "reset" else writer.close()
     else:
-        send(writer, 200, reply, mirror)
+        send(writer, 200, reply)
         await writer.drain()
         judge.told = [sum(pair) for pair in zip(judge.told, told(reply), strict=True)]
         if fault is None or fault in HARMLESS:
