@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -85,14 +85,22 @@ class Price:
 
 PRICES = {  # OpenAI's list prices as last seen by us; they change: give your own where it matters
     "gpt-4-32k": Price(60, 120), "gpt-4": Price(30, 60), "gpt-4-turbo": Price(10, 30), "gpt-4-1106-preview": Price(10, 30),
-    "gpt-4-0125-preview": Price(10, 30), "gpt-4o": Price(2.5, 10), "gpt-4o-mini": Price(0.15, 0.6), "gpt-4.1": Price(2, 8),
-    "gpt-4.1-mini": Price(0.4, 1.6), "gpt-4.1-nano": Price(0.1, 0.4), "gpt-5": Price(1.25, 10), "gpt-5-mini": Price(0.25, 2),
+    "gpt-4-0125-preview": Price(10, 30), "gpt-4o": Price(2.5, 10), "gpt-4o-2024-05-13": Price(5, 15),
+    "gpt-4o-mini": Price(0.15, 0.6), "gpt-4.1": Price(2, 8), "gpt-4.1-mini": Price(0.4, 1.6), "gpt-4.1-nano": Price(0.1, 0.4),
+    "gpt-5": Price(1.25, 10), "gpt-5-mini": Price(0.25, 2),
 }  # fmt: skip
 
 
 def price_of(model: str) -> Price | None:
     """The list price of a model, dated versions included; None if it is not in the table."""
     return PRICES.get(model) or PRICES.get(re.sub(r"-\d{4}(-\d{2}-\d{2})?$", "", model))
+
+
+ENCODINGS_AT = "https://openaipublic.blob.core.windows.net/encodings"  # names the files: tiktoken hashes it
+ENCODINGS = {  # files of tiktoken's encodings, by SHA-256: one that is damaged would be downloaded anew
+    "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+}
 
 
 @lru_cache
@@ -104,9 +112,10 @@ def _encoding(model: str) -> Any:
         name = tiktoken.encoding_name_for_model(model)
     except KeyError:
         return None
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or f"{gettempdir()}/data-gym-cache"
-    file = hashlib.sha1(f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken".encode()).hexdigest()
-    return tiktoken.get_encoding(name) if (Path(folder) / file).exists() else None
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", f"{gettempdir()}/data-gym-cache"))
+    file = Path(folder) / hashlib.sha1(f"{ENCODINGS_AT}/{name}.tiktoken".encode()).hexdigest()
+    whole = folder and file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == ENCODINGS.get(name)
+    return tiktoken.get_encoding(name) if whole else None
 
 
 def count_tokens(text: str, model: str) -> float:
@@ -149,7 +158,8 @@ CREATE TABLE IF NOT EXISTS requests (
     question TEXT NOT NULL,      -- version, messages and sampling settings, as JSON
     pid INTEGER NOT NULL, sent REAL NOT NULL,
     bound REAL NOT NULL,         -- dollars that it may cost at most, counted as spent until it is known better
-    outcome TEXT,                -- NULL: in flight, or killed there; complete; unreadable; lost: no reply; refused: not charged
+    outcome TEXT,                -- NULL: in flight, or killed there; complete; unreadable; lost: no reply; not charged:
+                                 -- refused, filtered (the question will never be answered)
     reply TEXT, parsed TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL, seconds REAL);
 CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);
 CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);
@@ -162,33 +172,46 @@ class Ledger:
     few replies."""
 
     def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
-        self.path, self.run, self.lock = path or "memory", run, threading.RLock()
-        where = Path(path).resolve().as_uri() if path else ":memory:"
-        if read_only:  # without leaving files beside it, unless somebody is writing to it
-            log = Path(f"{path}-wal")
-            where += "?mode=ro" if log.exists() and log.stat().st_size else "?mode=ro&immutable=1"
-        try:
-            if path and not read_only:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(where, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
-            if not read_only:
-                self.db.execute("PRAGMA journal_mode = WAL")
-                self.db.execute("PRAGMA synchronous = NORMAL")
-                self.db.executescript(SCHEMA)
-            self.db.execute("SELECT key, parsed, reply, outcome, dollars FROM requests LIMIT 1")
-        except (sqlite3.Error, OSError) as error:
-            raise Refused(f"{path} cannot be used as a cache of judgments ({error}); choose another file") from None
+        self.path, self.run, self.read_only, self.lock = path or "memory", run, read_only, threading.RLock()
+        above = next((folder for folder in Path(path or ".").absolute().parents if folder.exists()), Path("/"))
+        if not above.is_dir():
+            raise Refused(f"{path} cannot be used as a cache of judgments: {above} is no folder; choose another file")
+        if read_only or (path and Path(path).exists()):
+            assert self.db  # is it one?
+
+    @cached_property
+    def db(self) -> sqlite3.Connection:
+        """The connection; made, with the file, when it is first needed. Refused if there can be none."""
+        with self.lock:
+            if "db" in self.__dict__:  # another thread was faster
+                return self.__dict__["db"]
+            try:
+                where = ":memory:" if self.path == "memory" else self._where(Path(self.path))
+                db = sqlite3.connect(where, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
+                if not self.read_only:
+                    _prepare(db)
+                db.execute("SELECT key, parsed, reply, outcome, dollars FROM requests LIMIT 1")
+            except (sqlite3.Error, OSError) as error:
+                raise Refused(f"{self.path} cannot be used as a cache of judgments ({error}); choose another file") from None
+            return db
+
+    def _where(self, path: Path) -> str:
+        if not self.read_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.resolve().as_uri()
+        log = Path(f"{path}-wal")  # somebody may be writing; else nothing shall be left beside the file
+        return path.resolve().as_uri() + ("?mode=ro" if log.exists() and log.stat().st_size else "?mode=ro&immutable=1")
 
     def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
-        """(outcome, parsed, reply) of every reply there is, complete or unreadable, oldest first, by key; a complete one's raw
-        text only if its parsed form is NULL."""
+        """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered, oldest first, by key; a complete
+        one's raw text only if its parsed form is NULL."""
         found: dict[str, list[tuple[str, str | None, str | bytes | None]]] = {}
         keys = list(keys)
         for at in range(0, len(keys), 500):
             part = keys[at : at + 500]
             query = f"""SELECT key, outcome, parsed, CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
-                        FROM requests WHERE outcome IN ('complete', 'unreadable') AND key IN ({",".join("?" * len(part))})
-                        ORDER BY id"""
+                        FROM requests WHERE key IN ({",".join("?" * len(part))})
+                        AND outcome IN ('complete', 'unreadable', 'filtered') ORDER BY id"""
             with self.lock:
                 rows = self.db.execute(query, part).fetchall()
             for key, *reply in rows:
@@ -211,12 +234,13 @@ class Ledger:
         with self.lock:
             return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
 
-    def reserve(self, row: dict[str, Any], limit: float, patience: float) -> int | str:
+    def reserve(self, row: dict[str, Any], known: int, limit: float, patience: float) -> int | str:
         """The id of a new row for a request about to be sent; or "too dear" if its bound could take this run past the limit,
-        "answered" if the reply has come meanwhile, "busy" if another living process has sent it less than `patience` ago."""
+        "answered" if there are more replies than the `known` ones, "busy" if another living process has sent it less than
+        `patience` seconds ago."""
         with self._transaction():
             others = self.db.execute("SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)).fetchall()
-            if any(outcome == "complete" for outcome, _, _ in others):
+            if sum(outcome in ("complete", "unreadable", "filtered") for outcome, _, _ in others) > known:
                 return "answered"
             if any(outcome is None and pid != os.getpid() and row["sent"] - sent < patience and _alive(pid)
                    for outcome, pid, sent in others):  # fmt: skip
@@ -244,7 +268,8 @@ class Ledger:
             try:
                 yield
             except BaseException:
-                self.db.execute("ROLLBACK")
+                if self.db.in_transaction:  # a full disk ends it by itself
+                    self.db.execute("ROLLBACK")
                 raise
             self.db.execute("COMMIT")
 
@@ -253,7 +278,25 @@ class Ledger:
         self.db.execute(sql, (self.run, dollars))
 
 
+def _prepare(db: sqlite3.Connection) -> None:
+    """Make the tables. Another process may be about to, and SQLite does not wait by itself to change the journal's mode."""
+    for wait in (0.01, 0.1, 0.5, 1.0, 2.0, None):
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.executescript(SCHEMA)
+            return
+        except sqlite3.OperationalError as error:
+            if wait is None or "locked" not in str(error):
+                raise
+            time.sleep(wait)
+
+
 def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie sends nothing
+    except OSError:
+        pass  # no such process, or no such file system
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -291,9 +334,10 @@ class Endpoint:
     the client's too: OPENAI_API_KEY in the environment. client: another client of that library, such as AzureOpenAI(), or
     None. Without `live` there is none: it answers from the ledger alone.
     cache: the ledger or its file; None for memory. run: whose spending `max_usd` limits. price: None to look it up in `PRICES`.
-    timeout: seconds a request. attempts: most requests for one answer. backoff: seconds before the second, doubled for every
-    further one to at most 60, less a random part of up to half; where the server says how long (Retry-After), that, to at most
-    120. max_failed: the share of the questions of an `ask` that may stay without a full answer; with more it is Stopped."""
+    timeout: seconds a request may take, from its headers on. attempts: most requests for one answer. backoff: seconds before
+    the second, doubled for every further one to at most 60, less a random part of up to half; where the server says how long
+    (Retry-After), that, to at most 120. max_failed: the share of the questions of an `ask` that may stay without a full answer;
+    with more it is Stopped."""
 
     def __init__(self, model: str, url: str | None = None, cache: str | Path | Ledger | None = "judgments.sqlite", *,
                  client: Any = None, live: bool = True, temperature: float = 0.0, concurrency: int = 16, timeout: float = 120.0,
@@ -316,6 +360,7 @@ class Endpoint:
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._stop, self._lock, self._flying = threading.Event(), threading.Lock(), 0
+        self._first_error: BaseException | None = None
 
     def __str__(self) -> str:
         price = f"${self.price.prompt:g} and ${self.price.completion:g} a million tokens" if self.price else "price not known"
@@ -353,26 +398,32 @@ class Endpoint:
         distinct = dict(zip(keys, questions, strict=True))
         earlier = self._earlier(distinct)
         results = {key: self._settled(earlier.get(key, [])) for key in distinct}
+        failed = sum(result is not None and _failed(result) for result in results.values())
+        if self.live and failed > self.max_failed * len(distinct):  # perhaps it can answer now
+            results |= {key: None for key, result in results.items() if result is not None and not result[1]}
+            failed = sum(result is not None and _failed(result) for result in results.values())
         missing = [key for key, result in results.items() if result is None]
         self.counts["asked"] += len(distinct)
         self.counts["cached"] += len(distinct) - len(missing)
-        failed = sum(result is not None and not result[1] for result in results.values())
         if missing and not self.live:
             wanted = distinct[missing[0]].messages[-1]["content"][:120]
             raise Refused(f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {len(distinct)} questions, of "
                           f"which one is {wanted!r}; give the cache that was recorded with these settings")  # fmt: skip
         self._stop.clear()
+        self._first_error = None
         quiet = None if missing else True
         bar = tqdm(total=len(missing), desc=f"asking {self.model}", unit="reply", disable=quiet, leave=False)
         with bar, ThreadPoolExecutor(min(self.concurrency, max(1, len(missing)))) as pool:
-            futures = {pool.submit(self._answer, key, distinct[key], earlier.get(key, [])): key for key in missing}
+            futures = {pool.submit(self._answer_or_stop, key, distinct[key], earlier.get(key, [])): key for key in missing}
             try:
                 for future in as_completed(futures):
                     results[futures[future]] = result = future.result()
-                    failed += not result[1]
-                    self._check_failures(failed, len(distinct))
+                    failed += _failed(result)
                     bar.update()
+                    self._check_failures(failed, len(distinct))
                     bar.set_postfix_str(f"{self.spent()}, {failed} failed", refresh=False)
+            except Stopped as error:
+                raise self._first_error or error from None
             except KeyboardInterrupt:
                 tqdm.write("interrupted: waiting for the replies under way, which may be paid for")
                 raise
@@ -405,13 +456,28 @@ class Endpoint:
             return whole[0] if whole else None
         return max(results, key=_fullness) if len(results) >= self.attempts or not self.live else None
 
+    def _answer_or_stop(self, *asked: Any) -> tuple[Any, bool]:
+        """An answer; an error stops all who have not sent their request yet, and the first one is what is told."""
+        try:
+            return self._answer(*asked)
+        except BaseException as error:
+            with self._lock:
+                self._first_error = self._first_error or error
+            self._stop.set()
+            raise
+
     def _answer(self, key: str, question: Question, earlier: list[tuple[Any, bool]]) -> tuple[Any, bool]:
-        """Ask until there is a complete answer, at most `attempts` times in all; else the fullest there was."""
-        results, attempt = list(earlier), len(earlier)
+        """Ask until there is a complete answer, at most `attempts` times, earlier ones counted (but anew if they were as many);
+        else the fullest there was."""
+        results, attempt = list(earlier), len(earlier) % self.attempts
         while attempt < self.attempts:
-            number = self._reserved(key, question)
+            number = self._reserved(key, question, len(results))
             if number is None:  # another process was faster
-                return self._settled(self._earlier({key: question})[key])
+                found = self._earlier({key: question})[key]
+                attempt, results = attempt + len(found) - len(results), found
+                if whole := [result for result in results if result[1]]:
+                    return whole[0]
+                continue
             try:
                 result, reply = self._exchange(number, f"{key}-{len(results)}", question)
             finally:
@@ -424,7 +490,7 @@ class Endpoint:
             with self._lock:
                 self.reasons[reply.reason] += 1
             if reply.outcome == "filtered":
-                break
+                return None, True  # the last word on it
             attempt += 1
             if reply.outcome == "unreadable":
                 results.append((result, False))
@@ -437,15 +503,15 @@ class Endpoint:
         if self._stop.wait(seconds):
             raise Stopped("asking was stopped")
 
-    def _reserved(self, key: str, question: Question) -> int | None:
-        """The ledger's row for a request that may be sent now; None if there is an answer already."""
+    def _reserved(self, key: str, question: Question, known: int) -> int | None:
+        """The ledger's row for a request that may be sent now; None if there are more replies than those known already."""
         row = {"key": key, "model": self.model, "url": self.url, "question": json.dumps(self._settings(question)),
                "bound": self._bound(question)}  # fmt: skip
         limit = math.inf if self.max_usd is None else self.max_usd
         while True:
             self._wait(0)
             with self._lock:
-                number = self.ledger.reserve({**row, "sent": time.time()}, limit, 2 * self.timeout)
+                number = self.ledger.reserve({**row, "sent": time.time()}, known, limit, 2 * self.timeout)
                 self._flying += isinstance(number, int)
                 waiting = self._flying > 0  # for a request that may turn out cheaper than its bound
             if isinstance(number, int):
@@ -464,9 +530,11 @@ class Endpoint:
         if reply.outcome == "lost":  # it may have been charged: its bound stays spent
             columns = {"outcome": "lost", "reply": reply.reason}
         elif reply.outcome in ("refused", "negotiated", "filtered", "permanent"):
-            columns = {"outcome": "refused", "reply": reply.reason, "dollars": 0.0}
+            outcome = "filtered" if reply.outcome == "filtered" else "refused"
+            columns = {"outcome": outcome, "reply": reply.reason, "dollars": 0.0}
         else:
             (result, whole), usage = _read(question, reply.body), _usage(reply.body)
+            result = self._hidden(result)
             reply = replace(reply, outcome="complete" if whole and reply.outcome == "replied" else "unreadable")
             columns = {"outcome": reply.outcome, "reply": self._hidden(_text(reply.body)), "parsed": json.dumps(result)}
             if usage:
@@ -477,12 +545,18 @@ class Endpoint:
             raise Refused(reply.reason)
         return result, reply
 
-    def _hidden(self, text: str | bytes) -> str | bytes:
-        """The text without our key, should a server send it back."""
+    def _hidden(self, value: Any) -> Any:
+        """A text, or the texts in a result, without our key, should a server send it back."""
         key = self.client.api_key
         if not key or key == NO_KEY:
-            return text
-        return text.replace(key, "[key]") if isinstance(text, str) else text.replace(key.encode(), b"[key]")
+            return value
+        if isinstance(value, str):
+            return value.replace(key, "[key]")
+        if isinstance(value, bytes):
+            return value.replace(key.encode(), b"[key]")
+        if isinstance(value, dict):
+            return {name: self._hidden(part) for name, part in value.items()}
+        return [self._hidden(part) for part in value] if isinstance(value, list) else value
 
     def _send(self, idempotency_key: str, question: Question) -> Reply:
         """One HTTP request. A server that honours the idempotency key does not charge again for what was lost on the way."""
@@ -495,7 +569,7 @@ class Endpoint:
             with self.client.chat.completions.with_streaming_response.create(
                 model=self.model, messages=question.messages, extra_headers={"Idempotency-Key": idempotency_key}, **body
             ) as response:
-                for part in response.iter_bytes(1 << 16):
+                for part in response.iter_bytes():
                     received += part
                     if len(received) > LARGEST:
                         return Reply("unreadable", "a reply that is too long", bytes(received[:LARGEST]))
@@ -573,14 +647,24 @@ def make_client(url: str | None, keyless: bool = False) -> Any:
     where no key is needed. Refused on a URL or key that cannot be one, or if the key is missing."""
     import openai
 
-    parts, key = urlsplit(url or "http://localhost"), os.environ.get("OPENAI_API_KEY")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
+    key, where = os.environ.get("OPENAI_API_KEY"), url if url is not None else os.environ.get("OPENAI_BASE_URL") or None
+    if where is not None and not _is_url(where):
         raise Refused("the judge's URL must be like http://localhost:8000/v1, with no key in it, whose place is OPENAI_API_KEY")
-    if not (key or keyless or url or os.environ.get("OPENAI_BASE_URL")):
+    if not (key or keyless or where):
         raise Refused("OPENAI_API_KEY is not set; set it, or give the URL of a server that needs none")
     if key and not re.fullmatch(r"[!-~]+", key):
         raise Refused("OPENAI_API_KEY holds a space, a line break or another character that no key has")
     return openai.OpenAI(api_key=NO_KEY if keyless or not key else key, base_url=url)
+
+
+def _is_url(text: str) -> bool:
+    """Is it the address of a server, and nothing more that might be a secret?"""
+    try:
+        parts = urlsplit(text)
+        plain = not (parts.username or parts.password or parts.query or parts.fragment)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and plain and parts.port != 0
+    except ValueError:  # of the port, or the host
+        return False
 
 
 def only_model(url: str | None) -> str:
@@ -588,9 +672,11 @@ def only_model(url: str | None) -> str:
     import openai
 
     try:
-        return only([model.id for model in make_client(url).with_options(timeout=10.0).models.list()], str(url))
+        listed = make_client(url).with_options(timeout=10.0).models.with_raw_response.list().content
     except openai.OpenAIError as error:
         raise Refused(f"{url} does not say which models it has ({type(error).__name__}); name one") from None
+    models = dig(_json(listed), "data")
+    return only([str(dig(model, "id")) for model in models if dig(model, "id")] if isinstance(models, list) else [], str(url))
 
 
 def recorded_models(cache: str | Path, kind: str) -> list[str]:
@@ -614,7 +700,7 @@ def _retry_after(headers: Any) -> float | None:
             return float(value) / unit
     try:
         return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None  # not a date either
 
 
@@ -639,6 +725,8 @@ def _read(question: Question, body: bytes) -> tuple[Any, bool]:
 
 
 def _reread(question: Question, outcome: str, parsed: str | None, reply: str | bytes | None) -> tuple[Any, bool]:
+    if outcome == "filtered":
+        return None, True
     if outcome == "complete" and parsed is not None:
         return json.loads(parsed), True
     return _read(question, reply.encode() if isinstance(reply, str) else reply or b"")
@@ -648,7 +736,11 @@ def _usage(body: bytes) -> tuple[int, int] | None:
     """(prompt, completion) tokens that the endpoint says it charges for, or None."""
     usage = dig(_json(body), "usage")
     tokens = dig(usage, "prompt_tokens"), dig(usage, "completion_tokens")
-    return tokens if all(type(count) is int and count >= 0 for count in tokens) else None
+    return tokens if all(type(count) is int and 0 <= count < 1 << 40 for count in tokens) else None
+
+
+def _failed(result: tuple[Any, bool]) -> bool:
+    return result[0] is None or not result[1]
 
 
 def _fullness(result: tuple[Any, bool]) -> int:

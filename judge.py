@@ -246,7 +246,8 @@ class OpenAIJudge:
     depend on the others beside it. Their order is shuffled, by the seed and by what they are, never by who asked.
     form "pairwise": two requests, in both orders; P(a > b) is the mean of what they say, each P(first is better) by the
     log-probabilities of the verdict where the endpoint gives them, else 0 or 1.
-    Equal texts are equal: no request. most: characters of a text that the judge gets to see."""
+    Equal texts are equal, without a request (but NaN if the text could not be judged). most: characters of a text that the
+    judge gets to see."""
 
     complementary = True
 
@@ -263,8 +264,13 @@ class OpenAIJudge:
         """P(a > b | x), [B] float64, NaN where it is not to be had. Raises Stopped."""
         triples = _different(prompts, a, b)
         P = self._by_scores(triples) if self.form == "scored" else self._by_verdicts(triples)
-        asked = ((str(x), str(y), str(z)) for x, y, z in zip(prompts, a, b, strict=True))
-        return torch.tensor([0.5 if y == z else P[x, y, z] for x, y, z in asked], dtype=torch.float64)
+        known: dict[tuple[str, str], bool] = {}
+        for (x, *ys), p in P.items():
+            for y in ys:
+                known[x, y] = known.get((x, y), False) or not math.isnan(p)
+        for x, y, z in zip(prompts, a, b, strict=True):  # a text equals itself, but if it could not be judged it has no label
+            P.setdefault((str(x), str(y), str(z)), 0.5 if known.get((str(x), str(y)), True) else math.nan)
+        return torch.tensor([P[str(x), str(y), str(z)] for x, y, z in zip(prompts, a, b, strict=True)], dtype=torch.float64)
 
     def win_rates(self, prompt: str, responses: Sequence[str]) -> Tensor:
         """Mean probability of each of responses [n] of beating one of those others for which it is known, [n]."""

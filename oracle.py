@@ -304,17 +304,17 @@ def length_controlled(wins: np.ndarray, lead: np.ndarray) -> float:
     """The win rate at equal lengths: sigma(theta), where theta and phi maximise the likelihood of the wins [n] in [0, 1] under
     P(win) = sigma(theta + phi tanh(d / std d)), d = lead [n] the differences of length. That is the length-controlled win rate
     of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) without its term for how hard a prompt is, which takes many models;
-    a prior exp(-phi^2/2 - theta^2/200) keeps it finite where every response wins. NaN wins are left out."""
+    a prior exp(-(theta^2 + phi^2)/200) keeps it finite where every response wins. NaN wins are left out."""
     known = ~np.isnan(wins)
     wins, lead = wins[known], lead[known].astype(float)
     if not len(wins):
         return math.nan
     spread = lead.std()
     design = np.stack([np.ones_like(lead), np.tanh(lead / spread) if spread else 0 * lead], axis=1)
-    prior, w = np.array([0.01, 1.0]), np.zeros(2)
+    prior, w = 0.01, np.zeros(2)
     for _ in range(50):  # Newton's method on a strictly concave function
         p = 1 / (1 + np.exp(-design @ w))
-        hessian = (design * (p * (1 - p))[:, None]).T @ design + np.diag(prior)
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + prior * np.eye(2)
         w = w + np.linalg.solve(hessian, design.T @ (wins - p) - prior * w)
     return float(1 / (1 + np.exp(-w[0])))
 

@@ -99,12 +99,23 @@ class JudgeOptions:
 
     def check_judge(self) -> None:
         """Settle who judges, and check the judge's options. ValueError naming the field."""
-        asked = self.judge_url or self.judge_model
-        self.oracle = self.oracle or ("openai" if asked else "synthetic")
-        self.judge_prices = self.judge_prices and prices(self.judge_prices) and self.judge_prices
+        self.oracle = self.oracle or ("openai" if self.judge_url or self.judge_model else "synthetic")
         check_source("oracle", self.oracle)
-        if self.oracle == "synthetic" and (asked or self.max_usd is not None):
-            raise ValueError("judge-url, judge-model and max-usd belong to a language model; add --oracle openai:MODEL")
+        teacher = getattr(self, "teacher", "synthetic")
+        check_source("teacher", teacher)
+        for name in ("judge_prices", "teacher_prices"):
+            prices(getattr(self, name, None) or "0,0")
+        given = {name for name in ("judge_url", "judge_model", "judge_prices", "judge_cache", "max_usd")
+                 if getattr(self, name) is not None} | ({"judge_form"} if self.judge_form != "scored" else set())  # fmt: skip
+        kinds = {source.partition(":")[0] for source in (self.oracle, teacher)}
+        idle = given if kinds == {"synthetic"} else given - {"judge_form", "judge_model"} if "openai" not in kinds else set()
+        if self.oracle == "synthetic":
+            idle |= given & {"judge_form", "judge_model"}
+        if self.oracle.startswith("openai:") and self.judge_model not in (None, self.oracle.partition(":")[2]):
+            idle = {"judge_model"}
+        if idle:
+            names = ", ".join(sorted(name.replace("_", "-") for name in idle))
+            raise ValueError(f"{names} belong to a language model, and oracle is {self.oracle}; add --oracle openai:MODEL")
         for name, least, most in (("judge_concurrency", 1, 1000), ("judge_timeout", 1e-3, 1e5), ("max_failed", 0, 1)):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least:g} to {most:g}")
@@ -134,18 +145,21 @@ def open_judge(options: Any) -> Endpoint:
 
 
 def open_endpoint(options: Any, source: str, model: str | None, url: str | None, price: str | None, kind: str) -> Endpoint:
-    """The endpoint that a source such as openai:MODEL names; kind: judge or teacher. Refused if there can be none."""
+    """The endpoint that a source such as openai:MODEL names; kind: judge or teacher, whose price is the judge's if it is the
+    same model and has none of its own. Refused if there can be none."""
     how, _, rest = source.partition(":")
-    common = {"max_failed": options.max_failed, "run": str(options.out)}
+    common = {"max_failed": options.max_failed, "run": str(Path(options.out).resolve())}
     if how == "replay":
         return Endpoint(model or only(recorded_models(rest, kind), rest), cache=rest, live=False, **common)
     cache: Any = options.judge_cache or f"{options.out}/judgments.sqlite"
     if options.dry_run:
-        cache = Ledger(cache, str(options.out), read_only=True) if os.path.exists(cache) else None
+        cache = Ledger(cache, common["run"], read_only=True) if os.path.exists(cache) else None
     try:
-        return Endpoint(rest or model or only_model(url), url, cache, client=make_client(url, options.dry_run),
-                        concurrency=options.judge_concurrency, timeout=options.judge_timeout,
-                        price=prices(price) if price else None, max_usd=options.max_usd, **common)  # fmt: skip
+        name = rest or model or only_model(url)
+        price = price or (options.judge_prices if name == options.judge_model else None)
+        return Endpoint(name, url, cache, client=make_client(url, options.dry_run), concurrency=options.judge_concurrency,
+                        timeout=options.judge_timeout, price=prices(price) if price else None, max_usd=options.max_usd,
+                        **common)  # fmt: skip
     except ValueError as error:
         raise BadInput(f"{kind}: {error} (--{kind}-prices 2.5,10, in dollars per million tokens)") from error
 
@@ -190,7 +204,8 @@ def guarded(program: str, work: Callable[[], Any]) -> int:
         return 2
     except (TooDear, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"
-        print(f"\n{program}: {reason}; the same command goes on from there, a run with --resume", file=sys.stderr)
+        higher = "a higher --max-usd" if isinstance(error, TooDear) else "the same command"
+        print(f"\n{program}: {reason}; {higher} goes on from there, for a run with --resume", file=sys.stderr)
         return 130
     except Stopped as error:
         print(f"{program}: {error}", file=sys.stderr)

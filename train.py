@@ -72,12 +72,10 @@ from runs import (
     JudgeOptions,
     Run,
     check_device,
-    check_source,
     guarded,
     open_endpoint,
     open_judge,
     parse,
-    prices,
     setting,
 )
 
@@ -489,8 +487,6 @@ class TextConfig(JudgeOptions):
         """Fill in the recipe of the algorithm, and check every number. ValueError naming the field."""
         self.out = self.out or f"runs/text-{self.seed}"
         self.check_judge()
-        check_source("teacher", self.teacher)
-        self.teacher_prices = self.teacher_prices and prices(self.teacher_prices) and self.teacher_prices
         algorithms = self.algorithms()
         own = ("samples", "temperature", "top_p", "prompts_per_step", "lr", "eta", "tau")
         given = [name for name in own if getattr(self, name) is not None]
@@ -574,7 +570,10 @@ def demonstrations(seed: int, count: int, teacher: OpenAITeacher | None = None) 
         prompts = draw.sample(TRAINING, count)
         if teacher is None:
             return prompts, [teacher_answer(x, draw) for x in prompts]
-        return answered(teacher, prompts)
+        prompts, gold = answered(teacher, prompts)
+        if not prompts:
+            raise Stopped(f"the teacher has no answer to any prompt of iteration {t}")
+        return prompts, gold
 
     return data
 
@@ -592,9 +591,9 @@ class Judging:
     judge: Oracle
     teacher: OpenAITeacher | None
 
-    def data(self, config: TextConfig) -> dno.Data:
-        """What the algorithms are given."""
-        return demonstrations(config.seed, config.prompts, self.teacher)
+    def data(self, config: TextConfig, hard: bool) -> dno.Data:
+        """What the algorithms are given; those with soft targets do not look at gold responses, so that none are paid for."""
+        return demonstrations(config.seed, config.prompts, self.teacher if hard else None)
 
     def spending(self) -> dict[str, float | None]:
         """Requests of judge and teacher so far and dollars that they can have cost (None: a price is not known)."""
@@ -611,10 +610,17 @@ def judging(config: TextConfig) -> Judging:
         judge = OpenAIJudge(open_judge(config), config.judge_form, seed=config.seed)
         config.judge_model = judge.endpoint.model
     if config.teacher != "synthetic":
-        url, same = config.teacher_url or config.judge_url, config.teacher.partition(":")[2] == config.judge_model
-        price = config.teacher_prices or (config.judge_prices if same else None)
-        teacher = OpenAITeacher(open_endpoint(config, config.teacher, None, url, price, "teacher"))
+        url = config.teacher_url or config.judge_url
+        teacher = OpenAITeacher(open_endpoint(config, config.teacher, None, url, config.teacher_prices, "teacher"))
     return Judging(judge, teacher)
+
+
+def different(prompt: str, count: int, draw: random.Random) -> set[str]:
+    """So many different answers of the student."""
+    answers: set[str] = set()
+    while len(answers) < count:
+        answers.add(student_answer(prompt, draw))
+    return answers
 
 
 def announce_judging(config: TextConfig, judging: Judging) -> None:
@@ -625,16 +631,26 @@ def announce_judging(config: TextConfig, judging: Judging) -> None:
         plans["teacher"] = judging.teacher, judging.teacher.endpoint.plan(judging.teacher.questions(PROMPTS))
     if isinstance(judging.judge, OpenAIJudge):
 
-        def plan(prompts: tuple[str, ...], students: int, gold: bool) -> Plan:
-            answers = [[student_answer(x, draw) for _ in range(students)] + [teacher_answer(x, draw)] * gold for x in prompts]
-            pairs = [(x, *two) for x, ys in zip(prompts, answers, strict=True) for two in combinations(ys, 2)]
+        def gold(x: str) -> str:
+            return "word " * judging.teacher.max_tokens if judging.teacher else teacher_answer(x, draw)
+
+        def plan(pairs: list[tuple[str, str, str]]) -> Plan:
             return judging.judge.endpoint.plan(judging.judge.questions(*zip(*pairs, strict=True)))
 
-        total = plan(HELD_OUT, config.judged, True)
+        def survey(before: bool) -> Plan:
+            k, rows = config.judged, [(x, gold(x), [*different(x, 2 * config.judged, draw)]) for x in HELD_OUT]
+            pairs = [(x, y, best) for x, best, ys in rows for y in ys[:k]]
+            return plan(pairs + [(x, *two) for x, _, ys in rows for two in zip(ys[:k], ys[k:], strict=True) if before])
+
+        total = survey(before=False)
         for stage in config.stages():
-            training = plan(TRAINING[: config.prompts], stage.samples, stage.algorithm in (2, 4))
-            total += (training + plan(HELD_OUT, 2 * config.judged, True)) * stage.iterations
+            hard = stage.algorithm in (2, 4)
+            groups = [(x, [*different(x, stage.samples, draw), *[gold(x)] * hard]) for x in TRAINING[: config.prompts]]
+            training = plan([(x, *two) for x, ys in groups for two in combinations(ys, 2)])
+            total += (training + survey(before=True)) * stage.iterations
         plans["judge"] = judging.judge, total
+    elif config.dry_run:
+        print("the judge is synthetic: nobody is asked, nothing is paid")
     for name, (part, plan_) in plans.items():
         print(f"{name}: {part.endpoint}")
         if part.endpoint.live:
@@ -649,11 +665,16 @@ class Validation:
 
     HEADER = "P(> teacher) | gap: last        average    | P(new > old)"
 
-    def __init__(self, policy: TextPolicy, judge: RegisterJudge, k: int, seed: int):
-        self.policy, self.k, self.seed = policy, k, seed
-        self.P = judge.P[[prompt_class(x) for x in HELD_OUT]]
-        self.teacher = F.one_hot(torch.full((len(HELD_OUT),), CLASSES.index("vivid")), len(CLASSES)).double()
-        self.shares = torch.empty(0, len(HELD_OUT), len(CLASSES), dtype=torch.float64)
+    def __init__(self, policy: TextPolicy, judge: RegisterJudge, k: int, seed: int, teacher: OpenAITeacher | None = None):
+        self.policy, self.k, self.seed, draw = policy, k, seed, random.Random(seed)
+        self.prompts, self.gold = list(HELD_OUT), [teacher_answer(x, draw) for x in HELD_OUT]
+        if teacher:
+            self.prompts, self.gold = answered(teacher, self.prompts)
+            if not self.prompts:
+                raise Stopped("the teacher has no answer to any held-out prompt")
+        self.P = judge.P[[prompt_class(x) for x in self.prompts]]
+        self.teacher = F.one_hot(torch.tensor([classify(y) for y in self.gold]), len(CLASSES)).double()
+        self.shares = torch.empty(0, len(self.prompts), len(CLASSES), dtype=torch.float64)
         self.responses: list[list[Response]] = []
 
     def __call__(self) -> float:
@@ -662,7 +683,7 @@ class Validation:
 
     def survey(self) -> Tensor:
         """How often each class occurs among the policy's samples, [X, 4]; kept with what was found before."""
-        self.responses = self.policy.survey(HELD_OUT, self.k, self.seed)
+        self.responses = self.policy.survey(self.prompts, self.k, self.seed)
         classes = torch.tensor([[classify(y) for y in ys] for ys in self.responses])
         shares = F.one_hot(classes, len(CLASSES)).double().mean(1)
         self.shares = torch.cat([self.shares, shares[None]])
@@ -732,11 +753,8 @@ class JudgedValidation(Validation):
     HEADER = "P(> teacher)  at equal length | answers | P(new > old)"
 
     def __init__(self, policy: TextPolicy, judging: Judging, config: TextConfig):
-        super().__init__(policy, RegisterJudge(), config.survey, config.seed)
+        super().__init__(policy, RegisterJudge(), config.survey, config.seed, judging.teacher)
         self.judge, self.count = judging.judge, config.judged
-        draw = random.Random(config.seed)
-        gold = [teacher_answer(x, draw) for x in HELD_OUT]
-        self.prompts, self.gold = answered(judging.teacher, list(HELD_OUT)) if judging.teacher else (list(HELD_OUT), gold)
         self.samples: list[str] = []
         self.numbers: dict[str, float] = {}
 
@@ -814,7 +832,7 @@ def fine_tune(config: TextConfig, policy: TextPolicy, pairs: list[tuple[str, str
 def loop_of(stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, judging: Judging, validation: Validation,
             **common: Any) -> Iterator[dno.Round]:  # fmt: skip
     """The generator of the stage's algorithm."""
-    first = (policy, judging.judge, judging.data(config), stage.eta, stage.iterations)
+    first = (policy, judging.judge, judging.data(config, stage.algorithm in (2, 4)), stage.eta, stage.iterations)
     regularized = {"tau": stage.tau, "move_reference_every": stage.move_reference_every}
     common |= {"settings": config.practice(stage), "seed": config.seed}
     if stage.algorithm in (1, 3):
@@ -876,7 +894,7 @@ def write_round(run: Run, iteration: int, it: dno.Round, hard: bool, rated: str)
 
 def show_responses(validation: Validation) -> None:
     """One response of each class that the survey found."""
-    found = {classify(y): (x, y) for x, ys in zip(HELD_OUT, validation.responses, strict=True) for y in ys}
+    found = {classify(y): (x, y) for x, ys in zip(validation.prompts, validation.responses, strict=True) for y in ys}
     for kind, (x, y) in sorted(found.items()):
         tqdm.write(f"         {CLASSES[kind]:9} {x} -> {y!r}")
 
@@ -909,7 +927,8 @@ def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy:
                **judged_numbers(it, config, judging, hard)}  # fmt: skip
         write_round(run, done + it.t, it, hard, "score" if config.judgments == "scores" else "win_rate")
         run.keep(f"policies/{done + it.t:03d}.pt", policy.state_dict())
-        run.save(row, {"stage": number, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
+        known = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
+        run.save(known, {"stage": number, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
                        "round": replace(it, pi_ref=None), "pi_ref": it.pi_ref.state_dict() if it.pi_ref else None,
                        "validation": validation.state()})  # fmt: skip
         kinds = " ".join(f"{row[f'pairs_{kind}']:4d}" for kind in KINDS) if hard else " " * 14
@@ -949,16 +968,18 @@ def run_text(config: TextConfig) -> None:
     torch.set_num_threads(config.threads)
     check_device(config.device)
     asked = judging(config)
+    run = None if config.dry_run else Run("text", config, CLASSES_KEPT)
     announce_judging(config, asked)
-    if config.dry_run:
+    if run is None:
         return
-    run = Run("text", config, CLASSES_KEPT)
     policy = fine_tuned(config, run)
     base, synthetic = copy.deepcopy(policy.state_dict()), config.oracle == "synthetic"
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters, {policy.tokenizer.n_vocab} tokens; "
           f"fine-tuned after {time.perf_counter() - start:.0f} s. Writing to {config.out}")  # fmt: skip
-    validation = Validation(policy, RegisterJudge(), config.survey, config.seed) if synthetic else JudgedValidation(
-        policy, asked, config)  # fmt: skip
+    if synthetic:
+        validation = Validation(policy, RegisterJudge(), config.survey, config.seed, asked.teacher)
+    else:
+        validation = JudgedValidation(policy, asked, config)
     validation()
     first = validation.first()
     show_responses(validation)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 UNPAID = ("429", "429-retry-after", "500", "503")  # refused before any work is done
 LOST = ("timeout", "reset", "truncated-http", "closed", "not-http", "not-gzip")  # charged, but no whole reply arrives
-DRIPS = ("drip", "drip-head", "drip-error")  # likewise: it comes so slowly that it never ends
+DRIPS = ("drip",)  # likewise: it comes so slowly that it never ends
 BROKEN = ("truncated-json", "wrong-ids", "missing-ids", "out-of-range", "refusal", "filtered", "empty", "not-utf-8",
           "10-megabytes", "not-json", "two-answers", "cut-off", "null", "list", "deep", "error-200")  # fmt: skip
 HARMLESS = ("prose", "python", "fenced", "surrogates", "no-usage")  # can be read all the same
@@ -200,8 +200,7 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
     await asyncio.sleep(settings["latency"] + (30 if fault == "timeout" else 0))
     start = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n"
     if fault in DRIPS:
-        begun = {"drip": start % (b"", 40), "drip-head": b"HTTP/1.1 200 OK\r\nx-slow: ", "drip-error": start % (b"", 40)}[fault]
-        writer.write(begun.replace(b"200 OK", b"500 Alas") if fault == "drip-error" else begun)
+        writer.write(start % (b"", 40))
         for _ in range(40):
             await asyncio.sleep(settings["drip"] / 40)
             writer.write(b" ")

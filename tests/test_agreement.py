@@ -104,12 +104,12 @@ def test_there_is_no_mean_of_nothing_and_no_interval_of_one_cluster():
 
 
 def at_equal_length(wins, lead):
-    """sigma(theta) at scipy's maximum of log-likelihood - phi^2/2 - theta^2/200, P(win) = sigma(theta + phi tanh(d/std d))."""
+    """sigma(theta) at scipy's maximum of log-likelihood - (theta^2 + phi^2)/200, P(win) = sigma(theta + phi tanh(d/std d))."""
     steps = np.tanh(lead / np.std(lead)) if np.std(lead) else 0 * lead
 
     def minus_log_posterior(w):
         score = w[0] + w[1] * steps
-        return np.sum(np.logaddexp(0, score) - wins * score) + w[1] ** 2 / 2 + w[0] ** 2 / 200
+        return np.sum(np.logaddexp(0, score) - wins * score) + np.sum(w**2) / 200
 
     return 1 / (1 + math.exp(-minimize(minus_log_posterior, [0.0, 0.0], tol=1e-10).x[0]))
 
