@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import dno
+import runs
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -47,5 +48,6 @@ def test_every_test_it_names_exists():
 def test_every_method_is_named_and_every_option_named_exists():
     for method in dno.METHODS:
         assert f'`"{method}"`' in README
-    options = {"--" + field.name.replace("_", "-") for config, _ in train.PRESETS.values() for field in fields(config)}
+    configs = [runs.AgreementOptions, *(config for config, _ in train.PRESETS.values())]
+    options = {"--" + field.name.replace("_", "-") for config in configs for field in fields(config)}
     assert set(re.findall(r"(--[a-z][a-z-]+)", README)) <= options
