@@ -87,7 +87,6 @@ PRICES = {  # OpenAI's list prices as last seen by us; they change: give your ow
     "gpt-4-32k": Price(60, 120), "gpt-4": Price(30, 60), "gpt-4-turbo": Price(10, 30), "gpt-4-1106-preview": Price(10, 30),
     "gpt-4-0125-preview": Price(10, 30), "gpt-4o": Price(2.5, 10), "gpt-4o-2024-05-13": Price(5, 15),
     "gpt-4o-mini": Price(0.15, 0.6), "gpt-4.1": Price(2, 8), "gpt-4.1-mini": Price(0.4, 1.6), "gpt-4.1-nano": Price(0.1, 0.4),
-    "gpt-5": Price(1.25, 10), "gpt-5-mini": Price(0.25, 2),
 }  # fmt: skip
 
 
@@ -177,7 +176,7 @@ class Ledger:
         if not above.is_dir():
             raise Refused(f"{path} cannot be used as a cache of judgments: {above} is no folder; choose another file")
         if read_only or (path and Path(path).exists()):
-            assert self.db  # is it one?
+            _ = self.db  # Refused at once if it is none
 
     @cached_property
     def db(self) -> sqlite3.Connection:
@@ -222,7 +221,7 @@ class Ledger:
         """Dollars of this run, requests of unknown cost counted with the most they can have cost."""
         with self.lock:
             row = self.db.execute("SELECT dollars FROM spending WHERE run = ?", (self.run,)).fetchone()
-        return row[0] if row else 0.0
+        return max(0.0, row[0]) if row else 0.0  # up to rounding
 
     def totals(self) -> dict[str, float]:
         """Requests sent in this run, how many of them were never answered, tokens, dollars known to be paid, and the most that
@@ -377,8 +376,9 @@ class Endpoint:
         return hashlib.sha256(json.dumps(self._settings(question)).encode()).hexdigest()
 
     def _bound(self, question: Question) -> float:
-        """The most dollars that a request can cost: a token has at least a byte, a message less than 16 tokens around it."""
-        size = sum(len(message["content"].encode()) + 16 for message in question.messages)
+        """The most dollars that a request can cost: a token has at least a byte, a message less than 16 tokens around it, and
+        the form that is asked for counts too."""
+        size = sum(len(message["content"].encode()) + 16 for message in question.messages) + len(json.dumps(question.wishes))
         return self.price.dollars(size, question.max_tokens) if self.price else 0.0
 
     def plan(self, questions: Sequence[Question]) -> Plan:
@@ -422,13 +422,14 @@ class Endpoint:
                     bar.update()
                     self._check_failures(failed, len(distinct))
                     bar.set_postfix_str(f"{self.spent()}, {failed} failed", refresh=False)
-            except Stopped as error:
-                raise self._first_error or error from None
+            except (Stopped, sqlite3.Error) as error:
+                first = self._first_error or error
+                if isinstance(first, sqlite3.Error):
+                    first = Stopped(f"{self.ledger.path} cannot be written ({first}); make room for it, and go on")
+                raise first from None
             except KeyboardInterrupt:
                 tqdm.write("interrupted: waiting for the replies under way, which may be paid for")
                 raise
-            except sqlite3.Error as error:
-                raise Stopped(f"{self.ledger.path} cannot be written ({error}); make room for it, and go on") from None
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
@@ -479,7 +480,7 @@ class Endpoint:
                     return whole[0]
                 continue
             try:
-                result, reply = self._exchange(number, f"{key}-{len(results)}", question)
+                result, reply = self._exchange(number, f"{key}-{len(results)}-{len(self.instead)}", question)
             finally:
                 with self._lock:
                     self._flying -= 1
@@ -563,12 +564,13 @@ class Endpoint:
         import httpx2
         import openai
 
-        body = self._body(question)
+        body = {**self._body(question), "messages": question.messages}
         received, deadline = bytearray(), time.monotonic() + self.timeout
         try:
-            with self.client.chat.completions.with_streaming_response.create(
-                model=self.model, messages=question.messages, extra_headers={"Idempotency-Key": idempotency_key}, **body
-            ) as response:
+            with self.client.chat.completions.with_streaming_response.create(  # extra_body takes the place of messages; to
+                # hand them over as such costs a third more time, for conversions of types that they do not have
+                model=self.model, messages=[], extra_headers={"Idempotency-Key": idempotency_key}, extra_body=body,
+            ) as response:  # fmt: skip
                 for part in response.iter_bytes():
                     received += part
                     if len(received) > LARGEST:
@@ -596,8 +598,8 @@ class Endpoint:
         again = {"true": True, "false": False}.get(headers.get("x-should-retry", ""), again)
         if "insufficient_quota" in told or (wait or 0) > LONGEST_WAIT:
             again = False
-        if again:
-            return Reply("refused", f"HTTP {status}", wait=wait)
+        if again:  # 502, 504 and 524 are a gateway's words: what is behind it may have answered, and charged
+            return Reply("lost" if status in (502, 504, 524) else "refused", f"HTTP {status}", wait=wait)
         hint = {401: "; check OPENAI_API_KEY", 403: "; check OPENAI_API_KEY", 404: "; check the model's name and the URL"}
         later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
         return Reply("permanent", f"{self.model} at {self.url} answers HTTP {status}: {message}{later}{hint.get(status, '')}")

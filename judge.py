@@ -60,8 +60,10 @@ TEMPLATE = re.compile(  # what chat templates are made of
 def clean(text: str, most: int) -> str:
     """Text fit to be sent: without control characters, lone surrogates and the special tokens of chat templates (they get a
     space, lest a server read them as such), and cut after `most` characters."""
-    text = CONTROL.sub("", str(text).replace("\r\n", "\n")).encode("utf-8", "replace").decode()
-    text = TEMPLATE.sub(lambda mark: mark[0] + " ", text)
+    if not (text.isascii() and text.isprintable()):
+        text = CONTROL.sub("", text.replace("\r\n", "\n")).encode("utf-8", "replace").decode()
+    if "<" in text or "[" in text:
+        text = TEMPLATE.sub(lambda mark: mark[0] + " ", text)
     return text if len(text) <= most else f"{text[:most]} [cut: {len(text) - most} more characters]"
 
 

@@ -105,8 +105,8 @@ def dollars(tokens):
 
 
 def bound(question):
-    """A byte a token and 16 tokens around a message, and as long an answer as may be."""
-    size = sum(len(message["content"].encode()) + 16 for message in question.messages)
+    """A byte a token and 16 tokens around a message, the form that is asked for, and as long an answer as may be."""
+    size = sum(len(message["content"].encode()) + 16 for message in question.messages) + len(json.dumps(question.wishes))
     return (10 * size + 30 * question.max_tokens) / 1e6
 
 
@@ -403,15 +403,13 @@ def test_a_setting_may_be_refused_even_if_there_is_but_one_attempt(server, askin
     "url",
     [
         "http://user:hunter2@localhost/v1", "http://hunter2@localhost/v1", "http://localhost/v1?key=hunter2",
-        "http://localhost/v1#hunter2", "ftp://localhost/hunter2", "localhost:8000/hunter2", "file:///hunter2", "",
+        "http://localhost/v1#hunter2", "ftp://localhost/hunter2", "localhost:8000/hunter2", "file:///hunter2",
         "http://[::1/hunter2", "http://localhost:abc/hunter2", "http://localhost:99999/hunter2", "http:///hunter2",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("given", ["url", "OPENAI_BASE_URL"])
 def test_a_url_that_is_none_or_holds_a_key_is_refused_and_not_repeated(url, given, tmp_path, monkeypatch):
     if given == "OPENAI_BASE_URL":
-        if not url:
-            pytest.skip("as good as not set")
         monkeypatch.setenv(given, url)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     with refused() as error:
@@ -432,6 +430,8 @@ def test_openai_is_not_asked_without_a_key_and_ones_own_server_is(server, asking
     with refused() as error:
         Endpoint("gpt-4o", cache=tmp_path / "cache.sqlite")
     assert "OPENAI_API_KEY" in str(error.value)
+    with refused():
+        Endpoint("judge", "", tmp_path / "cache.sqlite")
     assert asking(client=None, url=server.url).ask(golds(1)[0]) == golds(1)[1]
 
 
