@@ -203,9 +203,9 @@ def guarded(program: str, work: Callable[[], Any]) -> int:
         print(f"{program}: {error}".replace("\n", " "), file=sys.stderr)
         return 2
     except (TooDear, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted"
-        higher = "a higher --max-usd" if isinstance(error, TooDear) else "the same command"
-        print(f"\n{program}: {reason}; {higher} goes on from there, for a run with --resume", file=sys.stderr)
+        more = [*["--resume"] * (program == "train.py"), *["a higher --max-usd"] * isinstance(error, TooDear)]
+        command = " with ".join(["the same command", *([" and ".join(more)] if more else [])])
+        print(f"\n{program}: {str(error) or 'interrupted'}; {command} goes on from there", file=sys.stderr)
         return 130
     except Stopped as error:
         print(f"{program}: {error}", file=sys.stderr)
