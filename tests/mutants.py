@@ -1,6 +1,6 @@
-"""Does every formula have a test that fails when it is broken? One-line mutants of dno.py and model.py, one test run each.
+"""Does every formula have a test that fails when it is broken? One-line mutants of the modules, one test run each.
 
-    python tests/mutants.py [--jobs 2]          (about 20 minutes)
+    python tests/mutants.py [--jobs 2] [--files dno.py judge.py ...]          (about 40 minutes)
 
 Prints which test caught each mutant, exits 1 if one survives. Not part of the test suite: for after a change of formula."""
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SLOW = ["--deselect", "tests/test_train.py", "--deselect", "tests/test_readme.py",
-        "--deselect", "tests/test_train_text.py"]  # and not about formulas
+        "--deselect", "tests/test_train_text.py", "--deselect", "tests/test_train_judged.py"]  # and not about formulas
 MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("dno.py", "return torch.bmm(pi.unsqueeze(1), P.mT)", "return torch.bmm(pi.unsqueeze(1), P)"),
     ("dno.py", "return prompt_mean((2 * r.amax(-1) - 1).clamp(min=0), rho)", "return prompt_mean(r.amax(-1) - 0.5, rho)"),
@@ -97,7 +97,12 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("model.py", "(-pairs[pair], pair)", "(pairs[pair], pair)"),
     ("model.py", "pairs[pair] += count", "pairs[pair] += 1"),
     ("model.py", "logsumexp(0) - math.log(len(members))", "mean(0)"),
-    ("dno.py", "return (wins.sum(-1) - wins.diagonal(dim1=-2, dim2=-1)) / (wins.shape[-1] - 1)", "return wins.mean(-1)"),
+    ("dno.py", "return wins.masked_fill(torch.eye(wins.shape[-1], dtype=torch.bool), float(\"nan\")).nanmean(-1)",
+     "return wins.nanmean(-1)"),
+    ("dno.py", ".masked_fill(wins.isnan(), float(\"nan\")).triu(1)", ".triu(1)"),
+    ("dno.py", "best = r.nan_to_num(float(\"-inf\")).masked_fill", "best = r.masked_fill"),
+    ("dno.py", "return (known.unsqueeze(-1) & known.unsqueeze(-2)).triu(1)", "return (known.unsqueeze(-1) | known.unsqueeze(-2)).triu(1)"),
+    ("dno.py", "if settings.judgments == \"scores\":", "if settings.judgments == \"points\":"),
     ("dno.py", "won + (1 - won).mT.tril(-1)", "won + won.mT.tril(-1)"),
     ("dno.py", "return number, torch.Generator().manual_seed(number + 1)", "return number, torch.Generator().manual_seed(number)"),
     ("dno.py", "(lead >= margin - ROUNDING)", "(lead >= margin)"),
@@ -117,6 +122,27 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("dno.py", "if option == \"II\":  # what was recorded", "if option == \"III\":  # what was recorded"),
     ("dno.py", "return replace(D, log_reference=geometric_mixture(D.log_reference, log_pi_ref, tau, eta))",
      "return replace(D, log_reference=geometric_mixture(D.log_reference, log_pi_ref, tau / 2, eta))"),
+    ("judge.py", "random.Random(f\"{self.seed} {x} {order}\").shuffle(order)", "pass"),
+    ("judge.py", "P[x, y, z], P[x, z, y] = (there + 1 - back) / 2, (back + 1 - there) / 2",
+     "P[x, y, z], P[x, z, y] = (there + back) / 2, 1 - (there + back) / 2"),
+    ("judge.py", "(first > second) - (first < second)", "(first > second)"),
+    ("judge.py", "there = back = math.nan", "there = back = 0.5"),
+    ("judge.py", "points[x, y] = math.nan if score is None else float(score)", "points[x, y] = 0.0 if score is None else float(score)"),
+    ("judge.py", "if len(graded) != 1 or {", "if len(graded) < 1 or {"),
+    ("judge.py", "return text if len(text) <= most else", "return text if True else"),
+    ("judge.py", "(there - 0.5) * (back - 0.5) > 0", "(there - 0.5) * (back - 0.5) < 0"),
+    ("judge.py", "if dig(choice, \"finish_reason\") != \"length\" else None", "if choice else None"),
+    ("endpoint.py", "if self.spent() + row[\"bound\"] > limit:", "if self.spent() > limit:"),
+    ("endpoint.py", "return \"busy\"", "pass"),
+    ("endpoint.py", "self._spend(columns[\"dollars\"] - bound)", "self._spend(columns[\"dollars\"])"),
+    ("endpoint.py", "WHERE run = ?\", (self.run,)).fetchone()\n        return max", "\").fetchone()\n        return max"),
+    ("endpoint.py", "result = self._hidden(result)", "pass"),
+    ("endpoint.py", "if failed > self.max_failed * total:", "if failed > total:"),
+    ("endpoint.py", "again, wait = status in (408, 409, 425, 429) or status >= 500,", "again, wait = status >= 400,"),
+    ("endpoint.py", "\"temperature\": self.temperature, \"max_tokens\": question.max_tokens, \"number\"", "\"max_tokens\": 0, \"number\""),
+    ("oracle.py", "G / (G - 1) * (sums**2).sum()", "(sums**2).sum()"),
+    ("oracle.py", "return (observed - chance) / (1 - chance) if chance < 1", "return observed if chance < 1"),
+    ("oracle.py", "for y in triple}) == 1  # each wins once", "for y in triple}) == 3"),
     ("model.py", "positions = torch.arange(past, past + T,", "positions = torch.arange(0, T,"),
     ("model.py", "dtype=torch.bool, device=tokens.device).tril(past)", "dtype=torch.bool, device=tokens.device).tril()"),
     ("model.py", "F.rms_norm(x, x.shape[-1:], self.weight, self.eps)", "x * self.weight"),
@@ -143,15 +169,18 @@ def main() -> int:
     """Try all mutants; 1 if any survives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--files", nargs="+", default=["dno.py", "judge.py", "endpoint.py", "oracle.py", "model.py"])
+    options = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if mutant[0] in options.files]
     survivors, ignored = 0, shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(parser.parse_args().jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         project = shutil.copytree(ROOT, Path(folder) / "project", ignore=ignored)  # as it was when this started
-        outcomes = pool.map(lambda mutant: outcome(mutant, project), MUTANTS)
-        for number, (mutant, test) in enumerate(zip(MUTANTS, outcomes, strict=True), 1):
+        outcomes = pool.map(lambda mutant: outcome(mutant, project), mutants)
+        for number, (mutant, test) in enumerate(zip(mutants, outcomes, strict=True), 1):
             survivors += not test
             file, old, new = mutant
             print(f"{number:2d} {file}: {old.strip()}\n     -> {new.strip()}\n     {test or 'SURVIVED'}", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants caught")
+    print(f"{len(mutants) - survivors} of {len(mutants)} mutants caught")
     return int(survivors > 0)
 
 
