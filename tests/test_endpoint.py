@@ -945,6 +945,7 @@ def test_two_processes_of_one_run_keep_to_one_limit(server, asking, tmp_path):
 
 
 def prefer_and_tell(asking_now, url, cache, form, asked, timeout=30.0):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
     judge = OpenAIJudge(Endpoint("judge", url, cache, price=PRICE, concurrency=4, timeout=timeout), form)
     asking_now.set()
     judge.prefer(*asked)
@@ -1025,7 +1026,7 @@ def test_a_process_that_died_in_flight_keeps_nobody_waiting(buried, server, aski
 
 def test_control_c_keeps_all_that_was_received(server, asking, tmp_path):
     """What was in flight is waited for, nothing more is sent, and the rest is asked later."""
-    server.control(latency=0.05, idempotent=False)
+    server.control(latency=0.2, idempotent=False)
     asked, asking_now = pairs(100), FORK.Event()
     process = child(prefer_and_tell, asking_now, server.url, tmp_path / "cache.sqlite", "pairwise", asked)
     until_requests(server, 30)
