@@ -105,16 +105,14 @@ class JudgeOptions:
         check_source("teacher", teacher)
         for name in ("judge_prices", "teacher_prices"):
             prices(getattr(self, name, None) or "0,0")
-        given = {name for name in ("judge_url", "judge_model", "judge_prices", "judge_cache", "max_usd")
-                 if getattr(self, name) is not None} | ({"judge_form"} if self.judge_form != "scored" else set())  # fmt: skip
-        kinds = {source.partition(":")[0] for source in (self.oracle, teacher)}
-        idle = given if kinds == {"synthetic"} else given - {"judge_form", "judge_model"} if "openai" not in kinds else set()
-        if self.oracle == "synthetic":
-            idle |= given & {"judge_form", "judge_model"}
-        if self.oracle.startswith("openai:") and self.judge_model not in (None, self.oracle.partition(":")[2]):
-            idle = {"judge_model"}
+        judge, live = self.oracle != "synthetic", "openai" in (self.oracle.partition(":")[0], teacher.partition(":")[0])
+        of_use = {"judge_cache": live, "judge_form": judge, "judge_model": judge, "judge_prices": live, "judge_url": live,
+                  "max_usd": live}  # fmt: skip
+        if self.oracle.startswith("openai:"):  # which names the model already
+            of_use["judge_model"] = self.judge_model == self.oracle.partition(":")[2]
+        idle = [name for name, use in of_use.items() if not use and getattr(self, name) not in (None, "scored")]
         if idle:
-            names = ", ".join(sorted(name.replace("_", "-") for name in idle))
+            names = ", ".join(name.replace("_", "-") for name in idle)
             raise ValueError(f"{names} belong to a language model, and oracle is {self.oracle}; add --oracle openai:MODEL")
         for name, least, most in (("judge_concurrency", 1, 1000), ("judge_timeout", 1e-3, 1e5), ("max_failed", 0, 1)):
             if not least <= getattr(self, name) <= most:

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -689,6 +689,11 @@ class Validation:
         self.shares = torch.cat([self.shares, shares[None]])
         return shares
 
+    @cached_property
+    def nash(self) -> Tensor:
+        """The exact Nash policy over classes, [X, 4]."""
+        return dno.nash(self.P)
+
     def state(self) -> dict[str, Any]:
         """All that was found."""
         return {"shares": self.shares}
@@ -699,8 +704,7 @@ class Validation:
 
     def first(self) -> dict[str, Any]:
         """The numbers of pi_1, printed; with the exact Nash policy's and the noise floor."""
-        nash = dno.nash(self.P)
-        gap, interval = self.gap(self.shares[0])
+        nash, (gap, interval) = self.nash, self.gap(self.shares[0])
         shares, floor = self.shares[0].mean(0).tolist(), self.floor(nash)
         won = dno.win_rate(self.P, self.shares[0], self.teacher)
         print(f"pi_1: gap {gap:.3f} +- {interval:.3f}, P(> teacher) {won:.3f}, well-formed {1 - shares[-1]:.3f}")
@@ -733,7 +737,7 @@ class Validation:
         return {"gap_last": gap_last, "gap_last_interval": interval, "gap_average": gap_average,
                 "gap_average_interval": interval_average, "win_rate_vs_previous": dno.win_rate(self.P, last, before),
                 "win_rate_vs_teacher": dno.win_rate(self.P, last, self.teacher), **self.share_columns(),
-                "gap_nash": dno.duality_gap(self.P, dno.nash(self.P))}  # fmt: skip
+                "gap_nash": dno.duality_gap(self.P, self.nash)}  # fmt: skip
 
     def share_columns(self) -> dict[str, float]:
         """How often the last policy writes in each class."""
@@ -1045,7 +1049,7 @@ def text_figure(config: TextConfig, metrics: list[dict[str, Any]], first: dict[s
                 half = np.array([row[f"{column}_interval"] for row in rows])
                 axes.fill_between(t, values - half, values + half, color=line.get_color(), alpha=0.15, lw=0)
             if f"{column}_length_controlled" in metrics[0]:
-                axes.plot(t, [row[f"{column}_length_controlled"] for row in rows], ":", color="C1", label="at equal length")
+                axes.plot(t, [row[f"{column}_length_controlled"] for row in rows], "-.", color="C1", label="at equal length")
         if column in levels:
             axes.axhline(levels[column][0], ls=":", lw=1, color="0.3", label=levels[column][1])
         axes.set(xlabel="iteration $t$", ylabel=label, ylim=(0, None))
