@@ -481,4 +481,7 @@ def compare_with_people(file: str, options: Any) -> None:
 
 
 if __name__ == "__main__":
+    import matplotlib
+
+    matplotlib.use("Agg")  # figures go to files, also where there is a screen
     sys.exit(main(sys.argv[1:]))

@@ -15,11 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import matplotlib
-import torch
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 
 from endpoint import Endpoint, Ledger, Price, Refused, Stopped, TooDear, make_client, only, only_model, recorded_models
 

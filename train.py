@@ -387,32 +387,41 @@ def gap_figure(config: GameConfig, game: Game, twin: dno.Solution, moving: dno.S
     return figure
 
 
+TRIANGLE = ((0.0, 0.0), (1.0, 0.0), (0.5, 0.75**0.5))
+
+
+def on_simplex(weights: Tensor) -> np.ndarray:
+    """Points [..., 2] of the plane for distributions over three things [..., 3], in the triangle of `draw_simplex`."""
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    return (weights @ weights.new_tensor(TRIANGLE)).cpu().numpy()
+
+
+def draw_simplex(axes: plt.Axes, corners: tuple[str, str, str]) -> None:
+    """An empty triangle: the first corner at the lower left, the second at the lower right, the third above."""
+    axes.fill(*zip(*TRIANGLE, strict=True), facecolor="none", edgecolor="0.5", lw=0.8)
+    for name, place, side in zip(corners, TRIANGLE, ("top", "top", "bottom"), strict=True):
+        axes.text(*place, name, ha="center", va=side, fontsize=8)
+    axes.set(xlim=(-0.12, 1.12), ylim=(-0.1, 1.0), aspect="equal")
+    axes.axis("off")
+
+
 def simplex_figure(game: Game, policies: Tensor, twin: dno.Solution) -> plt.Figure:
     """Paths of pi_t and pi_bar_t on the triangle of styles, for up to eight prompts, with the Nash policy."""
     count = torch.arange(1, len(policies), device=policies.device).double()[:, None, None]
-
-    def place(pi: Tensor) -> np.ndarray:  # [..., X, Y] -> points in the plane
-        weights = pi @ game.axes
-        corners = weights.new_tensor([[0, 0], [1, 0], [0.5, 0.75**0.5]])
-        return (weights / weights.sum(-1, keepdim=True).clamp(min=1e-300) @ corners).cpu().numpy()
-
-    shown, columns, ends = min(8, len(game.P)), min(4, len(game.P)), [(0, 0), (1, 0), (0.5, 0.75**0.5)]
+    shown, columns = min(8, len(game.P)), min(4, len(game.P))
     rows = -(-shown // columns)
     figure, grid = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.5 * rows + 0.4), squeeze=False)
     average, tabular = (tables[:-1].cumsum(0) / count for tables in (policies, twin.policies))
-    paths = {"last iterate": (place(policies), "-", "C1", 0.8), "average": (place(average), "-", "C0", 2.2),
-             "tabular twin, average": (place(tabular), "--", "C6", 1.0)}  # fmt: skip
+    paths = {"last iterate": (policies, "-", "C1", 0.8), "average": (average, "-", "C0", 2.2),
+             "tabular twin, average": (tabular, "--", "C6", 1.0)}  # fmt: skip
     for x, axes in enumerate(grid.flat):
         axes.axis("off")
         if x < shown:
-            axes.fill(*zip(*ends, strict=True), facecolor="none", edgecolor="0.5", lw=0.8)
+            draw_simplex(axes, game.corners)
             for name, (path, line, colour, width) in paths.items():
-                axes.plot(*path[:, x].T, line, color=colour, lw=width, label=name)
-            axes.plot(*place(game.nash)[x], "*", color="C2", ms=11, mec="white", label="Nash")
-            for corner, at, side in zip(game.corners, ends, ["top", "top", "bottom"], strict=True):
-                axes.text(*at, corner, ha="center", va=side, fontsize=8)
+                axes.plot(*on_simplex(path[:, x] @ game.axes).T, line, color=colour, lw=width, label=name)
+            axes.plot(*on_simplex(game.nash[x] @ game.axes), "*", color="C2", ms=11, mec="white", label="Nash")
             axes.text(0.02, 0.86, f"$x = {x}$")
-            axes.set(xlim=(-0.12, 1.12), ylim=(-0.1, 1.0), aspect="equal")
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -1401,4 +1410,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    plt.switch_backend("Agg")  # figures go to files, also where there is a screen
     sys.exit(main())

@@ -26,7 +26,7 @@ def test_its_snippets_print_what_it_says(tmp_path, monkeypatch):
 def test_its_two_commands_need_nothing_but_python_and_pip():
     setup = "python3 -m venv .venv && .venv/bin/pip install -r "
     assert f"```\n{setup}requirements.txt && .venv/bin/python train.py\n```" in README
-    assert f"```\n{setup}requirements-dev.txt && .venv/bin/pytest\n```" in README
+    assert f"```\n{setup}requirements-dev.txt && .venv/bin/pytest -n auto\n```" in README
 
 
 def test_every_file_it_names_exists():

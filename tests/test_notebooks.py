@@ -1,0 +1,117 @@
+"""The notebooks run from top to bottom, their exercises' solutions too, and what is committed comes from such a run."""
+
+import ast
+import base64
+import io
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+sys.path.insert(0, str(FOLDER))
+from run import run, smaller, tidy  # noqa: E402
+
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+THE_FOUR_MODULES = {"dno", "model", "oracle", "train"}
+OURS = {path.stem for path in FOLDER.parent.glob("*.py")} | {"benchmarks", "tests", "recordings"}
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_of(notebook):
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+def solutions_of(notebook):
+    """The Python in the hidden solutions."""
+    hidden = re.findall(r"<details>.*?</details>", notebook.cells[-1].source, re.S)
+    return [code for text in hidden for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+
+
+def kinds_of_output(notebook):
+    return [[output.output_type for output in cell.get("outputs", [])] for cell in notebook.cells]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+def test_it_runs_from_top_to_bottom_and_so_do_the_solutions_of_its_exercises(path):
+    """In a new kernel; the notebook's own assert cells and those of the solutions decide."""
+    notebook = read(path)
+    solutions = solutions_of(notebook)
+    assert solutions
+    assert all("assert" in code for code in solutions)
+    notebook.cells += [nbformat.v4.new_code_cell(code) for code in solutions]
+    committed = kinds_of_output(read(path))
+    print(f"{path.stem}: {run(notebook):.1f} s")
+    tidy(notebook)
+    again = kinds_of_output(notebook)[: len(committed)]
+    assert again == committed, "the committed outputs are of another version; python notebooks/run.py makes them anew"
+
+
+def test_its_committed_outputs_are_of_one_clean_run(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    for output in outputs:
+        assert output.output_type in ("stream", "display_data")
+        assert output.get("name") != "stderr", output.get("text")
+        assert "/home/" not in str(output.get("text"))
+
+
+def test_it_is_short_small_and_imports_only_the_four_modules(path):
+    notebook = read(path)
+    assert len(notebook.cells) < 25
+    assert path.stat().st_size < 300 * 1024
+    imported = set()
+    for node in ast.walk(ast.parse(code_of(notebook))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported & OURS <= THE_FOUR_MODULES
+    assert imported & OURS
+
+
+def test_it_defines_no_algorithm_ends_in_checks_and_has_exercises(path):
+    notebook = read(path)
+    assert "assert" in notebook.cells[-2].source
+    assert notebook.cells[-2].cell_type == "code"
+    assert "expected" in "".join(output.text for output in notebook.cells[-2].outputs)
+    assert len(re.findall(r"<details><summary>Solution</summary>", notebook.cells[-1].source)) in (2, 3)
+    assert not re.search(r"def (algorithm\d|dno_loss|contrastive_loss|soft_policy_iteration|nash|solve)\b", code_of(notebook))
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert "> **Paper" in prose
+    assert "*Ours*" in prose
+    assert "operatorname" not in prose  # GitHub does not show it
+
+
+def test_there_are_as_many_as_the_readme_says():
+    readme = (FOLDER.parent / "README.md").read_text()
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        assert f"](notebooks/{path.name})" in readme, path.name
+
+
+def test_tidying_keeps_pictures_and_drops_what_depends_on_when_it_ran():
+    drawn = Image.new("RGB", (40, 30), "#0072B2")
+    png = io.BytesIO()
+    drawn.save(png, "PNG")
+    encoded = base64.b64encode(png.getvalue()).decode()
+    kept = Image.open(io.BytesIO(base64.b64decode(smaller(encoded)))).convert("RGB")
+    assert kept.size == (40, 30)
+    assert kept.getpixel((20, 15)) == (0, 0x72, 0xB2)
+    cell = nbformat.v4.new_code_cell("1", metadata={"execution": {"iopub.status.busy": "2024"}}, execution_count=1)
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "mine", "display_name": "Mine"}})
+    tidy(notebook)
+    assert notebook.cells[0].metadata == {}
+    assert notebook.metadata.kernelspec.name == "python3"
