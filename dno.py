@@ -125,6 +125,7 @@ def nash(P: Tensor) -> Tensor:
 
     Raises ValueError on a bad P, and RuntimeError if the solver fails or leaves a duality gap of 1e-8 or more."""
     P = check_preferences(P).double()
+    P = (P + 1 - P.mT) / 2  # a float32 table is complementary to 1e-7 only, which would show as a gap
     Y = P.shape[1]
     rows = []
     for table in P.cpu().numpy():

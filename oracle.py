@@ -477,6 +477,7 @@ def compare_with_people(file: str, options: Any) -> None:
     with runs.plt.style.context(runs.STYLE):
         figure = agreement_figure(found, items, P.tolist())
         figure.savefig(options.figure)
+        runs.plt.close(figure)
     print(f"figure: {options.figure}")
 
 

@@ -624,12 +624,12 @@ def judging(config: TextConfig) -> Judging:
     return Judging(judge, teacher)
 
 
-def different(prompt: str, count: int, draw: random.Random) -> set[str]:
+def different(prompt: str, count: int, draw: random.Random) -> list[str]:
     """So many different answers of the student."""
-    answers: set[str] = set()
+    answers: dict[str, None] = {}  # a set in the order of its making, which does not depend on the process
     while len(answers) < count:
-        answers.add(student_answer(prompt, draw))
-    return answers
+        answers[student_answer(prompt, draw)] = None
+    return list(answers)
 
 
 def announce_judging(config: TextConfig, judging: Judging) -> None:
@@ -647,7 +647,7 @@ def announce_judging(config: TextConfig, judging: Judging) -> None:
             return judging.judge.endpoint.plan(judging.judge.questions(*zip(*pairs, strict=True)))
 
         def survey(before: bool) -> Plan:
-            k, rows = config.judged, [(x, gold(x), [*different(x, 2 * config.judged, draw)]) for x in HELD_OUT]
+            k, rows = config.judged, [(x, gold(x), different(x, 2 * config.judged, draw)) for x in HELD_OUT]
             pairs = [(x, y, best) for x, best, ys in rows for y in ys[:k]]
             return plan(pairs + [(x, *two) for x, _, ys in rows for two in zip(ys[:k], ys[k:], strict=True) if before])
 

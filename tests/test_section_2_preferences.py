@@ -49,6 +49,13 @@ def test_expected_win_rate_and_gap_of_weighted_rock_paper_scissors_by_hand():
     assert dno.duality_gap(P, pi) == pytest.approx(2 * 0.58 - 1, abs=EXACT)
 
 
+def test_the_nash_policy_of_a_float32_table_is_found():
+    """Its P + P^T is 1 to 1e-7 only; Nash is that of the complementary table next to it, so its gap here is as small."""
+    P = random_game(100, 6, seed=0).P.float()
+    assert (P.double() + P.double().mT - 1).abs().max() > 1e-9
+    assert dno.duality_gap(P.double(), dno.nash(P)) < 2e-7  # twice float32's rounding of a probability
+
+
 @games
 def test_gaps_are_never_negative_and_a_float32_policy_is_good_enough(P):
     pi = random_policy(*P.shape[:2], 0)
