@@ -825,9 +825,8 @@ def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: floa
     """Algorithm 3, regularised DNO: `algorithm1` with pi_t in the loss replaced by pi_t^(1 - tau/eta) pi_ref^(tau/eta), left
     unnormalised, pi_ref = pi_1. What else changes: r_t is against pi_t (option "I": average iterate) or against the normalised
     mixture pi_t^tau (option "II": last iterate). Ours, not the paper's: every `move_reference_every` iterations (0: never) the
-    reference becomes pi_{t+1}, so that the last iterate heads for the Nash policy of P itself (MPO, COMAL; with option II only if
-    tau/eta < 1/2 and rounds are long).
-    ValueError also unless 0 <= tau <= eta and option is I or II."""
+    reference becomes pi_{t+1}, so that the last iterate heads for the Nash policy of P itself (MPO, COMAL; with option II only
+    if tau/eta < 1/2 and rounds are long). ValueError also unless 0 <= tau <= eta and option is I or II."""
     check_positive(eta=eta, iterations=iterations)
     check_regularization(tau, eta)
     check_option(option)
@@ -902,7 +901,7 @@ def algorithm3_sampled(policy: SampledPolicy, oracle: Any, data: Data, eta: floa
                        ) -> Generator[Round, None, Best]:  # fmt: skip
     """Algorithm 3, option I (Algorithm 1 at tau = 0), for responses that can only be sampled: `algorithm4` with soft targets,
     Eq. (8). r_t is estimated, without bias, from the K samples of the prompt itself: each one's opponents are the other
-    K - 1 (among them the other of its pair, so that differences of r_t are K/(K - 1) times as large on average), whose P itself is
+    K - 1 (among them the other of its pair, so that differences of r_t are K/(K - 1) times as large on average). P itself is
     averaged, whatever settings.judgments says. There is no teacher, no ranking and no filter."""
     check_positive(eta=eta, iterations=iterations)
     check_regularization(tau, eta)

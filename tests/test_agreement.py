@@ -351,6 +351,7 @@ def written(path, *lines):
 
 def test_labels_are_read_with_what_the_judge_said_if_it_is_there(tmp_path):
     lines = [GOOD, {**GOOD, "label": "tie", "judge": 0.25}, {**GOOD, "label": "b", "judge": 1, "by": "someone"}]
+    lines.append({**GOOD, "judge": 0})
     assert read_labels(written(tmp_path / "labels.jsonl", *lines)) == lines
 
 

@@ -6,7 +6,7 @@ from games import EXACT, games, random_policy, random_rho
 
 import dno
 from model import Config, TabularPolicy, Transformer, TransformerPolicy, chain
-from oracle import random_feature_game, random_game
+from oracle import random_feature_game, random_game, rock_paper_scissors
 
 TAUS = (0.02, 0.1, 0.5, 3.0)
 
@@ -58,6 +58,21 @@ def test_at_tau_0_the_regularised_gap_is_the_duality_gap_and_a_large_tau_keeps_t
             dno.regularized_nash(P, pi_ref, bad)
     with pytest.raises(ValueError, match="full support"):
         dno.regularized_nash(P, torch.eye(6, dtype=torch.float64)[:2], 0.1)
+
+
+def test_the_mixture_at_tau_1_by_hand_and_at_tau_0_whatever_the_reference():
+    half, reference = torch.tensor([[0.5, 0.5]]).double().log(), torch.tensor([[0.25, 1.0]]).double().log()
+    found = dno.geometric_mixture(half, reference, 1.0, 4.0).exp()  # (1/2)^(3/4) (1/4)^(1/4) and (1/2)^(3/4)
+    assert found[0].tolist() == pytest.approx([2**-1.25, 2**-0.75], abs=EXACT)
+    never = torch.tensor([[0.0, -float("inf")]], dtype=torch.float64)
+    assert torch.equal(dno.geometric_mixture(half, never, 0.0, 4.0), half)
+
+
+@pytest.mark.parametrize("tau", [-0.5, float("inf"), float("nan")])
+def test_the_regularised_gap_refuses_a_tau_below_0(tau):
+    P, pi = random_game(1, 3, seed=0).P, random_policy(1, 3, 0)
+    with pytest.raises(ValueError, match=f"tau is {tau}"):
+        dno.regularized_gap(P, pi, pi, tau)
 
 
 # --- C21: Algorithm 3 with exact updates ---
@@ -152,11 +167,48 @@ def test_the_reference_moves_to_the_current_policy_when_told_to():
     assert all(torch.equal(it.log_pi_ref, ref) for it, ref in zip(records, expected, strict=True))
 
 
+@pytest.mark.parametrize("option", ["I", "II"])
+def test_algorithm_3_rates_against_pi_t_or_the_normalised_mixture_and_averages_pi_1_to_pi_t(option):
+    """tau/eta = 2/5, so pi_t^tau is pi_t^(3/5) pi_ref^(2/5)."""
+    P, policy = random_game(2, 4, seed=0).P, TabularPolicy(2, 4)
+    with torch.no_grad():
+        policy.logits.copy_(random_policy(2, 4, 1).log())
+    settings = dno.Regression(steps=5, pairs=64, learning_rate=0.3)
+    run = dno.algorithm3(policy, P, 0.5, 3, 0.2, option=option, settings=settings)
+    records = [next(run) for _ in range(3)]
+    with pytest.raises(StopIteration) as stop:
+        next(run)
+    policies = [it.log_pi_t.exp() for it in records]
+    for t, it in enumerate(records):
+        opponent = policies[t] if option == "I" else policies[t] ** 0.6 * policies[0] ** 0.4
+        opponent = opponent / opponent.sum(-1, keepdim=True)
+        assert (it.r_t - torch.einsum("xyz,xz->xy", P, opponent)).abs().max() < EXACT
+        assert (it.pi_bar - sum(policies[: t + 1]) / (t + 1)).abs().max() < EXACT
+    assert (policies[2] - policies[0]).abs().max() > 0.01
+    assert torch.equal(stop.value.value, records[-1].pi_bar)
+
+
+def test_at_tau_eta_the_reference_alone_is_stepped_from():
+    P, pi_ref, pi_1 = random_game(1, 4, seed=0).P, random_policy(1, 4, 0), random_policy(1, 4, 1)
+    step = pi_ref * ((P @ pi_1[:, :, None])[:, :, 0] / 0.5).exp()
+    assert (dno.solve(P, "dno", 0.5, 1, pi_ref, 0.5, pi_1=pi_1).last - step / step.sum()).abs().max() < EXACT
+
+
+def test_the_regularised_nash_is_found_for_a_weak_pull_too():
+    """At tau = 1e-4 logits are of order 1e4, and their rounding 1e-12."""
+    P = rock_paper_scissors(0.4, 0.3, 0.2).P
+    found = dno.regularized_nash(P, torch.full((1, 3), 1 / 3, dtype=torch.float64), 1e-4)
+    assert found[0].tolist() == pytest.approx([3 / 9, 2 / 9, 4 / 9], abs=1e-3)  # that of P itself, up to order tau
+
+
 def test_bad_regularisation_is_refused():
     P = random_game(1, 3, seed=0).P
     for tau, option, message in [(0.6, "I", "tau is 0.6"), (-0.1, "I", "tau"), (0.1, "III", "option is 'III'")]:
         with pytest.raises(ValueError, match=message):
             next(dno.algorithm3(TabularPolicy(1, 3), P, 0.5, 1, tau, option=option))
+    for eta, iterations, message in ((0.0, 1, "eta is 0"), (-1.0, 1, "eta is -1"), (0.5, 0, "iterations is 0")):
+        with pytest.raises(ValueError, match=message):
+            next(dno.algorithm3(TabularPolicy(1, 3), P, eta, iterations, 0.0))
     with pytest.raises(ValueError, match="tau is 2"):
         dno.solve(P, "nash-md", 1.0, 5, tau=2.0)
 

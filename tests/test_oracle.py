@@ -1,5 +1,7 @@
 """Oracles: the tables' constructors, and the conformance check that any oracle can be run through."""
 
+import math
+
 import pytest
 import torch
 from games import EXACT, GAMES, games
@@ -7,6 +9,7 @@ from games import EXACT, GAMES, games
 import dno
 from oracle import (
     PreferenceTable,
+    _skew,
     bradley_terry,
     check_oracle,
     random_feature_game,
@@ -71,6 +74,48 @@ def test_wrong_win_rates_are_named():
         check_oracle(judge, *TEXTS)
 
 
+class SquareTable:
+    """The oracle of P [n, n] for one prompt, be it a preference function or not, with rates as its win rates."""
+
+    complementary = deterministic = True
+
+    def __init__(self, answers, rates):
+        self.answers, self.rates, self.calls = answers, rates, 0
+
+    def prefer(self, prompts, a, b):
+        self.calls += 1
+        return self.answers(self.calls)[torch.tensor(a), torch.tensor(b)]
+
+    def win_rates(self, prompt, responses):
+        return self.rates
+
+
+@pytest.mark.parametrize(("error", "fine"), [(0.9e-5, True), (1.1e-5, False), (-1.1e-5, False), (0.01, False)])
+def test_one_answer_that_is_off_is_enough_and_rounding_to_a_hundred_thousandth_is_not_off(error, fine):
+    """Of the sum of two orders, of a second answer, and of a mean over the others; every other answer is as it should be."""
+    P = random_game(1, 3, seed=0).P[0]
+    off, rates = P.clone(), (P.sum(1) - P.diagonal()) / 2
+    off[0, 2] += error
+    off_rates = (off.sum(1) - off.diagonal()) / 2
+    for oracle, message in (
+        (SquareTable(lambda call: off, off_rates), "off 1"),
+        (SquareTable(lambda call: off if call == 2 + 2 else P, rates), "one by one"),  # after a call with all nine
+        (SquareTable(lambda call: off if call == 2 + 9 else P, rates), "asked again"),  # (0, 2) is the third
+        (SquareTable(lambda call: P, rates + torch.tensor([0.0, error, 0.0])), "win_rates"),
+    ):
+        if fine:
+            check_oracle(oracle, ["x"], [0, 1, 2])
+        else:
+            with pytest.raises(ValueError, match=message):
+                check_oracle(oracle, ["x"], [0, 1, 2])
+
+
+def test_a_table_promises_to_be_complementary_and_deterministic_in_float64():
+    for oracle in (rock_paper_scissors(), bradley_terry(torch.tensor([[0.0, 1.0]]))):
+        assert oracle.complementary is oracle.deterministic is True
+        assert oracle.P.dtype == torch.float64
+
+
 def test_an_oracle_that_looks_at_the_order_passes_if_it_says_so():
     prefer = lambda self, x, a, b: (0.1 + TextJudge.prefer(self, x, a, b)).clamp(max=1)  # noqa: E731
     check_oracle(type("First", (TextJudge,), {"prefer": prefer, "complementary": False})(), *TEXTS)
@@ -89,12 +134,42 @@ def test_bradley_terry_tables_are_the_sigmoid_of_reward_differences():
     assert float(P[0, 1, 2]) == pytest.approx(float(torch.sigmoid(torch.tensor(3.0))), abs=1e-7)
 
 
-@pytest.mark.parametrize("make", [random_game, random_feature_game])
+def small_style_game(prompts, responses, seed):
+    return style_game(prompts, responses, 1, seed)
+
+
+@pytest.mark.parametrize("make", [random_game, random_feature_game, small_style_game])
 def test_random_games_differ_by_seed_and_prompt_and_repeat(make):
     P = make(2, 8, seed=0).P
     assert torch.equal(P, make(2, 8, seed=0).P)
     assert not torch.equal(P, make(2, 8, seed=1).P)
     assert not torch.equal(P[0], P[1])
+
+
+def test_every_pair_of_a_random_game_is_uniform_on_0_to_1():
+    """Mean 1/2, variance 1/12 of each of the 6 pairs, of 4,000 prompts: 5 standard deviations, sqrt(1/12n) and sqrt(1/180n)."""
+    P, n = random_game(4000, 4, seed=0).P, 4000
+    i, j = torch.triu_indices(4, 4, 1)
+    assert ((P[:, i, j].mean(0) - 1 / 2).abs() < 5 * (1 / 12 / n) ** 0.5).all()
+    assert ((P[:, i, j].var(0) - 1 / 12).abs() < 5 * (1 / 180 / n) ** 0.5).all()
+
+
+def test_every_entry_above_the_diagonal_of_a_skew_symmetric_matrix_is_standard_normal():
+    """Over 4,000 matrices: 5 standard deviations, sqrt(1/n) of the mean, sqrt(2/n) of the variance."""
+    A, n = _skew(4000, 4, torch.Generator().manual_seed(0)), 4000
+    i, j = torch.triu_indices(4, 4, 1)
+    assert torch.equal(A, -A.mT)
+    assert (A[:, i, j].mean(0).abs() < 5 * (1 / n) ** 0.5).all()
+    assert ((A[:, i, j].var(0) - 1).abs() < 5 * (2 / n) ** 0.5).all()
+
+
+def test_a_feature_game_has_rank_8_and_logits_of_variance_7():
+    """56 products of normal features and entries of variance 1/8; 200 responses, 50 prompts; over 20 seeds it is 6.6 to 7.3."""
+    logits = random_feature_game(50, 200, seed=0).P.logit()
+    i, j = torch.triu_indices(200, 200, 1)
+    assert float((logits[:, i, j] ** 2).mean()) == pytest.approx(7, rel=0.15)
+    few = random_feature_game(3, 12, seed=1).P.logit()
+    assert torch.linalg.matrix_rank(few, rtol=1e-9).tolist() == [8, 8, 8]
 
 
 def test_most_random_games_are_intransitive():
@@ -133,3 +208,19 @@ def test_the_default_game_follows_its_formula():
     assert float(P[:, 0, 3].logit().mean()) == pytest.approx(2, abs=0.1)
     assert P.logit().isfinite().all()
     assert abs(float(P.mean()) - 0.5) < EXACT
+
+
+def test_the_strengths_of_the_default_games_cycle_are_log_normal_of_spread_0_8():
+    """The logarithm of two strengths' ratio is normal of standard deviation 0.8 sqrt(2), whose quartile is 0.763: a quarter of
+    the prompts has a first strength more than e^0.763 times the second; 4,000 of them, 5 standard deviations and the noise."""
+    P = style_game(4000, 3, 1, seed=0).P
+    first, second = P[:, 0, 1].logit(), P[:, 1, 2].logit()
+    more = float((first > math.exp(0.763) * second).double().mean())
+    assert more == pytest.approx(1 / 4, abs=5 * (3 / 16 / 4000) ** 0.5 + 0.01)
+
+
+def test_responses_of_the_same_words_in_another_order_differ_by_nothing_but_the_default_games_noise():
+    """0.3 times a sum of 56 products of normal features and entries of variance 1/64. 300 pairs of responses, 100 prompts."""
+    orders = torch.tensor([(v * 6 + w, w * 6 + v) for v in range(6) for w in range(v)]).T
+    logits = torch.stack([style_game(100, 6, 2, seed).P[:, orders[0], orders[1]].logit() for seed in range(20)])
+    assert float((logits**2).mean()) == pytest.approx(0.3**2 * 56 / 64, rel=0.12)

@@ -135,6 +135,98 @@ def test_C2_a_cycle_of_edges_a_b_c_has_nash_b_c_a_normalised(a, b, c):
     assert dno.nash(P)[0].tolist() == pytest.approx([v / (a + b + c) for v in (b, c, a)], abs=LP)
 
 
+def test_C2_the_nash_of_a_float32_table_and_of_a_single_response_is_a_float64_policy():
+    found = dno.nash(rock_paper_scissors(0.25, 0.125, 0.5).P.float())  # float32 holds these numbers exactly
+    assert found.dtype == torch.float64
+    assert found[0].tolist() == pytest.approx([1 / 7, 4 / 7, 2 / 7], abs=LP)
+    assert dno.nash(torch.full((2, 1, 1), 0.5)).tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_C2_the_lp_nash_of_nearly_equal_responses_keeps_its_promise_too(seed):
+    """Edges of up to 5e-7: at the solver's usual tolerance of 1e-7 it leaves gaps of 5e-8 and more."""
+    P = 0.5 + 1e-6 * (random_game(1, 10, seed).P - 0.5)
+    assert dno.duality_gap(P, dno.nash(P)) < LP
+
+
+def change_solution(monkeypatch, change):
+    """Let the linear program's solution of the last prompt, which is solved by itself, pass through a change."""
+    solver = dno.linprog
+
+    def changed(**problem):
+        found = solver(**problem)
+        change(found)
+        return found
+
+    monkeypatch.setattr(dno, "linprog", changed)
+
+
+def test_C2_what_the_solver_leaves_below_0_is_cut_and_the_rest_sums_to_1(monkeypatch):
+    P = torch.full((1, 4, 4), 0.5, dtype=torch.float64)
+    P[0, :3, :3], P[0, 3, :3], P[0, :3, 3] = rock_paper_scissors().P[0], 0.1, 0.9
+
+    def change(found):
+        found.x[:3] *= 2
+        found.x[3] = -0.25
+
+    change_solution(monkeypatch, change)
+    assert dno.nash(P)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=LP)
+
+
+@pytest.mark.parametrize("worse", [0, 1])
+def test_C2_a_solver_that_fails_or_leaves_a_gap_in_any_prompt_is_an_error(monkeypatch, worse):
+    """Mass e moved from the first response to the second of rock, paper, scissors with edges 0.4: a gap of 2 * 0.4 e."""
+    calls = []
+
+    def leave_a_gap(found):
+        calls.append(0)
+        if len(calls) == worse + 1:
+            found.x[:2] += torch.tensor([-6e-8, 6e-8]).numpy()
+
+    P = rock_paper_scissors().P.repeat(2, 1, 1)
+    with monkeypatch.context() as patch:
+        change_solution(patch, leave_a_gap)
+        with pytest.raises(RuntimeError, match=r"left a duality gap of 4\.8e-08; expected below 1e-08"):
+            dno.nash(P)
+    change_solution(monkeypatch, lambda found: found.update(success=False, message="of a test"))
+    with pytest.raises(RuntimeError, match="the linear program of prompt 0 failed: of a test"):
+        dno.nash(P)
+
+
+# --- Newton's method ---
+
+
+def test_newtons_method_halves_the_step_of_a_row_until_its_residual_is_no_longer_and_leaves_the_others_alone():
+    """arctan u = 0 from 3: the step is 10 arctan 3 = 12.5; to -9.5 and -3.2 the residual grows, to -0.1 it falls. From 1/2 the
+    first step is good, and no row's step is shortened for another's."""
+    tried = []
+
+    def residual(u):
+        tried.append(u[:, 0].tolist())
+        return u.arctan()
+
+    start = torch.tensor([[3.0], [0.5]], dtype=torch.float64)
+    root = dno.newton(residual, lambda u: (1 / (1 + u**2)).unsqueeze(-1), start, tolerance=1e-14)
+    good = 0.5 - 1.25 * np.arctan(0.5)
+    by_hand = [[3, 0.5], *([3 - size * 10 * np.arctan(3), good] for size in (1, 1 / 2, 1 / 4))]
+    assert np.array(tried[:4]) == pytest.approx(np.array(by_hand), abs=EXACT)
+    assert root.abs().max() < EXACT
+
+
+def test_newtons_method_is_done_once_the_residual_is_as_small_as_wanted_and_gives_up_after_200_steps():
+    start, one, jacobians = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64), []
+
+    def identity(u):
+        jacobians.append(u)
+        return torch.eye(2, dtype=torch.float64)[None]
+
+    assert torch.equal(dno.newton(lambda u: u - 1, identity, start, tolerance=0.0), one)  # one step, from a residual of -1
+    assert len(jacobians) == 1
+    with pytest.raises(RuntimeError, match=r"left a residual of 1\.0e\+00 after 200 steps; expected 1e-14"):
+        dno.newton(lambda u: one, identity, start, tolerance=1e-14)
+    assert len(jacobians) == 201
+
+
 # --- C1, C3: rewards ---
 
 
@@ -196,6 +288,29 @@ def test_a_preference_that_no_finite_reward_fits_is_refused():
         dno.bradley_terry_fit(rock_paper_scissors().P, never, never)
 
 
+def test_one_prompt_that_no_finite_reward_fits_is_enough_to_be_refused():
+    cycle, sure = rock_paper_scissors().P, torch.full((1, 3, 3), 0.5, dtype=torch.float64)
+    sure[0, 0, 1:], sure[0, 1:, 0] = 1.0, 0.0
+    even, never = torch.full((1, 3), 1 / 3, dtype=torch.float64), torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+    for order in ([0, 1], [1, 0]):
+        with pytest.raises(ValueError, match="no finite"):
+            dno.bradley_terry_fit(torch.cat([cycle, sure])[order])
+        with pytest.raises(ValueError, match="never compared"):
+            dno.bradley_terry_fit(cycle.repeat(2, 1, 1), *[torch.cat([even, never])[order]] * 2)
+
+
+def test_rewards_up_to_25_apart_are_finite_and_further_ones_are_not():
+    """The worse response wins with probability 4e-11 and 8e-12, whose logit Newton's tolerance of 1e-14 leaves off by 1e-3."""
+    apart = dno.bradley_terry_fit(bradley_terry(torch.tensor([[12.0, -12.0]])).P)
+    assert apart[0].tolist() == pytest.approx([12, -12], abs=1e-2)
+    with pytest.raises(ValueError, match="no finite"):
+        dno.bradley_terry_fit(bradley_terry(torch.tensor([[12.75, -12.75]])).P)
+
+
+def test_a_single_response_has_reward_0():
+    assert dno.bradley_terry_fit(torch.full((2, 1, 1), 0.5, dtype=torch.float64)).tolist() == [[0.0], [0.0]]
+
+
 def test_C5_dpo_on_population_bradley_terry_data_is_minimised_by_eq_2():
     """The population DPO loss is convex in the logits, so a zero gradient at Eq. (2) is the proof; for uneven mu as well."""
     rewards, beta = torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0.3
@@ -252,6 +367,36 @@ def test_the_first_bad_entry_of_P_is_named():
             dno.check_preferences(torch.full(shape, 0.5))
     with pytest.raises(ValueError, match="int64"):
         dno.check_preferences(torch.ones(1, 2, 2, dtype=torch.int64))
+
+
+def test_the_entry_named_is_the_bad_one_though_sure_preferences_come_before_it():
+    """0 and 1 are probabilities, and sums within a millionth of 1 are sums of 1."""
+    P = torch.tensor([[[0.5, 1.0, 0.0], [0.0, 0.5, 0.3], [1.0, 0.7, 0.5]]], dtype=torch.float64)
+    for entry, value in (((0, 2, 1), 1.5), ((0, 2, 1), -0.5)):
+        bad = P.clone()
+        bad[entry] = value
+        with pytest.raises(ValueError, match=r"P\[0, 2, 1\] = "):
+            dno.check_preferences(bad)
+    for above in (False, True):
+        bad = P.clone()
+        bad[0, 0, 0] += 4e-7  # twice that is the sum's error
+        bad[0, 1, 2] += 0.01 if above else -0.01
+        with pytest.raises(ValueError, match=r"P\[0, 1, 2\] = 0\.(31|29); expected 1 - P\[0, 2, 1\] = 0\.3"):
+            dno.check_preferences(bad)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_sums_may_be_off_by_a_millionth_and_no_more(sign):
+    P, pi = rock_paper_scissors().P, torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    for error, fine in ((sign * 0.9e-6, True), (sign * 1.1e-6, False)):
+        off = torch.tensor([[0.0, error, 0.0]], dtype=torch.float64)
+        for check in (lambda off=off: dno.check_preferences(P + torch.diag_embed(off / 2)),
+                      lambda off=off: dno.check_policy(pi + off, pi.shape)):  # fmt: skip
+            if fine:
+                check()
+            else:
+                with pytest.raises(ValueError, match="expected"):
+                    check()
 
 
 def test_bad_policies_and_prompt_distributions_are_named():

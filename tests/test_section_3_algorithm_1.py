@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import FrozenInstanceError, asdict
 
 import pytest
 import torch
@@ -41,6 +42,34 @@ def test_D_t_follows_rho_mu1_and_mu2():
     assert abs(chi_square(counts, expected)) < 5
     x, _, _ = dno.draw_tuples(None, mu1, mu2, n, torch.Generator().manual_seed(0))
     assert abs(chi_square(torch.bincount(x), torch.full((3,), n / 3))) < 5
+
+
+def test_D_t_is_a_function_of_its_generator_alone_and_of_float32_tables_as_of_float64_ones():
+    mu = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.375, 0.5]])  # exact in float32
+    draws = []
+    for seed, table in ((0, mu), (1, mu), (2, mu.double())):
+        torch.manual_seed(seed)
+        draws.append(dno.draw_tuples(torch.tensor([0.25, 0.75]), table, table, 100, torch.Generator().manual_seed(5)))
+    for drawn in draws:
+        assert all(part.shape == (100,) and part.dtype == torch.int64 for part in drawn)
+        assert all(torch.equal(part, first) for part, first in zip(drawn, draws[0], strict=True))
+
+
+def test_a_rare_response_to_the_last_of_100_000_prompts_is_drawn_as_rarely_as_it_should_be():
+    """0.001 of 200,000, to 5 standard deviations of sqrt(200); where x + u is rounded to float32, never or four times that."""
+    mu, rho = torch.tensor([[0.999, 0.001]]).expand(100_000, 2), torch.zeros(100_000)
+    rho[-1] = 1
+    _, y1, y2 = dno.draw_tuples(rho, mu, mu, 200_000, torch.Generator().manual_seed(0))
+    assert all(abs(int(y.sum()) - 200) < 5 * 200**0.5 for y in (y1, y2))
+
+
+@pytest.mark.parametrize(("u", "drawn"), [(0.0, 1), (1 - 2**-53, 2)])
+def test_no_response_of_probability_0_and_none_that_is_not_there_is_drawn_by_an_extreme_random_number(u, drawn, monkeypatch):
+    """u = 0 is where the first response's share, which is empty, begins and ends; x + u = 3 is rounded, and ends the last's."""
+    rho, mu = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([[0.0, 0.5, 0.5]], dtype=torch.float64).expand(3, 3)
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), u, dtype=torch.float64))
+    x, y1, y2 = dno.draw_tuples(rho, mu, mu, 4, torch.Generator().manual_seed(0))
+    assert (x.tolist(), y1.tolist(), y2.tolist()) == ([2] * 4, [drawn] * 4, [drawn] * 4)
 
 
 @pytest.mark.parametrize("mu", ["on-policy", "uniform", "target", "table"])
@@ -123,6 +152,28 @@ def test_the_learning_rate_falls_linearly_within_an_iteration_and_starts_anew():
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025] * 2)
 
 
+@pytest.mark.parametrize("longest", [1e-3, 1e-2])
+def test_a_step_of_line_4_is_no_longer_than_the_rate_times_the_longest_gradient(longest):
+    """Plain gradient descent; from uniform logits the gradient on these pairs is longer than both."""
+    policy = TabularPolicy(1, 3)
+    reference, r_t = dno.log_table(policy), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    D_t = torch.tensor([0, 0]), torch.tensor([0, 0]), torch.tensor([1, 2])
+    settings = dno.Regression(steps=1, pairs=2, learning_rate=0.5, max_grad_norm=longest)
+    dno.regress(policy, reference, r_t, D_t, 1.0, torch.optim.SGD(policy.parameters(), lr=9.0), settings)
+    moved = float(policy.logits.detach().norm())
+    assert moved == pytest.approx(0.5 * longest, rel=2e-3)  # PyTorch divides by the norm + 1e-6
+
+
+@pytest.mark.parametrize("algorithm", [dno.algorithm1, lambda *arguments, **named: dno.algorithm3(*arguments, 0.1, **named)])
+def test_without_a_generator_D_t_is_drawn_from_seed_0(algorithm):
+    P, lasts = rock_paper_scissors(0.4, 0.3, 0.2).P, []
+    for generator in (None, torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)):
+        *_, last = algorithm(TabularPolicy(1, 3), P, 1.0, 2, settings=SMALL, generator=generator)
+        lasts.append(last.log_pi_next)
+    assert torch.equal(lasts[0], lasts[1])
+    assert not torch.equal(lasts[0], lasts[2])
+
+
 def test_line_4_stops_once_the_excess_over_the_entropy_is_below_the_tolerance():
     P = random_feature_game(1, 6, seed=0).P
     settings = dno.Regression(steps=500, pairs=512, learning_rate=0.05, tolerance=1e-6)
@@ -183,6 +234,16 @@ def test_a_loop_resumed_after_any_iteration_is_the_uninterrupted_one(algorithm):
             for name in resumed.__dataclass_fields__:
                 a, b = getattr(resumed, name), getattr(original, name)
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_the_defaults_are_those_that_the_recorded_runs_were_made_with():
+    """And cannot be changed in passing, being shared by all calls."""
+    settings, optimizer = dno.Regression(), dno.adam(TabularPolicy(1, 3))
+    assert asdict(settings) == {"steps": 24, "pairs": 2048, "learning_rate": 0.005, "max_grad_norm": 0.1, "tolerance": 0.0,
+                                "mu1": "on-policy", "mu2": "on-policy"}  # fmt: skip
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    with pytest.raises(FrozenInstanceError):
+        settings.steps = 1
 
 
 def test_bad_input_to_the_loop_is_one_clear_error():

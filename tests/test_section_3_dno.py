@@ -51,6 +51,19 @@ def test_C7_the_reverse_kl_to_the_target_is_the_ppo_objective_up_to_log_Z(P, eta
     assert (left - (eta * log_Z - ((pi * r).sum(-1) - eta * kl(pi, pi_t)))).abs().max() < 10 * EXACT  # log-ratios up to 20
 
 
+def test_0_log_0_is_0_in_the_kl_divergence_by_hand():
+    p, q = torch.tensor([[1.0, 0.0], [0.25, 0.75]]).double(), torch.tensor([[0.5, 0.5], [0.5, 0.5]]).double()
+    expected = [math.log(2), 0.25 * math.log(0.5) + 0.75 * math.log(1.5)]
+    assert dno.kl_divergence(p.log(), q.log()).tolist() == pytest.approx(expected, abs=EXACT)
+    assert dno.kl_divergence(q.log(), p.log())[0] == math.inf
+
+
+@pytest.mark.parametrize("eta", [0.0, -1.0, math.inf, math.nan])
+def test_soft_policy_iteration_refuses_an_eta_that_is_not_positive(eta):
+    with pytest.raises(ValueError, match=f"eta is {eta}; expected a finite number above 0"):
+        dno.soft_policy_iteration(torch.zeros(1, 2), torch.zeros(1, 2), eta)
+
+
 @pytest.mark.parametrize("eta", ETAS)
 def test_C8_soft_policy_iteration_with_its_internal_reward_gives_back_pi(eta):
     """And erratum 7.1: the constant is eta log Z, the log of what Eq. (9) divides by: with it the internal reward of the target

@@ -138,6 +138,8 @@ def test_C_t_is_undefined_without_full_support_and_nan_when_the_target_is_hit():
     full = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64)
     with pytest.raises(ValueError, match="full support"):
         dno.concentrability(pi, full, full, full)
+    with pytest.raises(ValueError, match="full support"):
+        dno.concentrability(full, pi, full, full)
     with pytest.raises(ValueError, match="mu1"):
         dno.concentrability(full, full, pi * 2, full)
     assert np.isnan(dno.concentrability(full, full, full, full))

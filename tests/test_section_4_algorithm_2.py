@@ -4,7 +4,7 @@ fit, the best policy, resumption. C16, C18, C19, C20."""
 import copy
 import itertools
 import math
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -172,6 +172,34 @@ def test_an_outcome_is_one_sample_for_an_unordered_pair_of_its_frequency_and_ind
     assert (covariance - covariance.diagonal().diag()).abs().max() < 5 * 0.25 / math.sqrt(n)
 
 
+def test_a_certain_loser_loses_whatever_the_random_number(monkeypatch):
+    """Also if it is 0, which it is once in 2^53 times."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape, dtype=torch.float64))
+    wins = torch.tensor([[[0.5, 0.0, 0.25], [1.0, 0.5, 1.0], [0.75, 0.0, 0.5]]], dtype=torch.float64)
+    assert dno.draw_outcomes(wins, torch.Generator()).tolist() == [[[0.5, 0, 1], [1, 0.5, 1], [0, 0, 0.5]]]
+
+
+def test_the_seeds_of_all_samples_and_generators_differ():
+    """Lest outcomes of one iteration be drawn with the numbers that the samples of another were drawn with."""
+    numbers = [dno.random_numbers(seed, t) for seed in range(5) for t in range(1, 101)]
+    seeds = [number for number, _ in numbers] + [generator.initial_seed() for _, generator in numbers]
+    assert len(set(seeds)) == 2 * 5 * 100
+
+
+@pytest.mark.parametrize("name", ["2", "4-I", "3"])
+def test_without_a_seed_the_seed_is_0(name):
+    runs = [next(start(name, TabularPolicy(1, 3), rock_paper_scissors(), [0] * 20, [0] * 20, settings=SMALL, **seed))
+            for seed in ({}, {"seed": 0}, {"seed": 1})]  # fmt: skip
+    assert runs[0].groups.responses == runs[1].groups.responses != runs[2].groups.responses
+    assert torch.equal(runs[0].r_t, runs[1].r_t)
+
+
+def test_judgments_hang_on_no_parameters():
+    P = rock_paper_scissors().P.clone().requires_grad_()
+    wins = dno.judge_groups(PreferenceTable(P), dno.Groups([0], [[0, 1, 2]], torch.zeros(1, 3)))
+    assert not wins.requires_grad
+
+
 def test_judging_asks_each_unordered_pair_once_and_all_in_one_call():
     P, asked = random_game(2, 5, seed=0).P, []
 
@@ -298,6 +326,17 @@ def test_C18_the_other_rules_by_hand():
     assert dno.all_pairs(torch.tensor(rows)).tolist() == [[x, *pair] for x in (0, 1) for pair in ([0, 1], [0, 2], [1, 2])]
 
 
+def test_C18_a_lead_of_less_than_a_billionth_is_rounding_and_a_larger_one_is_a_lead():
+    for lead, expected in ((5e-9, [[0, 0, 1]]), (5e-10, [])):
+        assert by_hand(dno.large_margin_pairs, [[lead, 0.0]], margin=0.0) == expected
+        assert by_hand(dno.best_against_worst, [[lead, 0.0]]) == expected
+        assert by_hand(dno.large_margin_pairs, [[0.5 - lead, 0.0]], margin=0.5) == ([] if expected else [[0, 0, 1]])
+
+
+def test_C18_scores_need_not_be_whole_points():
+    assert by_hand(dno.scored_pairs, [[5.5, 4.75, 4.5, 4.9], [4.0, 3.5, 3.25, 5.25]]) == [[0, 0, 2], [1, 3, 2]]
+
+
 @pytest.mark.parametrize("least", range(6))
 def test_C18_the_large_margin_pairs_are_exactly_those_that_lead_by_so_many_wins(least):
     """200 groups of 6 with {0, 1} outcomes, against whole numbers of wins out of 5."""
@@ -337,6 +376,7 @@ def test_C18_repetitions_are_never_positives_and_are_negatives_whoever_wrote_the
     assert dno.large_margin_pairs(demoted, usable, 0.4).tolist() == [[0, 1, 0], [0, 1, 2], [1, 0, 1], [1, 0, 2]]
     assert dno.best_against_worst(demoted, usable).tolist() == [[0, 1, 0], [1, 0, 1]]
     assert dno.teacher_pairs(demoted, usable, 0.1).tolist() == [[0, 2, 0]]
+    assert dno.demote_repetitions(r, groups, str.split, 1)[1].tolist() == [[False, True, True], [True, True, False]]
     as_they_were, usable = dno.demote_repetitions(r, groups, str.split, 0)  # 0: never
     assert torch.equal(as_they_were, r)
     assert usable.all()
@@ -397,6 +437,22 @@ def test_joined_parts_keep_their_prompts_apart():
     batches = D.batches(1, torch.Generator().manual_seed(0))
     apart = [[pair for pair in pairs if pair[0] == x] for pairs, X in ((of_a, 2), (of_b, 3)) for x in range(X)]
     assert sorted(map(listed, batches)) == sorted(apart)
+
+
+def test_prompts_of_three_parts_are_all_kept_apart():
+    parts = [random_pairs(2, 4, seed=seed)[0] for seed in (3, 4, 5)]
+    D = dno.join(parts)
+    assert sorted(set(D.group.tolist())) == list(range(6))
+    assert len(D.batches(1, torch.Generator().manual_seed(0))) == 6
+    assert listed(D) == [pair for part in parts for pair in listed(part)]
+
+
+def test_finding_the_reference_leaves_the_pairs_as_they_were():
+    policy, (D, *_) = tabular(random_policy(2, 8, 0)), random_pairs(2, 4)
+    missing = replace(D, log_reference=torch.full_like(D.log_reference, NAN))
+    found = dno.with_reference(missing, policy)
+    assert missing.log_reference.isnan().all()
+    assert (found.log_reference - policy.log_prob(D.prompts, D.responses)).abs().max() < EXACT
 
 
 @pytest.mark.parametrize(
@@ -541,6 +597,21 @@ def test_the_learning_rate_falls_to_0_within_an_iteration_and_by_its_share_from_
     assert rates == pytest.approx([0.1, 0.05, 0.06, 0.03, 0.02, 0.01])
 
 
+def test_the_learning_rate_of_iteration_t_by_hand():
+    settings = dno.Practice(learning_rate=0.1, fall=0.8)
+    assert [settings.rate(t, 3) for t in (1, 2, 3)] == pytest.approx([0.1, 0.06, 0.02])
+    assert [settings.rate(t, 2) for t in (1, 2)] == pytest.approx([0.1, 0.02])
+    assert settings.rate(1, 1) == pytest.approx(0.1)
+
+
+def test_the_loss_of_a_single_pair_is_its_own():
+    """At pi = pi_t it is ln 2, Eq. (13)."""
+    policy = TabularPolicy(1, 2)
+    D = dno.form_pairs(dno.Groups([0], [[0, 1]], policy.log_probs().detach()), torch.zeros(1, 2), torch.tensor([[0, 0, 1]]))
+    fit = dno.fit_pairs(policy, D, dno.hard_targets(1.0), sgd(policy), dno.Practice(**PLAIN), 0.1, torch.Generator())
+    assert fit == {"loss": pytest.approx(math.log(2), abs=EXACT), "steps": 1}
+
+
 # --- C20: line 9 ---
 
 
@@ -565,6 +636,14 @@ def test_C20_the_best_validated_policy_of_pi_1_to_pi_T_plus_1_is_returned(scores
     assert (returned.t, returned.score, len(states)) == (best, scores[best - 1], 4)
     assert torch.equal(returned.parameters[0], states[best - 1])
     assert all((a - b).abs().max() > 0.01 for a, b in itertools.combinations(states, 2))
+
+
+@pytest.mark.parametrize("name", ["2", "4-I", "3"])
+def test_C20_every_algorithm_with_samples_counts_the_validated_policies_from_1_to_T_plus_1(name):
+    scores = iter([1.0, 0.0, 3.0, 2.0])
+    run = start(name, TabularPolicy(1, 3), rock_paper_scissors(), [0] * 4, [1] * 4, T=3, settings=SMALL,
+                validate=lambda: next(scores))  # fmt: skip
+    assert [(it.best.t, it.best.score) for it in run] == [(1, 1.0), (3, 3.0), (3, 3.0)]
 
 
 # --- Going on after an interruption ---
@@ -634,6 +713,40 @@ def test_an_iteration_without_pairs_leaves_the_policy_as_it_is(name, tau):
 # --- Algorithm 4, and Algorithm 3 with samples ---
 
 
+@pytest.mark.parametrize("name", ["3", "4-I"])
+@pytest.mark.parametrize(("every", "moves"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4])])
+def test_the_reference_is_pi_1_until_it_moves_to_the_policy_after_the_iterations_it_is_told_to(name, every, moves):
+    policy = TabularPolicy(2, 3)
+    states, references = [policy.logits.detach().clone()], []
+    for it in start(name, policy, random_game(2, 3, seed=0), [0, 1] * 5, [0] * 10, T=5, every=every, settings=SMALL):
+        states.append(policy.logits.detach().clone())
+        references.append(it.pi_ref.logits.detach().clone())
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(states, 2))
+    for t, reference in enumerate(references, 1):
+        assert torch.equal(reference, states[max([0, *(m for m in moves if m <= t)])])
+
+
+def test_algorithms_4_and_3_told_nothing_else_sample_from_pi_t_keep_their_reference_and_have_seed_0():
+    """And Algorithm 3 has no pull; Algorithm 4 in option I, at a tau that would show."""
+    given = (random_game(1, 3, seed=0), lambda t: ([0] * 20, [0] * 20), 1.0, 3)
+    rule = dno.gold_against_students
+    plain, told = ([list(run) for run in (
+        dno.algorithm4(Mixable(1, 3), *given, rule, lambda: 0.0, 0.5, settings=SMALL, **of_4),
+        dno.algorithm3_sampled(TabularPolicy(1, 3), *given, lambda: 0.0, settings=SMALL, **of_3))]
+        for of_4, of_3 in (({}, {}), ({"option": "I", "move_reference_every": 0, "seed": 0},
+                                      {"tau": 0.0, "move_reference_every": 0, "seed": 0})))  # fmt: skip
+    for a, b in zip(plain, told, strict=True):
+        assert same(a, b)
+
+
+def test_the_reference_in_the_loss_is_the_mixture_also_at_tau_1_and_pi_t_alone_at_tau_0():
+    policy, pi_ref, (D, *_) = tabular(random_policy(2, 8, 0)), tabular(random_policy(2, 8, 1)), random_pairs(2, 4)
+    pi_ref_log_prob = pi_ref.log_prob(D.prompts, D.responses).detach()
+    mixed = dno.mixed_reference(D, policy, pi_ref, 1.0, 4.0)
+    assert (mixed.log_reference - (0.75 * D.log_reference + 0.25 * pi_ref_log_prob)).abs().max() < EXACT
+    assert torch.equal(dno.mixed_reference(D, policy, pi_ref, 0.0, 4.0).log_reference, D.log_reference)
+
+
 def test_algorithm_4_without_a_pull_is_algorithm_2():
     one, other = Mixable(3, 4), Mixable(3, 4)
     for a, b in zip(four_iterations("2", one), four_iterations("4-I", other, tau=0.0), strict=True):
@@ -685,13 +798,34 @@ def test_on_a_cycle_the_last_iterate_of_algorithm_3_with_a_moving_reference_near
     assert late["2"] > 0.3
 
 
-# --- Bad input ---
+# --- Settings and bad input ---
+
+
+def test_the_defaults_are_those_of_section_5_and_where_it_has_none_those_of_the_recorded_runs():
+    section_5 = {"samples": 5, "temperature": 0.7, "top_p": 0.95, "ngram": 3, "replay": 0.3}
+    ours = {"judgments": "outcomes", "replay_iterations": 4, "prompts_per_step": 12, "learning_rate": 1e-3, "fall": 0.8,
+            "max_grad_norm": 0.05, "trained": None}  # fmt: skip
+    assert asdict(dno.Practice()) == section_5 | ours
+
+
+def test_what_holds_for_shares_and_counts_at_their_bounds_is_accepted():
+    dno.Practice(top_p=1.0, replay=1.0, fall=1.0, replay_iterations=0, trained=2)
+    dno.Practice(replay=0.0, fall=0.0, trained=None)
+
+
+@pytest.mark.parametrize("kind", [dno.Regression, dno.Iteration, dno.Groups, dno.Practice, dno.Pairs, dno.Best, dno.Round,
+                                  dno.Solution])  # fmt: skip
+def test_no_record_and_no_settings_can_be_changed_afterwards(kind):
+    """The settings are default arguments, shared by all calls; records of one iteration are kept by the next."""
+    with pytest.raises(FrozenInstanceError):
+        setattr(object.__new__(kind), fields(kind)[0].name, 1)
 
 
 @pytest.mark.parametrize(("bad", "message"), [
     ({"samples": 0}, "samples is 0"), ({"prompts_per_step": 0}, "prompts_per_step is 0"),
     ({"temperature": 0.0}, "temperature is 0"), ({"top_p": 0.0}, "top_p is 0"), ({"top_p": 1.5}, "top_p 1.5"),
     ({"learning_rate": float("nan")}, "learning_rate is nan"), ({"max_grad_norm": float("inf")}, "max_grad_norm is inf"),
+    ({"replay_iterations": -1}, "replay_iterations -1"), ({"trained": 1}, "trained 1"), ({"fall": -0.1}, "fall -0.1"),
     ({"replay": -0.1}, "replay -0.1"), ({"replay": 1.1}, "replay 1.1"), ({"fall": 2.0}, "fall 2"),
 ])  # fmt: skip
 def test_bad_practice_is_one_clear_error_that_names_the_value(bad, message):

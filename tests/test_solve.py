@@ -85,7 +85,9 @@ def test_optimistic_weights_and_extragradient_step_as_defined():
 
     first = step(pi, wins(pi))  # with r_0 = r_1
     second = step(first, 2 * wins(first) - wins(pi))
-    assert (dno.solve(P, "omwu", eta, 2, pi_1=pi).last - second).abs().max() < EXACT
+    third = step(second, 2 * wins(second) - wins(first))
+    for T, expected in ((1, first), (2, second), (3, third)):
+        assert (dno.solve(P, "omwu", eta, T, pi_1=pi).last - expected).abs().max() < EXACT
     assert (dno.solve(P, "extragradient", eta, 1, pi_1=pi).last - step(pi, wins(first))).abs().max() < EXACT
 
 
@@ -104,6 +106,23 @@ def test_sppo_minimises_its_squared_loss_over_normalised_policies(eta):
     assert float(found.sum()) == pytest.approx(1, abs=EXACT)
     plain = dno.solve(P, "dno", eta, 1, pi_1=pi).last[0]
     assert loss(plain.log().numpy()) > 1.001 * best  # not the same update
+
+
+@pytest.mark.parametrize("make", [random_game, random_feature_game])
+def test_sppo_finds_its_update_for_a_small_eta_too(make):
+    """Where the loss is least, (g - h) e^-h is the same for all responses (the Lagrangian's derivative), h = log(pi/pi_t), and
+    g = (r - 1/2)/eta is up to 100 here. Relative to the largest e^-h."""
+    P, pi = make(1, 5, seed=0).P, random_policy(1, 5, 0)
+    found = dno.solve(P, "sppo", 0.003, 1, pi_1=pi).last[0]
+    h, g = found.log() - pi[0].log(), ((P @ pi[:, :, None])[0, :, 0] - 0.5) / 0.003
+    multiplier = (g - h) / found * pi[0]
+    assert (multiplier - multiplier[0]).abs().max() < 1e-8 * (1 / found).max()
+
+
+def test_sppo_says_so_if_it_finds_no_update_for_one_of_two_prompts():
+    P, pi = random_game(1, 5, seed=0).P, random_policy(1, 5, 0)
+    with pytest.raises(RuntimeError, match="no SPPO update found at eta"):
+        dno.solve(torch.cat([torch.full_like(P, 0.5), P]), "sppo", 0.002, 1, pi_1=pi.repeat(2, 1))
 
 
 def test_sppo_says_so_where_it_finds_no_update():
@@ -125,6 +144,33 @@ def test_pi_1_and_pi_ref_start_where_they_are_told():
     assert torch.equal(dno.solve(P, pi_ref=pi_ref, pi_1=pi_1).policies[0], pi_1)
     far = dno.solve(P, "dno", 1.0, 2000, pi_ref, tau=0.5, pi_1=pi_1).last
     assert dno.total_variation(far, dno.regularized_nash(P, pi_ref, 0.5)).max() < 1e-10
+
+
+def test_told_nothing_it_is_dno_with_eta_1_for_100_iterations_from_uniform():
+    P = random_game(2, 3, seed=0).P
+    told = dno.solve(P, "dno", 1.0, 100, torch.full((2, 3), 1 / 3, dtype=torch.float64), 0.0, move_reference_every=1000)
+    assert torch.equal(dno.solve(P).policies, told.policies)
+
+
+@pytest.mark.parametrize("method", ["moving-reference", "dno"])
+def test_a_reference_moves_every_6_iterations_if_that_is_the_method_and_else_only_if_told_to(method):
+    """pi_{t+1} is pi_t^(1/2) pi_ref^(1/2) exp(r_t / eta), normalised, at tau = eta / 2."""
+    P, start = random_game(2, 4, seed=1).P, random_policy(2, 4, 0)
+    for told, every in ((None, 6 if method == "moving-reference" else 99), (4, 4)):
+        found = dno.solve(P, method, 0.8, 14, start, 0.4, move_reference_every=told).policies
+        pi, reference = start, start
+        for t in range(1, 15):
+            pi = pi**0.5 * reference**0.5 * ((P @ pi[:, :, None])[:, :, 0] / 0.8).exp()
+            pi = pi / pi.sum(-1, keepdim=True)
+            reference = pi if t % every == 0 else reference
+            assert (found[t] - pi).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("method", list(dno.METHODS))
+def test_of_a_single_response_there_is_one_policy(method):
+    run = dno.solve(torch.full((2, 1, 1), 0.5, dtype=torch.float64), method, iterations=3)
+    assert (run.policies == 1).all()
+    assert (run.gap_average == 0).all()
 
 
 def test_bad_input_to_solve_is_one_clear_error():

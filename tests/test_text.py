@@ -9,6 +9,7 @@ import random
 import re
 import weakref
 from collections import Counter
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -143,6 +144,12 @@ def test_every_answer_is_classified_as_the_register_that_wrote_it():
     assert {text: classify(text) for text in GOOD} == GOOD
 
 
+def test_no_register_can_be_changed_afterwards():
+    """As what a text is classified by each `Register` is remembered."""
+    with pytest.raises(FrozenInstanceError):
+        REGISTERS["vivid"].ending = "?"
+
+
 def malformed():
     for text in GOOD:
         yield from (text[:end] for end in range(len(text)))  # cut off anywhere: also the empty text
@@ -160,6 +167,7 @@ def malformed():
     yield from ("In short, the sea is calm yet old.", "In short, the sea is old yet calm and far yet warm.")
     yield from ("Oh, the sea! It sings like silver and sings like silver!", "By measure, the sea has 10 tons and 10 tons.")
     yield "By measure, the sea has 10 tons and 20 hours and 30 litres."  # three clauses
+    yield "Oh, the sea! It sings like silver and burns like honey and roars like iron!"
     yield from (f"By measure, the sea has {n} tons." for n in ("11", "010", "10.0", "100", "-10", "ten", "\u0661\u0660"))
 
 
@@ -208,6 +216,12 @@ def test_each_verb_has_a_mixed_nash_policy_of_its_own_in_closed_form():
 
 def test_the_judge_conforms_to_the_oracle_protocol():
     check_oracle(RegisterJudge(), [f"{verb} the sea." for verb in VERBS], [*GOOD, "", "?"])
+
+
+def test_the_judge_promises_to_be_complementary_and_deterministic_and_of_no_questions_has_no_answers():
+    judge = RegisterJudge()
+    assert judge.complementary is judge.deterministic is True
+    assert judge.prefer([], [], []).shape == (0,)
 
 
 @pytest.mark.parametrize("prompt", ["", "Describe the love.", "describe the sea.", "Describe the sea. ", "Sing the sea."])
