@@ -1,7 +1,9 @@
-"""Language models as judges and teachers: what they are asked, how their replies are read, what becomes of them.
+"""Language models as judges and teachers: what they are asked, how their replies are read, and how they are reached.
 
 `OpenAIJudge` is an oracle, scored or pairwise; `OpenAITeacher` writes gold responses. Both put their questions to an
-`endpoint.Endpoint`. A reply that cannot be had or read is no result: NaN or None, never a label.
+`Endpoint`, which writes every request to a `Ledger` on disk before it is sent, and every reply before it is used: what was paid
+for is not asked again, and a limit on dollars holds whatever happens. A reply that cannot be had or read is no result: NaN or
+None, never a label.
 """
 
 from __future__ import annotations
@@ -9,18 +11,54 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import re
+import sqlite3
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from functools import cached_property, lru_cache, partial
 from itertools import combinations
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from endpoint import Endpoint, Question, dig
+
+@dataclass(frozen=True)
+class Question:
+    """One request. read(choice) makes of a reply's first choice (result, whether it is complete), None for no result at all;
+    results can be written as JSON. wishes: what is asked for where the endpoint knows it (not part of the question's key)."""
+
+    version: str
+    messages: list[dict[str, str]]
+    max_tokens: int
+    read: Callable[[dict[str, Any]], tuple[Any, bool]] = field(repr=False)
+    wishes: dict[str, Any] = field(default_factory=dict, repr=False)
+    number: int = 0  # of answers to the same question that are meant to differ
+
+
+def dig(body: Any, *path: str | int) -> Any:
+    """body[path[0]][path[1]]..., or None where there is nothing of that kind."""
+    for step in path:
+        if not isinstance(body, dict if isinstance(step, str) else list):
+            return None
+        body = body.get(step) if isinstance(body, dict) else body[step] if step < len(body) else None
+    return body
+
+
+# --- Money -----------------------------------------------------------------------------------------------------------------
+
 
 # --- What is asked ---------------------------------------------------------------------------------------------------------
 # Prompts and responses are untrusted text: cleaned, capped, and set between marks that contain a number which they cannot know.
@@ -389,3 +427,701 @@ class OpenAITeacher:
     def questions(self, prompts: Sequence[str], number: int = 0) -> list[Question]:
         """What `answers` asks."""
         return [teacher_question(str(x), self.max_tokens, number) for x in prompts]
+
+
+# --- How they are reached: the endpoint, its ledger, money ------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """Asking ended before its time, for a reason in one line. What was paid for is in the ledger; to ask again is to go on."""
+
+
+class Refused(Stopped):
+    """The endpoint will never answer this: a wrong key, model or setting. The user can mend it."""
+
+
+class TooDear(Stopped):
+    """The next request could pass the limit on dollars."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars per million tokens of prompt and of completion, each at least 0."""
+
+    prompt: float
+    completion: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.prompt < math.inf and 0 <= self.completion < math.inf):
+            raise ValueError(f"prices are {self.prompt} and {self.completion}; expected dollars per million tokens, at least 0")
+
+    def dollars(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """What so many tokens cost."""
+        return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
+
+
+PRICES = {  # OpenAI's list prices as last seen by us; they change: give your own where it matters
+    "gpt-4-32k": Price(60, 120), "gpt-4": Price(30, 60), "gpt-4-turbo": Price(10, 30), "gpt-4-1106-preview": Price(10, 30),
+    "gpt-4-0125-preview": Price(10, 30), "gpt-4o": Price(2.5, 10), "gpt-4o-2024-05-13": Price(5, 15),
+    "gpt-4o-mini": Price(0.15, 0.6), "gpt-4.1": Price(2, 8), "gpt-4.1-mini": Price(0.4, 1.6), "gpt-4.1-nano": Price(0.1, 0.4),
+}  # fmt: skip
+
+
+def price_of(model: str) -> Price | None:
+    """The list price of a model, dated versions included; None if it is not in the table."""
+    return PRICES.get(model) or PRICES.get(re.sub(r"-\d{4}(-\d{2}-\d{2})?$", "", model))
+
+
+ENCODINGS_AT = "https://openaipublic.blob.core.windows.net/encodings"  # names the files: tiktoken hashes it
+ENCODINGS = {  # files of tiktoken's encodings, by SHA-256: one that is damaged would be downloaded anew
+    "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+}
+
+
+@lru_cache
+def _encoding(model: str) -> Any:
+    """tiktoken's encoding for the model if its file is on this machine, else None; nothing is downloaded."""
+    import tiktoken
+
+    try:
+        name = tiktoken.encoding_name_for_model(model)
+    except KeyError:
+        return None
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", f"{gettempdir()}/data-gym-cache"))
+    file = Path(folder) / hashlib.sha1(f"{ENCODINGS_AT}/{name}.tiktoken".encode()).hexdigest()
+    whole = folder and file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == ENCODINGS.get(name)
+    return tiktoken.get_encoding(name) if whole else None
+
+
+def count_tokens(text: str, model: str) -> float:
+    """How many tokens a text is: by tiktoken where the model's encoding is on this machine already, else estimated as a quarter
+    of its UTF-8 bytes."""
+    encoding = _encoding(model)
+    return len(encoding.encode(text, disallowed_special=())) if encoding else len(text.encode()) / 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What questions will cost: requests not in the ledger yet, tokens of their prompts, most tokens of their completions, and
+    dollars if every completion is that long (None where the price is not known)."""
+
+    requests: int
+    prompt_tokens: float
+    completion_tokens: float
+    dollars: float | None
+
+    def __str__(self) -> str:
+        dollars = "dollars not known" if self.dollars is None else f"${self.dollars:.2f} at most if none is asked twice"
+        return (f"{self.requests:,} requests, about {self.prompt_tokens:,.0f} tokens of prompts and at most "
+                f"{self.completion_tokens:,.0f} of completions, {dollars}")  # fmt: skip
+
+    def __add__(self, other: Plan) -> Plan:
+        dollars = None if self.dollars is None or other.dollars is None else self.dollars + other.dollars
+        return Plan(self.requests + other.requests, self.prompt_tokens + other.prompt_tokens,
+                    self.completion_tokens + other.completion_tokens, dollars)  # fmt: skip
+
+    def __mul__(self, times: int) -> Plan:
+        dollars = None if self.dollars is None else self.dollars * times
+        return Plan(self.requests * times, self.prompt_tokens * times, self.completion_tokens * times, dollars)
+
+
+# --- The ledger ------------------------------------------------------------------------------------------------------------
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, run TEXT NOT NULL, model TEXT NOT NULL, url TEXT NOT NULL,
+    question TEXT NOT NULL,      -- version, messages and sampling settings, as JSON
+    pid INTEGER NOT NULL, sent REAL NOT NULL,
+    bound REAL NOT NULL,         -- dollars that it may cost at most, counted as spent until it is known better
+    outcome TEXT,                -- NULL: in flight, or killed there; complete; unreadable; lost: no reply; not charged:
+                                 -- refused, filtered (the question will never be answered)
+    reply TEXT, parsed TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL, seconds REAL);
+CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);
+CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);
+"""
+
+
+class Ledger:
+    """All requests ever sent, in an SQLite file: a row is written before its request is sent and completed by its reply.
+    Threads and processes may share it. It survives the death of a process at any moment; that of the machine may cost the last
+    few replies."""
+
+    def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
+        self.path, self.run, self.read_only, self.lock = path or "memory", run, read_only, threading.RLock()
+        above = next((folder for folder in Path(path or ".").absolute().parents if folder.exists()), Path("/"))
+        if not above.is_dir():
+            raise Refused(f"{path} cannot be used as a cache of judgments: {above} is no folder; choose another file")
+        if read_only or (path and Path(path).exists()):
+            _ = self.db  # Refused at once if it is none
+
+    @cached_property
+    def db(self) -> sqlite3.Connection:
+        """The connection; made, with the file, when it is first needed. Refused if there can be none."""
+        with self.lock:
+            if "db" in self.__dict__:  # another thread was faster
+                return self.__dict__["db"]
+            try:
+                where = ":memory:" if self.path == "memory" else self._where(Path(self.path))
+                db = sqlite3.connect(where, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
+                if not self.read_only:
+                    _prepare(db)
+                db.execute("SELECT key, parsed, reply, outcome, dollars FROM requests LIMIT 1")
+            except (sqlite3.Error, OSError) as error:
+                raise Refused(f"{self.path} cannot be used as a cache of judgments ({error}); choose another file") from None
+            return db
+
+    def _where(self, path: Path) -> str:
+        if not self.read_only:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.resolve().as_uri()
+        log = Path(f"{path}-wal")  # somebody may be writing; else nothing shall be left beside the file
+        return path.resolve().as_uri() + ("?mode=ro" if log.exists() and log.stat().st_size else "?mode=ro&immutable=1")
+
+    def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
+        """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered, oldest first, by key; a complete
+        one's raw text only if its parsed form is NULL."""
+        found: dict[str, list[tuple[str, str | None, str | bytes | None]]] = {}
+        keys = list(keys)
+        for at in range(0, len(keys), 500):
+            part = keys[at : at + 500]
+            query = f"""SELECT key, outcome, parsed, CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
+                        FROM requests WHERE key IN ({",".join("?" * len(part))})
+                        AND outcome IN ('complete', 'unreadable', 'filtered') ORDER BY id"""
+            with self.lock:
+                rows = self.db.execute(query, part).fetchall()
+            for key, *reply in rows:
+                found.setdefault(key, []).append(tuple(reply))
+        return found
+
+    def spent(self) -> float:
+        """Dollars of this run, requests of unknown cost counted with the most they can have cost."""
+        with self.lock:
+            row = self.db.execute("SELECT dollars FROM spending WHERE run = ?", (self.run,)).fetchone()
+        return max(0.0, row[0]) if row else 0.0  # up to rounding
+
+    def totals(self) -> dict[str, float]:
+        """Requests sent in this run, how many of them were never answered, tokens, dollars known to be paid, and the most that
+        the others can have cost."""
+        query = """SELECT COUNT(*), COALESCE(SUM(outcome IS NULL OR outcome = 'lost'), 0), COALESCE(SUM(prompt_tokens), 0),
+                   COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(dollars), 0),
+                   COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0) FROM requests WHERE run = ?"""
+        names = ("requests", "unanswered", "prompt_tokens", "completion_tokens", "dollars", "dollars_unknown_at_most")
+        with self.lock:
+            return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
+
+    def reserve(self, row: dict[str, Any], known: int, limit: float, patience: float) -> int | str:
+        """The id of a new row for a request about to be sent; or "too dear" if its bound could take this run past the limit,
+        "answered" if there are more replies than the `known` ones, "busy" if another living process has sent it less than
+        `patience` seconds ago."""
+        with self._transaction():
+            others = self.db.execute("SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)).fetchall()
+            if sum(outcome in ("complete", "unreadable", "filtered") for outcome, _, _ in others) > known:
+                return "answered"
+            if any(outcome is None and pid != os.getpid() and row["sent"] - sent < patience and _alive(pid)
+                   for outcome, pid, sent in others):  # fmt: skip
+                return "busy"
+            if self.spent() + row["bound"] > limit:
+                return "too dear"
+            row = {**row, "run": self.run, "pid": os.getpid()}
+            sql = f"INSERT INTO requests ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+            number = self.db.execute(sql, list(row.values())).lastrowid
+            self._spend(row["bound"])
+            return number
+
+    def complete(self, number: int, bound: float, **columns: Any) -> None:
+        """Write what became of a request; where its dollars are known they take the place of its bound."""
+        assignments = ", ".join(f"{name} = ?" for name in columns)
+        with self._transaction():
+            self.db.execute(f"UPDATE requests SET {assignments} WHERE id = ?", [*columns.values(), number])
+            if columns.get("dollars") is not None:
+                self._spend(columns["dollars"] - bound)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self.lock:
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self.db.in_transaction:  # a full disk ends it by itself
+                    self.db.execute("ROLLBACK")
+                raise
+            self.db.execute("COMMIT")
+
+    def _spend(self, dollars: float) -> None:
+        sql = "INSERT INTO spending VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET dollars = dollars + excluded.dollars"
+        self.db.execute(sql, (self.run, dollars))
+
+
+def _prepare(db: sqlite3.Connection) -> None:
+    """Make the tables. Another process may be about to, and SQLite does not wait by itself to change the journal's mode."""
+    for wait in (0.01, 0.1, 0.5, 1.0, 2.0, None):
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.executescript(SCHEMA)
+            return
+        except sqlite3.OperationalError as error:
+            if wait is None or "locked" not in str(error):
+                raise
+            time.sleep(wait)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie sends nothing
+    except OSError:
+        pass  # no such process, or no such file system
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# --- Asking ----------------------------------------------------------------------------------------------------------------
+
+LARGEST = 1 << 20  # bytes of a reply that are read
+LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; what wants more is not waited for
+LONGEST_BACKOFF = 60.0  # seconds between two attempts where the server does not say
+NO_KEY = "none"  # sent where there is no key, to servers of one's own
+NEGOTIABLE = {"response_format": ("response_format", "json_schema"), "logprobs": ("logprobs",), "temperature": ("temperature",)}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of a request: replied; unreadable; lost, no reply; refused, for now; negotiated, to be asked in another way;
+    filtered, this question for ever; permanent, any question for ever. With a reason, and the seconds to wait before the next
+    attempt where the server says."""
+
+    outcome: str
+    reason: str
+    body: bytes = b""
+    wait: float | None = None
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible endpoint, and the ledger of what it was asked.
+
+    model, url: as the endpoint knows them; url None is the openai client's own choice (OPENAI_BASE_URL, or OpenAI). The key is
+    the client's too: OPENAI_API_KEY in the environment. client: another client of that library, such as AzureOpenAI(), or
+    None. Without `live` there is none: it answers from the ledger alone.
+    cache: the ledger or its file; None for memory. run: whose spending `max_usd` limits. price: None to look it up in `PRICES`.
+    timeout: seconds a request may take, from its headers on. attempts: most requests for one answer. backoff: seconds before
+    the second, doubled for every further one to at most 60, less a random part of up to half; where the server says how long
+    (Retry-After), that, to at most 120. max_failed: the share of the questions of an `ask` that may stay without a full answer;
+    with more it is Stopped."""
+
+    def __init__(self, model: str, url: str | None = None, cache: str | Path | Ledger | None = "judgments.sqlite", *,
+                 client: Any = None, live: bool = True, temperature: float = 0.0, concurrency: int = 16, timeout: float = 120.0,
+                 attempts: int = 6, backoff: float = 0.5, price: Price | None = None, max_usd: float | None = None,
+                 max_failed: float = 0.05, run: str = ""):  # fmt: skip
+        for name, value, least in (("concurrency", concurrency, 1), ("timeout", timeout, 1e-3), ("attempts", attempts, 1),
+                                   ("backoff", backoff, 0), ("max_failed", max_failed, 0), ("max_usd", max_usd or 0, 0),
+                                   ("temperature", temperature, 0)):  # fmt: skip
+            if not least <= value < math.inf:
+                raise ValueError(f"{name} is {value}; expected a number of at least {least}")
+        self.model, self.temperature, self.concurrency, self.timeout = model, temperature, concurrency, timeout
+        self.attempts, self.backoff, self.max_usd, self.max_failed = attempts, backoff, max_usd, max_failed
+        self.price, self.live, self.jitter = price or price_of(model), live, random.Random()
+        if max_usd is not None and live and self.price is None:
+            raise ValueError(f"max_usd is {max_usd}, but the price of {model!r} is not known; give prices too")
+        self.client = (client or make_client(url)).with_options(timeout=timeout, max_retries=0) if live else None  # we count
+        self.url = str(self.client.base_url).rstrip("/") if live else "no network"
+        self.ledger = cache if isinstance(cache, Ledger) else Ledger(cache, run, read_only=not live)
+        self.instead: dict[str, str | None] = {}  # settings the endpoint does not know: their other name, or None to leave out
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self._stop, self._lock, self._flying = threading.Event(), threading.Lock(), 0
+        self._first_error: BaseException | None = None
+
+    def __str__(self) -> str:
+        price = f"${self.price.prompt:g} and ${self.price.completion:g} a million tokens" if self.price else "price not known"
+        where = f"{self.model} at {self.url} ({price})" if self.live else f"recorded replies of {self.model}"
+        return f"{where}, kept in {self.ledger.path}"
+
+    def _settings(self, question: Question) -> dict[str, Any]:
+        """All that a reply depends on, as far as we know."""
+        return {"model": self.model, "version": question.version, "messages": question.messages,
+                "temperature": self.temperature, "max_tokens": question.max_tokens, "number": question.number}  # fmt: skip
+
+    def key(self, question: Question) -> str:
+        """The hash under which the ledger keeps the answer: of model, version, all texts in their order, and settings."""
+        return hashlib.sha256(json.dumps(self._settings(question)).encode()).hexdigest()
+
+    def _bound(self, question: Question) -> float:
+        """The most dollars that a request can cost: a token has at least a byte, a message less than 16 tokens around it, and
+        the form that is asked for counts too."""
+        size = sum(len(message["content"].encode()) + 16 for message in question.messages) + len(json.dumps(question.wishes))
+        return self.price.dollars(size, question.max_tokens) if self.price else 0.0
+
+    def plan(self, questions: Sequence[Question]) -> Plan:
+        """What `ask` would send now, at most, if every request were answered at once. Sends nothing."""
+        distinct = {self.key(question): question for question in questions}
+        earlier = self._earlier(distinct)
+        new = [question for key, question in distinct.items() if not self._settled(earlier.get(key, []))]
+        texts = [message["content"] for question in new for message in question.messages]
+        prompt = sum(count_tokens(text, self.model) for text in texts) + 4 * len(texts)
+        completion = sum(question.max_tokens for question in new)
+        return Plan(len(new), prompt, completion, self.price.dollars(prompt, completion) if self.price else None)
+
+    def ask(self, questions: Sequence[Question]) -> list[Any]:
+        """The result of each question, None where there is none. Asks what the ledger does not know, `concurrency` questions at
+        a time. Raises Stopped; what had been sent by then is waited for, and kept."""
+        keys = [self.key(question) for question in questions]
+        distinct = dict(zip(keys, questions, strict=True))
+        earlier = self._earlier(distinct)
+        results = {key: self._settled(earlier.get(key, [])) for key in distinct}
+        failed = sum(result is not None and _failed(result) for result in results.values())
+        if self.live and failed > self.max_failed * len(distinct):  # perhaps it can answer now
+            results |= {key: None for key, result in results.items() if result is not None and not result[1]}
+            failed = sum(result is not None and _failed(result) for result in results.values())
+        missing = [key for key, result in results.items() if result is None]
+        self.counts["asked"] += len(distinct)
+        self.counts["cached"] += len(distinct) - len(missing)
+        if missing and not self.live:
+            wanted = distinct[missing[0]].messages[-1]["content"][:120]
+            raise Refused(f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {len(distinct)} questions, of "
+                          f"which one is {wanted!r}; give the cache that was recorded with these settings")  # fmt: skip
+        self._stop.clear()
+        self._first_error = None
+        quiet = None if missing else True
+        bar = tqdm(total=len(missing), desc=f"asking {self.model}", unit="reply", disable=quiet, leave=False)
+        with bar, ThreadPoolExecutor(min(self.concurrency, max(1, len(missing)))) as pool:
+            futures = {pool.submit(self._answer_or_stop, key, distinct[key], earlier.get(key, [])): key for key in missing}
+            try:
+                for future in as_completed(futures):
+                    results[futures[future]] = result = future.result()
+                    failed += _failed(result)
+                    bar.update()
+                    self._check_failures(failed, len(distinct))
+                    bar.set_postfix_str(f"{self.spent()}, {failed} failed", refresh=False)
+            except (Stopped, sqlite3.Error) as error:
+                first = self._first_error or error
+                if isinstance(first, sqlite3.Error):
+                    first = Stopped(f"{self.ledger.path} cannot be written ({first}); make room for it, and go on")
+                raise first from None
+            except KeyboardInterrupt:
+                tqdm.write("interrupted: waiting for the replies under way, which may be paid for")
+                raise
+            finally:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+        self._check_failures(failed, len(distinct))
+        self.counts["failed"] += failed
+        return [results[key][0] for key in keys]
+
+    def _check_failures(self, failed: int, total: int) -> None:
+        if failed > self.max_failed * total:
+            reasons = ", ".join(f"{reason} ({count} times)" for reason, count in self.reasons.most_common(3)) or "in the cache"
+            raise Stopped(f"{failed} of {total} questions to {self.model} have no full answer, more than the share "
+                          f"{self.max_failed:g} that may fail: {reasons}")  # fmt: skip
+
+    def _earlier(self, distinct: dict[str, Question]) -> dict[str, list[tuple[Any, bool]]]:
+        """What the replies in the ledger say, oldest first, as (result, whether it is complete). Those that could not be read,
+        or whose parsed form is NULL, are read anew."""
+        replies = self.ledger.replies(distinct)
+        return {key: [_reread(distinct[key], *reply) for reply in replies[key]] for key in replies}
+
+    def _settled(self, results: list[tuple[Any, bool]]) -> tuple[Any, bool] | None:
+        """The answer if there is no need to ask again: the first complete one; the fullest of those that we have if we may not
+        ask again. Else None."""
+        whole = [result for result in results if result[1]]
+        if whole or not results:
+            return whole[0] if whole else None
+        return max(results, key=_fullness) if len(results) >= self.attempts or not self.live else None
+
+    def _answer_or_stop(self, *asked: Any) -> tuple[Any, bool]:
+        """An answer; an error stops all who have not sent their request yet, and the first one is what is told."""
+        try:
+            return self._answer(*asked)
+        except BaseException as error:
+            with self._lock:
+                self._first_error = self._first_error or error
+            self._stop.set()
+            raise
+
+    def _answer(self, key: str, question: Question, earlier: list[tuple[Any, bool]]) -> tuple[Any, bool]:
+        """Ask until there is a complete answer, at most `attempts` times, earlier ones counted (but anew if they were as many);
+        else the fullest there was."""
+        results, attempt = list(earlier), len(earlier) % self.attempts
+        while attempt < self.attempts:
+            number = self._reserved(key, question, len(results))
+            if number is None:  # another process was faster
+                found = self._earlier({key: question})[key]
+                attempt, results = attempt + len(found) - len(results), found
+                if whole := [result for result in results if result[1]]:
+                    return whole[0]
+                continue
+            try:
+                result, reply = self._exchange(number, f"{key}-{len(results)}-{len(self.instead)}", question)
+            finally:
+                with self._lock:
+                    self._flying -= 1
+            if reply.outcome == "complete":
+                return result, True
+            if reply.outcome == "negotiated":
+                continue
+            with self._lock:
+                self.reasons[reply.reason] += 1
+            if reply.outcome == "filtered":
+                return None, True  # the last word on it
+            attempt += 1
+            if reply.outcome == "unreadable":
+                results.append((result, False))
+            elif attempt < self.attempts:
+                backoff = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * self.jitter.uniform(0.5, 1)
+                self._wait(backoff if reply.wait is None else reply.wait * self.jitter.uniform(1, 1.1))
+        return max(results, key=_fullness, default=(None, False))
+
+    def _wait(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Stopped("asking was stopped")
+
+    def _reserved(self, key: str, question: Question, known: int) -> int | None:
+        """The ledger's row for a request that may be sent now; None if there are more replies than those known already."""
+        row = {"key": key, "model": self.model, "url": self.url, "question": json.dumps(self._settings(question)),
+               "bound": self._bound(question)}  # fmt: skip
+        limit = math.inf if self.max_usd is None else self.max_usd
+        while True:
+            self._wait(0)
+            with self._lock:
+                number = self.ledger.reserve({**row, "sent": time.time()}, known, limit, 2 * self.timeout)
+                self._flying += isinstance(number, int)
+                waiting = self._flying > 0  # for a request that may turn out cheaper than its bound
+            if isinstance(number, int):
+                return number
+            if number == "answered":
+                return None
+            if number == "too dear" and not waiting:
+                raise TooDear(f"stopped below the limit of ${limit:g}: ${self.ledger.spent():.4f} are spent, and the next "
+                              f"request can cost ${row['bound']:.4f}")  # fmt: skip
+            self._wait(0.05)
+
+    def _exchange(self, number: int, idempotency_key: str, question: Question) -> tuple[Any, Reply]:
+        """Send one request, and complete its row with what became of it. Raises Refused on a permanent error."""
+        start = time.perf_counter()
+        reply, result = self._send(idempotency_key, question), None
+        if reply.outcome == "lost":  # it may have been charged: its bound stays spent
+            columns = {"outcome": "lost", "reply": reply.reason}
+        elif reply.outcome in ("refused", "negotiated", "filtered", "permanent"):
+            outcome = "filtered" if reply.outcome == "filtered" else "refused"
+            columns = {"outcome": outcome, "reply": reply.reason, "dollars": 0.0}
+        else:
+            (result, whole), usage = _read(question, reply.body), _usage(reply.body)
+            result = self._hidden(result)
+            reply = replace(reply, outcome="complete" if whole and reply.outcome == "replied" else "unreadable")
+            columns = {"outcome": reply.outcome, "reply": self._hidden(_text(reply.body)), "parsed": json.dumps(result)}
+            if usage:
+                dollars = self.price.dollars(*usage) if self.price else None
+                columns |= {"prompt_tokens": usage[0], "completion_tokens": usage[1], "dollars": dollars}
+        self.ledger.complete(number, self._bound(question), **columns, seconds=time.perf_counter() - start)
+        if reply.outcome == "permanent":
+            raise Refused(reply.reason)
+        return result, reply
+
+    def _hidden(self, value: Any) -> Any:
+        """A text, or the texts in a result, without our key, should a server send it back."""
+        key = self.client.api_key
+        if not key or key == NO_KEY:
+            return value
+        if isinstance(value, str):
+            return value.replace(key, "[key]")
+        if isinstance(value, bytes):
+            return value.replace(key.encode(), b"[key]")
+        if isinstance(value, dict):
+            return {name: self._hidden(part) for name, part in value.items()}
+        return [self._hidden(part) for part in value] if isinstance(value, list) else value
+
+    def _send(self, idempotency_key: str, question: Question) -> Reply:
+        """One HTTP request. A server that honours the idempotency key does not charge again for what was lost on the way."""
+        import httpx2
+        import openai
+
+        body = {**self._body(question), "messages": question.messages}
+        received, deadline = bytearray(), time.monotonic() + self.timeout
+        try:
+            with self.client.chat.completions.with_streaming_response.create(  # extra_body takes the place of messages; to
+                # hand them over as such costs a third more time, for conversions of types that they do not have
+                model=self.model, messages=[], extra_headers={"Idempotency-Key": idempotency_key}, extra_body=body,
+            ) as response:  # fmt: skip
+                for part in response.iter_bytes():
+                    received += part
+                    if len(received) > LARGEST:
+                        return Reply("unreadable", "a reply that is too long", bytes(received[:LARGEST]))
+                    if time.monotonic() > deadline:
+                        return Reply("lost", "no reply in time")
+        except openai.APIStatusError as error:
+            return self._refusal(error, body)
+        except (openai.APITimeoutError, httpx2.TimeoutException):
+            return Reply("lost", "no reply in time")
+        except (openai.APIConnectionError, httpx2.HTTPError) as error:
+            return Reply("lost", f"no connection, or a broken one ({type(error.__cause__ or error).__name__})")
+        return Reply("replied", "a reply that cannot be read", bytes(received))
+
+    def _refusal(self, error: Any, body: dict[str, Any]) -> Reply:
+        """What an HTTP error status asks of us."""
+        status, headers = error.status_code, error.response.headers
+        message = self._hidden(" ".join(str(error.message).split()))[:300]
+        told = f"{getattr(error, 'param', '')} {getattr(error, 'code', '')} {message}"
+        if status in (400, 422, 500, 501) and self._negotiated(told, body):
+            return Reply("negotiated", "a setting that the endpoint does not know")
+        if status == 400 and re.search("content_(filter|policy)", told):
+            return Reply("filtered", "refused by a content filter")
+        again, wait = status in (408, 409, 425, 429) or status >= 500, _retry_after(headers)
+        again = {"true": True, "false": False}.get(headers.get("x-should-retry", ""), again)
+        if "insufficient_quota" in told or (wait or 0) > LONGEST_WAIT:
+            again = False
+        if again:  # 502, 504 and 524 are a gateway's words: what is behind it may have answered, and charged
+            return Reply("lost" if status in (502, 504, 524) else "refused", f"HTTP {status}", wait=wait)
+        hint = {401: "; check OPENAI_API_KEY", 403: "; check OPENAI_API_KEY", 404: "; check the model's name and the URL"}
+        later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
+        return Reply("permanent", f"{self.model} at {self.url} answers HTTP {status}: {message}{later}{hint.get(status, '')}")
+
+    def _body(self, question: Question) -> dict[str, Any]:
+        """The settings of a request, without those that the endpoint has refused."""
+        body = {"max_tokens": question.max_tokens, "temperature": self.temperature, **question.wishes}
+        if self.instead.get("response_format") == "json_object" and "response_format" in body:
+            schema = body["response_format"]["json_schema"]["schema"]
+            body["response_format"] = {"type": "json_object", "schema": schema}  # as llama-cpp-python has it
+        if self.instead.get("max_tokens"):
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        return {name: value for name, value in body.items() if self.instead.get(name, name)}
+
+    def _negotiated(self, told: str, body: dict[str, Any]) -> bool:
+        """Was a setting refused that there is another form of, or that one can do without? So from now on, and we say so."""
+        refused = {name: None for name, words in NEGOTIABLE.items() if name in body and any(word in told for word in words)}
+        if "max_tokens" in body and "max_completion_tokens" in told:
+            refused = {"max_tokens": "max_completion_tokens"}
+        elif "response_format" in refused and body["response_format"]["type"] == "json_schema":
+            refused = {"response_format": "json_object"}
+        for name, other in refused.items():
+            with self._lock:
+                if self.instead.get(name, name) not in (other, None):
+                    remedy = f"sending {other} in its place" if other else "going on without it"
+                    tqdm.write(f"{self.model} does not take {name} as it was sent: {remedy}")
+                    self.instead[name] = other
+        if "logprobs" in refused:
+            self.instead["top_logprobs"] = None
+        return bool(refused)
+
+    def report(self) -> dict[str, float | None]:
+        """What this run has sent and spent so far (`Ledger.totals`; dollars are None where the price is not known); what this
+        process asked, had in the cache, and failed."""
+        totals = self.ledger.totals()
+        if self.live and self.price is None:
+            totals |= {"dollars": None, "dollars_unknown_at_most": None}
+        return {**totals, **{name: self.counts[name] for name in ("asked", "cached", "failed")}}
+
+    def spent(self) -> str:
+        """The dollars of this run so far, to be shown."""
+        return f"${self.ledger.spent():.4f}" if self.price or not self.live else "price not known"
+
+
+def make_client(url: str | None, keyless: bool = False) -> Any:
+    """The openai library's client for a URL, with the key from the environment, or without one: such a client can only be asked
+    where no key is needed. Refused on a URL or key that cannot be one, or if the key is missing."""
+    import openai
+
+    key, where = os.environ.get("OPENAI_API_KEY"), url if url is not None else os.environ.get("OPENAI_BASE_URL") or None
+    if where is not None and not _is_url(where):
+        raise Refused("the judge's URL must be like http://localhost:8000/v1, with no key in it, whose place is OPENAI_API_KEY")
+    if not (key or keyless or where):
+        raise Refused("OPENAI_API_KEY is not set; set it, or give the URL of a server that needs none")
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise Refused("OPENAI_API_KEY holds a space, a line break or another character that no key has")
+    return openai.OpenAI(api_key=NO_KEY if keyless or not key else key, base_url=url)
+
+
+def _is_url(text: str) -> bool:
+    """Is it the address of a server, and nothing more that might be a secret?"""
+    try:
+        parts = urlsplit(text)
+        plain = not (parts.username or parts.password or parts.query or parts.fragment)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and plain and parts.port != 0
+    except ValueError:  # of the port, or the host
+        return False
+
+
+def only_model(url: str | None) -> str:
+    """The name of the model that a server offers. Refused if it cannot be asked or offers several."""
+    import openai
+
+    try:
+        listed = make_client(url).with_options(timeout=10.0).models.with_raw_response.list().content
+    except openai.OpenAIError as error:
+        raise Refused(f"{url} does not say which models it has ({type(error).__name__}); name one") from None
+    models = dig(_json(listed), "data")
+    return only([str(dig(model, "id")) for model in models if dig(model, "id")] if isinstance(models, list) else [], str(url))
+
+
+def recorded_models(cache: str | Path, kind: str) -> list[str]:
+    """The models whose replies to a judge's or a teacher's questions are in a ledger. Refused if it cannot be read."""
+    sql = "SELECT DISTINCT model FROM requests WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"
+    return [model for (model,) in Ledger(cache, read_only=True).db.execute(sql, (kind == "teacher",))]
+
+
+def only(names: list[str], where: str) -> str:
+    """The only one of the names; Refused if there are none or several."""
+    if len(names) != 1:
+        raise Refused(f"{where} has {len(names)} models{': ' * bool(names)}{', '.join(names[:5])}; name one")
+    return names[0]
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds that a server asks us to wait, by Retry-After-Ms, or by Retry-After in seconds or as a date; else None."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        if re.fullmatch(r"\d+(\.\d*)?", value.strip()):
+            return float(value) / unit
+    try:
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None  # not a date either
+
+
+def _text(body: bytes) -> str | bytes:
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError:
+        return body
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read(question: Question, body: bytes) -> tuple[Any, bool]:
+    """(result, whether it is complete) of a reply's body; (None, False) if it is not even JSON."""
+    choice = dig(_json(body), "choices", 0)
+    return question.read(choice) if isinstance(choice, dict) else (None, False)
+
+
+def _reread(question: Question, outcome: str, parsed: str | None, reply: str | bytes | None) -> tuple[Any, bool]:
+    if outcome == "filtered":
+        return None, True
+    if outcome == "complete" and parsed is not None:
+        return json.loads(parsed), True
+    return _read(question, reply.encode() if isinstance(reply, str) else reply or b"")
+
+
+def _usage(body: bytes) -> tuple[int, int] | None:
+    """(prompt, completion) tokens that the endpoint says it charges for, or None."""
+    usage = dig(_json(body), "usage")
+    tokens = dig(usage, "prompt_tokens"), dig(usage, "completion_tokens")
+    return tokens if all(type(count) is int and 0 <= count < 1 << 40 for count in tokens) else None
+
+
+def _failed(result: tuple[Any, bool]) -> bool:
+    return result[0] is None or not result[1]
+
+
+def _fullness(result: tuple[Any, bool]) -> int:
+    scores = dig(result[0], "scores") or []
+    return sum(score is not None for score in scores)

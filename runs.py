@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import matplotlib.pyplot as plt
 import torch
 
-from endpoint import Endpoint, Ledger, Price, Refused, Stopped, TooDear, make_client, only, only_model, recorded_models
+from judge import Endpoint, Ledger, Price, Refused, Stopped, TooDear, make_client, only, only_model, recorded_models
 
 STYLE = {
     "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]),

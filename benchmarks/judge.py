@@ -19,8 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from endpoint_server import serving
 
-from endpoint import Endpoint, Price
-from judge import OpenAIJudge
+from judge import Endpoint, OpenAIJudge, Price
 
 
 def judge_pairs(url: str | None, cache: str, concurrency: int, pairs: int) -> tuple[float, float]:

@@ -15,8 +15,7 @@ import random
 from itertools import combinations
 from pathlib import Path
 
-from endpoint import Endpoint, make_client
-from judge import OpenAITeacher
+from judge import Endpoint, OpenAITeacher, make_client
 from oracle import PROMPTS, REGISTERS, TOPICS, OpenAIJudge, RegisterJudge, topic
 
 ASKED = [PROMPTS[verb * len(TOPICS) + place] for verb in range(3) for place in (0, 6)]

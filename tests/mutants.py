@@ -132,14 +132,14 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("judge.py", "return text if len(text) <= most else", "return text if True else"),
     ("judge.py", "(there - 0.5) * (back - 0.5) > 0", "(there - 0.5) * (back - 0.5) < 0"),
     ("judge.py", "if dig(choice, \"finish_reason\") != \"length\" else None", "if choice else None"),
-    ("endpoint.py", "if self.spent() + row[\"bound\"] > limit:", "if self.spent() > limit:"),
-    ("endpoint.py", "return \"busy\"", "pass"),
-    ("endpoint.py", "self._spend(columns[\"dollars\"] - bound)", "self._spend(columns[\"dollars\"])"),
-    ("endpoint.py", "WHERE run = ?\", (self.run,)).fetchone()\n        return max", "\").fetchone()\n        return max"),
-    ("endpoint.py", "result = self._hidden(result)", "pass"),
-    ("endpoint.py", "if failed > self.max_failed * total:", "if failed > total:"),
-    ("endpoint.py", "again, wait = status in (408, 409, 425, 429) or status >= 500,", "again, wait = status >= 400,"),
-    ("endpoint.py", "\"temperature\": self.temperature, \"max_tokens\": question.max_tokens, \"number\"", "\"max_tokens\": 0, \"number\""),
+    ("judge.py", "if self.spent() + row[\"bound\"] > limit:", "if self.spent() > limit:"),
+    ("judge.py", "return \"busy\"", "pass"),
+    ("judge.py", "self._spend(columns[\"dollars\"] - bound)", "self._spend(columns[\"dollars\"])"),
+    ("judge.py", "WHERE run = ?\", (self.run,)).fetchone()\n        return max", "\").fetchone()\n        return max"),
+    ("judge.py", "result = self._hidden(result)", "pass"),
+    ("judge.py", "if failed > self.max_failed * total:", "if failed > total:"),
+    ("judge.py", "again, wait = status in (408, 409, 425, 429) or status >= 500,", "again, wait = status >= 400,"),
+    ("judge.py", "\"temperature\": self.temperature, \"max_tokens\": question.max_tokens, \"number\"", "\"max_tokens\": 0, \"number\""),
     ("oracle.py", "G / (G - 1) * (sums**2).sum()", "(sums**2).sum()"),
     ("oracle.py", "return (observed - chance) / (1 - chance) if chance < 1", "return observed if chance < 1"),
     ("oracle.py", "for y in triple}) == 1  # each wins once", "for y in triple}) == 3"),
@@ -169,7 +169,7 @@ def main() -> int:
     """Try all mutants; 1 if any survives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--files", nargs="+", default=["dno.py", "judge.py", "endpoint.py", "oracle.py", "model.py"])
+    parser.add_argument("--files", nargs="+", default=["dno.py", "judge.py", "oracle.py", "model.py"])
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if mutant[0] in options.files]
     survivors, ignored = 0, shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")

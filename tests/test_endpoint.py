@@ -28,9 +28,22 @@ import torch
 from endpoint_server import BROKEN, DRIPS, FAULTS, HARMLESS, LOST, quality, serving
 from tqdm import tqdm
 
-import endpoint as module
-from endpoint import Endpoint, Plan, Price, Question, Refused, Stopped, TooDear, count_tokens, only_model, price_of
-from judge import OpenAIJudge, pairwise_question, teacher_question
+import judge as module
+from judge import (
+    Endpoint,
+    OpenAIJudge,
+    Plan,
+    Price,
+    Question,
+    Refused,
+    Stopped,
+    TooDear,
+    count_tokens,
+    only_model,
+    pairwise_question,
+    price_of,
+    teacher_question,
+)
 
 HERE = Path(__file__).parent
 PRICE = Price(10, 30)
@@ -1070,7 +1083,7 @@ SCENES = {  # kind -> what the server does, one after the other; it sends the ke
 CHATTY = """
 import json, logging, os, sys, traceback
 from pathlib import Path
-from endpoint import Endpoint, Price, Stopped, only_model
+from judge import Endpoint, Price, Stopped, only_model
 from endpoint_server import Served
 from judge import OpenAIJudge, OpenAITeacher
 

@@ -13,11 +13,14 @@ import torch
 from endpoint_server import blocks, outside, quality, serving
 from games import EXACT
 
-from endpoint import Endpoint, Price, Question, Stopped
 from judge import (
     RUBRIC,
+    Endpoint,
     OpenAIJudge,
     OpenAITeacher,
+    Price,
+    Question,
+    Stopped,
     _score,
     clean,
     objects,

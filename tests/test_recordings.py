@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import dno
-from endpoint import Endpoint, Refused
-from judge import OpenAIJudge, OpenAITeacher
+from judge import Endpoint, OpenAIJudge, OpenAITeacher, Refused
 from model import TabularPolicy
 from recordings.record import ASKED, comparisons
 

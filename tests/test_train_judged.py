@@ -505,12 +505,12 @@ DRIVER = """
 import json, os, signal, sys
 root, arguments, deaths = sys.argv[1], *map(json.loads, sys.argv[2:])
 sys.path.insert(0, root)
-import endpoint, openai, train
+import judge, openai, train
 import torch._dynamo  # making an optimizer does that
 
 def run(death):
     name, number, before = death or ("complete", 0, False)
-    original, calls = getattr(endpoint.Ledger, name), []
+    original, calls = getattr(judge.Ledger, name), []
 
     def deadly(*given, **named):
         calls.append(name)
@@ -522,7 +522,7 @@ def run(death):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(endpoint.Ledger, name, deadly)
+    setattr(judge.Ledger, name, deadly)
     sys.exit(train.main(arguments))
 
 codes = []
