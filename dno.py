@@ -443,6 +443,8 @@ class Practice:
     learning_rate: float = 1e-3  # of the first step; falls to 0 within an iteration (small models; the paper's is 5e-5)
     fall: float = 0.8  # by which share the learning rate has fallen in the last iteration
     max_grad_norm: float = 0.05  # a malformed sample can have a gradient 20 times the usual (small models)
+    recorded: bool = True  # the loss takes log pi_t as recorded when sampling; else it is scored anew, where bfloat16 sampled
+    at_once: int | None = None  # prompts of a batch whose pairs are scored together; gradients add up. All when None
     trained: int | None = None  # of the soft-target regression: at most so many samples are trained on, all K are opponents
 
     def __post_init__(self) -> None:
@@ -463,7 +465,7 @@ class Practice:
 def sample_groups(policy: SampledPolicy, prompts: list[Any], gold: list[Any] | None, settings: Practice, seed: int) -> Groups:
     """Lines 3 and 4: K samples a prompt, with the log-probabilities recorded on the way, and the gold responses after them."""
     responses, log_pi_t = policy.sample(prompts, settings.samples, settings.temperature, settings.top_p, seed)
-    log_pi_t = log_pi_t.detach()
+    log_pi_t = log_pi_t.detach() if settings.recorded else torch.full_like(log_pi_t, float("nan"))
     groups = [list(ys) for ys in (responses.tolist() if isinstance(responses, Tensor) else responses)]
     if gold is None:
         return Groups(prompts, groups, log_pi_t)
@@ -605,6 +607,12 @@ class Pairs:
         place = torch.randperm(len(groups), generator=generator)[of_pair]
         return [self.take((place // prompts == batch).nonzero()[:, 0]) for batch in range(-(-len(groups) // prompts))]
 
+    def pieces(self, prompts: int | None) -> list[Pairs]:
+        """All pairs, those of so many prompts a piece, in order; one piece when None."""
+        groups, of_pair = self.group[self.first].unique(return_inverse=True)
+        prompts = prompts or len(groups)
+        return [self.take((of_pair // prompts == piece).nonzero()[:, 0]) for piece in range(-(-len(groups) // prompts))]
+
 
 def form_pairs(groups: Groups, r: Tensor, pairs: Tensor) -> Pairs:
     """The given pairs (x, y+, y-) [B, 3] of the groups, whose win rates are r [X, n]."""
@@ -663,24 +671,37 @@ def soft_targets(eta: float) -> PairLoss:
     return lambda log_ratio1, log_ratio2, r1, r2: dno_loss(log_ratio1, log_ratio2, r1, r2, eta)
 
 
+class NotFinite(ArithmeticError):
+    """A loss or gradient that is NaN or infinite; `batch` is what it came from."""
+
+    def __init__(self, reason: str, batch: Pairs):
+        super().__init__(reason)
+        self.batch = batch
+
+
 def fit_pairs(policy: SampledPolicy, D: Pairs, loss: PairLoss, optimizer: torch.optim.Optimizer,
               settings: Practice, rate: float, generator: torch.Generator) -> dict[str, float]:  # fmt: skip
     """Line 7: one epoch over D of loss(log_ratio1, log_ratio2, r1, r2), log_ratio = log pi - log_reference, at a learning rate
-    that falls from rate to 0. Each response of a batch is scored once, however many its pairs. Returns the mean loss in nats
-    and the steps taken."""
-    total, batches = 0.0, D.batches(settings.prompts_per_step, generator)
+    that falls from rate to 0. Each response of a batch is scored once, however many its pairs. Returns the mean loss in nats,
+    the steps taken and the last batch's mean log ratio of y+. NotFinite if a gradient is not."""
+    total, chosen, batches = 0.0, float("nan"), D.batches(settings.prompts_per_step, generator)
     for step, batch in enumerate(batches):
-        log_pi = policy.log_prob(batch.prompts, batch.responses)
-        log_ratio, r = log_pi - batch.log_reference.to(log_pi), batch.r.to(log_pi)
-        losses = loss(log_ratio[batch.first], log_ratio[batch.second], r[batch.first], r[batch.second])
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / len(batches))
         optimizer.zero_grad()
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        chosen = 0.0
+        for piece in batch.pieces(settings.at_once):
+            log_pi = policy.log_prob(piece.prompts, piece.responses)
+            log_ratio, r = log_pi - piece.log_reference.to(log_pi), piece.r.to(log_pi)
+            losses = loss(log_ratio[piece.first], log_ratio[piece.second], r[piece.first], r[piece.second])
+            (losses.sum() / len(batch.first)).backward()
+            total += losses.detach().sum().item()
+            chosen += log_ratio[piece.first].detach().sum().item() / len(batch.first)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        if not norm.isfinite():
+            raise NotFinite(f"the gradient of step {step + 1} is not finite", batch)
         optimizer.step()
-        total += losses.detach().sum().item()
-    return {"loss": total / max(1, len(D.first)), "steps": len(batches)}
+    return {"loss": total / max(1, len(D.first)), "steps": len(batches), "chosen_log_ratio": chosen}
 
 
 @dataclass(frozen=True)
@@ -716,6 +737,7 @@ class Round:
     best: Best  # of pi_1..pi_{t+1}
     loss: float  # mean over the epoch, nats
     steps: int
+    chosen_log_ratio: float = float("nan")  # mean of log pi(y+)/pi_t(y+) over the last batch, before its step
     pi_ref: Any = None  # Algorithm 4's reference in iteration t + 1, a policy
 
 

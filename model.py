@@ -8,17 +8,24 @@ V words, L words of a response, K samples of a prompt.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from checkpoints import BadCheckpoint, Chat, read_checkpoint, save_directory
 
 # --- The transformer --------------------------------------------------------------------------------------------------------
 
@@ -34,21 +41,31 @@ class Config:
     kv_heads: int = 2  # G, divides heads; G = H is multi-head attention, G < H grouped-query attention
     hidden: int = 176  # channels inside the feed-forward network
     rope_theta: float = 10_000.0  # base of the rotary wavelengths, tokens
+    rope_scaling: Callable[[Tensor], Tensor] | None = None  # of the rotary frequencies, as Llama 3's for long contexts
+    head_width: int | None = None  # D, channels of a head; width / heads when None
+    qkv_bias: bool = False  # of the maps to queries, keys and values, as in Qwen2
+    qk_norm: bool = False  # RMSNorm of each query and key, as in Qwen3
+    context: int | None = None  # tokens that it was made to read; nothing here depends on it
     embedding_std: float | None = None  # of a new embedding's entries; 1/sqrt(width) when None
     norm_eps: float = 1e-5
     tied: bool = False  # one matrix for the embedding and the head
 
     def __post_init__(self) -> None:
-        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
+        if (self.head_width is None and self.width % (2 * self.heads)) or self.heads % self.kv_heads:
             raise ValueError(
                 f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}: expected width a multiple of "
                 "2 * heads (rotary pairs) and heads a multiple of kv_heads"
             )
+        if self.head_width is None:
+            object.__setattr__(self, "head_width", self.width // self.heads)
 
 
-def rotary(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., T, D/2], float64, of the angles position * theta^(-2i/D) (Su et al. 2021)."""
-    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64, device=positions.device) / head_width)
+def rotary(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., T, D/2], float64, of the angles position * theta^(-2i/D), scaled if need be (Su et al. 2021)."""
+    pairs = torch.arange(0, config.head_width, 2, dtype=torch.float64, device=positions.device)
+    frequencies = config.rope_theta ** (-pairs / config.head_width)
+    if config.rope_scaling is not None:
+        frequencies = config.rope_scaling(frequencies)
     angles = positions.unsqueeze(-1) * frequencies
     return angles.cos(), angles.sin()
 
@@ -75,7 +92,7 @@ class Cache:
     """Keys and values of the tokens read so far, [layers, B, G, capacity, D]; `length` of the capacity is filled."""
 
     def __init__(self, config: Config, batch: int, capacity: int, like: Tensor):
-        shape = (2, config.layers, batch, config.kv_heads, capacity, config.width // config.heads)
+        shape = (2, config.layers, batch, config.kv_heads, capacity, config.head_width)
         self.tables, self.length = like.new_zeros(shape), 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,17 +117,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.D = config.width // config.heads
-        self.q = nn.Linear(config.width, config.heads * self.D, bias=False)
-        self.k = nn.Linear(config.width, config.kv_heads * self.D, bias=False)
-        self.v = nn.Linear(config.width, config.kv_heads * self.D, bias=False)
+        self.D = config.head_width
+        self.q = nn.Linear(config.width, config.heads * self.D, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, config.kv_heads * self.D, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, config.kv_heads * self.D, bias=config.qkv_bias)
+        self.q_norm, self.k_norm = (RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
         self.out = nn.Linear(config.heads * self.D, config.width, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.D)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H or G, T, D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
+        # Of one new token, heads that share keys are as good as queries (B, G, H/G, D), and five times as fast so. In float32
+        # the sums' order, so the last digit, would be another than in the runs that are recorded.
+        if q.shape[2] == 1 and q.dtype == torch.bfloat16:
+            y = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, attn_mask=mask)
+            return self.out(y.flatten(1).unsqueeze(1))
         causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -154,6 +177,36 @@ class Transformer(nn.Module):
         else:
             nn.init.zeros_(self.head.weight)
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+        """The model of a Hugging Face directory or a GGUF file of the Llama family (Llama 2 and 3, Mistral, SmolLM2, TinyLlama,
+        Qwen2, Qwen3), its weights as dtype. ValueError naming what is missing, misshapen or not supported."""
+        fields, weights = read_checkpoint(path)
+        with torch.device("meta"):
+            model = cls(Config(**fields))
+        model = model.to(dtype).to_empty(device="cpu")
+        if model.config.tied:  # a copy of each was made
+            model.head.weight = model.embedding.weight
+        wanted = dict(model.named_parameters())
+        for name, read in weights:
+            if name == "head.weight" and model.config.tied:
+                continue
+            if name not in wanted:
+                raise BadCheckpoint(f"{path} has a tensor for {name}; its configuration has no place for it")
+            weight, place = read(), wanted.pop(name)
+            if weight.shape != place.shape:
+                raise BadCheckpoint(f"{path}: {name} has shape {list(weight.shape)}; expected {list(place.shape)}")
+            with torch.no_grad():
+                place.copy_(weight)
+        if wanted:
+            raise BadCheckpoint(f"{path} has no tensor for {next(iter(wanted))}")
+        return model
+
+    def save_pretrained(self, path: str | Path, shard_bytes: int = 5 << 30) -> None:
+        """Write a Hugging Face directory (config.json, safetensors) that transformers and vLLM load."""
+        fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
+        save_directory(path, fields, self.state_dict(), shard_bytes)
+
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
                cache: Cache | None = None) -> Tensor:  # fmt: skip
         """What the head reads after each of tokens [B, T] int64, [B, T, C].
@@ -168,7 +221,7 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)  # (B, T, C)
         if mask is not None:  # as a number to add to the scores, made once for all layers
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
-        cos, sin = rotary(positions, self.config.width // self.config.heads, self.config.rope_theta)
+        cos, sin = rotary(positions, self.config)
         rope = tuple(part.unsqueeze(-3).to(x.dtype) for part in (cos, sin))  # the same for every head
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache, layer)
@@ -197,15 +250,57 @@ def token_log_prob(models: dict[Transformer, float], prompts: Sequence[Tensor], 
     return log_probs.new_zeros(len(rows)).index_add(0, read.nonzero()[:, 0], log_probs)
 
 
+def shared_log_prob(model: Transformer, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+    """`token_log_prob` of one model, float32 [B], with the prompt read once for all its responses: they stand in one row after
+    it, none seeing another. The head's logits, of large vocabularies far larger than all else, are made for the responses'
+    tokens only, some at a time, and once more for the gradient rather than kept."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for b, prompt in enumerate(prompts):
+        places.setdefault(tuple(prompt.tolist()), []).append(b)
+    device, rows = responses[0].device, []
+    sources, targets, owners = [], [], []  # of each token of a response: where it is predicted, what it is, whose it is
+    for row, (prompt, members) in enumerate(places.items()):
+        parts, positions, owner = [torch.tensor(prompt, device=device)], [*range(len(prompt))], [0] * len(prompt)
+        length = len(prompt)
+        for number, b in enumerate(members, 1):
+            y = responses[b]
+            sources += [(row, len(prompt) - 1), *((row, length + i) for i in range(len(y) - 1))]
+            targets.append(y)
+            owners += [b] * len(y)
+            parts.append(y[:-1])  # what follows the last token is not asked
+            positions += range(len(prompt), len(prompt) + len(y) - 1)
+            owner += [number] * (len(y) - 1)
+            length += len(y) - 1
+        rows.append((torch.cat(parts), torch.tensor(positions), torch.tensor(owner)))
+    padded = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*rows, strict=True))
+    tokens, positions, owner = (part.to(device) for part in padded)
+    mask = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
+    mask = mask & torch.ones_like(mask[0]).tril()
+    hidden = model.hidden(tokens, positions, mask[:, None])
+    row, place = torch.tensor(sources, device=device).unbind(-1)
+    log_probs = token_log_probs(model.head, hidden[row, place], torch.cat(targets))
+    return log_probs.new_zeros(len(prompts)).index_add(0, torch.tensor(owners, device=device), log_probs)
+
+
+def token_log_probs(head: nn.Linear, hidden: Tensor, tokens: Tensor, at_once: int = 256) -> Tensor:
+    """log softmax(head(hidden [n, C])) at tokens [n], float32 [n], by no more than `at_once` rows of logits at a time."""
+
+    def of(hidden: Tensor, tokens: Tensor) -> Tensor:
+        return -F.cross_entropy(head(hidden).float(), tokens, reduction="none")
+
+    parts = zip(hidden.split(at_once), tokens.split(at_once), strict=True)
+    return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
+
+
 def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     """The token [B] that u [B] in [0, 1) picks from the distribution function of softmax(log_probs [B, V] / temperature),
     cut down to the fewest most probable tokens that hold `top_p` of it (nucleus sampling, Holtzman et al. 2020)."""
     p, order = (log_probs.double() / temperature).softmax(-1), None
     if top_p < 1:  # the most probable tokens first; sorting all is slow, so first see whether some will do
-        few = min(64, p.shape[-1])
-        top, order = p.topk(few)
-        if (top.sum(-1) < top_p).any():
-            top, order = p.sort(dim=-1, descending=True, stable=True)
+        for few in (64, 1024, p.shape[-1]):
+            top, order = p.topk(few) if few < p.shape[-1] else p.sort(dim=-1, descending=True, stable=True)
+            if (top.sum(-1) >= top_p).all():
+                break
         p = top * (top.cumsum(-1) - top < top_p)
     cdf = p.cumsum(-1)
     place = torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
@@ -483,6 +578,110 @@ class TextPolicy(nn.Module):
         tokens, count, log_probs = generate(models, self.prompt_tokens(prompts), u, words, self.end, temperature, top_p)
         groups = zip(tokens.tolist(), count.tolist(), strict=True)
         return [[self.response(y[:n]) for y, n in zip(*group, strict=True)] for group in groups], log_probs
+
+
+class ChatPolicy(TextPolicy):
+    """A chat model that answers prompts in its own template.
+
+    The transformer computes in its own dtype; if that is not float32, `parameters()` are float32 copies (master weights), which
+    gather its gradients, and which it is given anew whenever they have changed: in bfloat16 most small steps would round to
+    nothing. batch: how many responses are sampled, or scored without a gradient, at a time."""
+
+    def __init__(self, model: Transformer, chat: Chat, max_new_tokens: int, batch: int = 64):
+        nn.Module.__init__(self)
+        self.model, self.chat, self.max_new_tokens, self.batch, self.end = model, chat, max_new_tokens, batch, chat.end
+        self.masters: list[nn.Parameter] = []
+        if model.head.weight.dtype != torch.float32:
+            self.masters = [nn.Parameter(weight.detach().float()) for weight in model.parameters()]
+            self.stale = False  # may the master weights have changed since the transformer was given them?
+            for weight, master in zip(model.parameters(), self.masters, strict=True):
+                weight.register_post_accumulate_grad_hook(partial(self._hand_gradient_to, master))
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """What is trained: the master weights, or the transformer's own if those are float32."""
+        return iter(self.masters) if self.masters else self.model.parameters(recurse)
+
+    def _hand_gradient_to(self, master: nn.Parameter, weight: nn.Parameter) -> None:
+        """Add the weight's gradient to the master's, in the master's dtype, and forget it."""
+        gradient = weight.grad.to(master.dtype)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        weight.grad, self.stale = None, True
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give the transformer the master weights, if they can have changed: after a gradient, or `load`."""
+        if self.masters and self.stale:
+            for weight, master in zip(self.model.parameters(), self.masters, strict=True):
+                weight.copy_(master)
+            self.stale = False
+
+    def weights(self) -> list[Tensor]:
+        """Copies of the parameters, for `load`."""
+        return [weight.detach().clone() for weight in self.parameters()]
+
+    @torch.no_grad()
+    def load(self, weights: Sequence[Tensor]) -> None:
+        """Take the parameters from a list such as `weights` or `dno.Best` has."""
+        for mine, given in zip(self.parameters(), weights, strict=True):
+            mine.copy_(given)
+        self.stale = True
+
+    def prompt_tokens(self, prompts: Iterable[str]) -> list[Tensor]:
+        """What the transformer reads before it answers: the prompt in the chat template."""
+        return [torch.tensor(self.chat.prompt(prompt), device=self.model.head.weight.device) for prompt in prompts]
+
+    def response(self, tokens: Sequence[int]) -> Response:
+        """The response of these tokens; special tokens are not part of the text."""
+        return Response(self.chat.decode(list(tokens)), tokens)
+
+    def response_tokens(self, responses: Iterable[str]) -> list[Tensor]:
+        """A response's own tokens if it was sampled, else those it is encoded as and the end token."""
+        rows = (y.tokens if isinstance(y, Response) else [*self.chat.encode(y), self.end] for y in responses)
+        return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
+
+    def finished(self, response: Response) -> bool:
+        """Did the model end it itself, or was it cut off?"""
+        return bool(response.tokens) and response.tokens[-1] == self.end
+
+    def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """As of `TextPolicy`, float32. With a gradient all at once; else in batches of about equal lengths."""
+        self.refresh()
+        xs, ys = self.prompt_tokens(prompts), self.response_tokens(responses)
+        if torch.is_grad_enabled():
+            return shared_log_prob(self.model, xs, ys)
+        order = sorted(range(len(xs)), key=lambda b: (len(xs[b]), prompts[b], len(ys[b])))
+        parts = [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
+        scores = torch.empty(len(xs), device=self.model.head.weight.device)
+        for part in parts:
+            scores[part] = shared_log_prob(self.model, *([items[b] for b in part] for items in (xs, ys)))
+        return scores
+
+    def sample(self, prompts: Sequence[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
+               seed: int = 0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
+        """As of `TextPolicy`, in batches of prompts of about equal lengths; what is drawn does not depend on the batches, but
+        for rounding. The log-probabilities are as precise as the transformer's dtype."""
+        u = uniform_numbers(len(prompts), k, self.max_new_tokens, seed)
+        return self._in_batches(prompts, u, temperature, top_p)
+
+    @torch.no_grad()
+    def survey(self, prompts: Sequence[str], k: int, seed: int) -> list[list[Response]]:
+        """k samples of each prompt, at temperature 1."""
+        return self._in_batches(prompts, uniform_numbers(len(prompts), k, self.max_new_tokens, seed))[0]
+
+    def _in_batches(self, prompts: Sequence[str], u: Tensor, temperature: float = 1.0,
+                    top_p: float = 1.0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
+        self.refresh()
+        order = sorted(range(len(prompts)), key=lambda x: len(self.chat.prompt(prompts[x])))
+        several = max(1, self.batch // u.shape[1])
+        responses: list[list[Response]] = [[]] * len(prompts)
+        log_probs = torch.empty(u.shape[:2])
+        for start in tqdm(range(0, len(order), several), "sampling", unit="batch", disable=None, leave=False):
+            part = order[start : start + several]
+            answers, scores = self._answer({self.model: 1.0}, [prompts[x] for x in part], u[part], temperature, top_p)
+            log_probs[part] = scores.float().cpu()
+            for x, ys in zip(part, answers, strict=True):
+                responses[x] = ys
+        return responses, log_probs
 
 
 class TokenMixture:

@@ -137,9 +137,10 @@ def test_padding_on_either_side_changes_no_log_probability(config):
 
 def test_rotary_dot_products_depend_on_the_distance_alone():
     q, k = (torch.randn(8, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
+    shape = m.Config(vocab_size=1, width=8, heads=1, kv_heads=1)
 
     def dot(at_q, at_k):
-        (cq, sq), (ck, sk) = (m.rotary(torch.tensor([p]).double(), 8, 10_000.0) for p in (at_q, at_k))
+        (cq, sq), (ck, sk) = (m.rotary(torch.tensor([p]).double(), shape) for p in (at_q, at_k))
         return float((m.rotate(q[None], cq, sq) * m.rotate(k[None], ck, sk)).sum())
 
     assert dot(3, 1) == pytest.approx(dot(103, 101), abs=1e-10)

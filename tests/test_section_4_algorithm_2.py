@@ -515,7 +515,8 @@ def test_C19_eq_13_and_one_step_on_it_are_dpo_with_reference_pi_t_and_beta_eta(b
         policy.logits.data.copy_(before)
         settings = dno.Practice(**{**PLAIN, "max_grad_norm": longest})
         fit = dno.fit_pairs(policy, D, dno.hard_targets(beta), sgd(policy), settings, 0.25, torch.Generator())
-        assert fit == {"loss": pytest.approx(expected, abs=EXACT), "steps": 1}
+        chosen = pytest.approx(float(log_ratio[x, pos].mean()), abs=EXACT)
+        assert fit == {"loss": pytest.approx(expected, abs=EXACT), "steps": 1, "chosen_log_ratio": chosen}
         assert (policy.logits - (before - 0.25 * step)).abs().max() < tolerance
 
 
@@ -553,7 +554,8 @@ def test_pi_t_stays_frozen_during_the_epoch():
     for log_pi, *log_ratios in seen:
         assert log_ratios == pytest.approx((log_pi - reference)[0, :2].tolist(), abs=EXACT)
     losses = [math.log1p(math.exp(b - a)) for _, a, b in seen]
-    assert fit == {"loss": pytest.approx(sum(losses) / 2, abs=EXACT), "steps": 2}
+    chosen = pytest.approx(seen[1][1], abs=EXACT)  # of the last batch
+    assert fit == {"loss": pytest.approx(sum(losses) / 2, abs=EXACT), "steps": 2, "chosen_log_ratio": chosen}
 
 
 def test_what_is_recorded_of_a_sample_is_pi_t_whatever_the_temperature_and_top_p():
@@ -609,7 +611,7 @@ def test_the_loss_of_a_single_pair_is_its_own():
     policy = TabularPolicy(1, 2)
     D = dno.form_pairs(dno.Groups([0], [[0, 1]], policy.log_probs().detach()), torch.zeros(1, 2), torch.tensor([[0, 0, 1]]))
     fit = dno.fit_pairs(policy, D, dno.hard_targets(1.0), sgd(policy), dno.Practice(**PLAIN), 0.1, torch.Generator())
-    assert fit == {"loss": pytest.approx(math.log(2), abs=EXACT), "steps": 1}
+    assert fit == {"loss": pytest.approx(math.log(2), abs=EXACT), "steps": 1, "chosen_log_ratio": 0}
 
 
 # --- C20: line 9 ---
@@ -804,7 +806,7 @@ def test_on_a_cycle_the_last_iterate_of_algorithm_3_with_a_moving_reference_near
 def test_the_defaults_are_those_of_section_5_and_where_it_has_none_those_of_the_recorded_runs():
     section_5 = {"samples": 5, "temperature": 0.7, "top_p": 0.95, "ngram": 3, "replay": 0.3}
     ours = {"judgments": "outcomes", "replay_iterations": 4, "prompts_per_step": 12, "learning_rate": 1e-3, "fall": 0.8,
-            "max_grad_norm": 0.05, "trained": None}  # fmt: skip
+            "max_grad_norm": 0.05, "recorded": True, "at_once": None, "trained": None}  # fmt: skip
     assert asdict(dno.Practice()) == section_5 | ours
 
 
