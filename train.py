@@ -34,11 +34,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dno
-from endpoint import Plan, Stopped
+from checkpoints import BadCheckpoint, Chat
+from judge import Plan, Stopped
 from model import (
     ANSWER,
     END,
     SPLIT,
+    ChatPolicy,
     Config,
     Response,
     TabularPolicy,
@@ -58,6 +60,7 @@ from oracle import (
     OpenAITeacher,
     Oracle,
     RegisterJudge,
+    TasteJudge,
     classify,
     prompt_class,
     response_styles,
@@ -80,6 +83,7 @@ from runs import (
 )
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of real models
 MOVING = {"eta": 0.25, "tau": 0.125, "move_reference_every": 6}  # a table's last iterate converges with these
 BETA = 0.05  # temperature of the reward maximiser that is shown for comparison
 
@@ -1391,9 +1395,343 @@ def ablations_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> plt.Figur
     return figure
 
 
+# --- Preset "llm" ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LlmConfig(JudgeOptions):
+    """llm: Algorithm 2 (or 4, or 1 and 3 from samples) on a real chat model, with your prompts and your judge."""
+
+    model: str = setting("", "a Hugging Face directory or a GGUF file of the Llama family")
+    prompts: str = setting("prompts/general.jsonl", 'FILE.jsonl, a line {"prompt": ..., "gold": optional, "split": optional}')
+    chat_format: str = setting("model", "the model's chat template, or the plain prompt and an empty line", ("model", "plain"))
+    algorithm: int = setting(2, "2, 4: contrast sampled pairs; 1, 3: regress on soft targets", (1, 2, 3, 4))
+    iterations: int = setting(3, "T; the prompts are cut into as many disjoint parts, as in the paper")
+    eta: float = setting(0.1, "> 0, larger is slower; for Algorithms 2 and 4 eta~, 0.05 to 0.1 in the paper")
+    tau: float = setting(0.0, "in [0, eta], pull towards pi_1 in Algorithms 3 and 4")
+    rule: str = setting("large-margin", "which pairs Algorithms 2 and 4 train on", tuple(RULES))
+    margin: float = setting(0.4, "in [0, 1], least difference of the win rates of a pair")
+    judgments: str = setting("probabilities", "rank by {0, 1} samples of P, as in Algorithm 2; by P; or by a judge's points",
+                             ("outcomes", "probabilities", "scores"))  # fmt: skip
+    samples: int = setting(5, "K, responses a prompt, as in the paper")
+    temperature: float = setting(0.7, "of sampling, the paper's")
+    top_p: float = setting(0.95, "of sampling, the paper's")
+    max_new_tokens: int = setting(64, "after which a response is cut off")
+    max_prompt_tokens: int = setting(512, "longer prompts are refused")
+    replay: float = setting(0.3, "in [0, 1], share of the last iteration's pairs to train on again, as in the paper")
+    train_prompts: int | None = setting(None, "of the file, the first so many are trained on (default: all)")
+    held_out: int = setting(24, "prompts for validation: those of the split validation, else the last ones")
+    judged: int = setting(2, "samples of each held-out prompt by which a policy is measured")
+    batch_size: int = setting(64, "pairs a step, about; the paper's is 64")
+    at_once: int = setting(4, "prompts whose responses are scored together; gradients add up to a step's")
+    sample_batch: int = setting(64, "responses sampled together")
+    lr: float = setting(5e-5, "Adam's learning rate in iteration 1, the paper's; falls with the iterations")
+    seed: int = setting(0, "of the parts, the samples and the outcomes")
+    out: str | None = setting(None, "folder of the run (default: runs/llm-SEED)")
+    resume: bool = setting(False, "go on with the run in --out, to the same result as if it had never stopped")
+    device: str = setting("cpu", "cpu, cuda or cuda:N")
+    dtype: str = setting("bfloat16", "of the computation; weights are float32 besides", ("bfloat16", "float32"))
+    threads: int = setting(2, "CPU threads")
+
+    def __post_init__(self) -> None:
+        """Check every number. ValueError naming the field."""
+        self.out = self.out or f"runs/llm-{self.seed}"
+        self.check_judge()
+        if not self.model:
+            raise ValueError("model is missing; give --model with a Hugging Face directory or a .gguf file")
+        dno.check_positive(eta=self.eta, lr=self.lr, temperature=self.temperature)
+        dno.check_regularization(self.tau, self.eta)
+        if self.tau and self.algorithm in (1, 2):
+            raise ValueError(f"tau belongs to Algorithms 3 and 4, and algorithm is {self.algorithm}")
+        if (self.rule == "scored") != (self.judgments == "scores") or (self.rule == "scored" and self.oracle == "synthetic"):
+            raise ValueError("rule scored, judgments scores and a language model that scores belong together; give all three")
+        for name, least in (("iterations", 1), ("samples", 2), ("max_new_tokens", 1), ("max_prompt_tokens", 1), ("held_out", 2),
+                            ("judged", 1), ("batch_size", 1), ("at_once", 1), ("sample_batch", 1), ("seed", 0), ("threads", 1),
+                            ("train_prompts", 1), ("margin", 0), ("replay", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        self.practice(1.0)
+
+    def practice(self, pairs_a_prompt: float) -> dno.Practice:
+        """The settings of the loop; a batch is of the prompts that have about `batch_size` pairs."""
+        prompts = max(1, round(self.batch_size / max(1.0, pairs_a_prompt)))
+        return dno.Practice(self.samples, self.temperature, self.top_p, self.judgments, replay=self.replay,
+                            prompts_per_step=prompts, learning_rate=self.lr, max_grad_norm=1.0,
+                            recorded=self.dtype == "float32", at_once=self.at_once)  # fmt: skip
+
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """The prompts of a file, in its order. BadInput naming every line that is malformed, empty or there twice, and whether
+    some, but not all, prompts to train on have a gold response."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"prompts {path} cannot be read ({error})") from error
+    items, bad, seen = [], [], {}
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+        except ValueError:
+            item = None
+        if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
+            bad.append(f'line {number} is no {{"prompt": ...}}')
+        elif not item["prompt"].strip() or not isinstance(item.get("gold", ""), str):
+            bad.append(f"line {number} has an empty prompt, or a gold response that is no text")
+        elif (first := seen.setdefault(item["prompt"].strip(), number)) != number:
+            bad.append(f"line {number} is the prompt of line {first}")
+        else:
+            items.append(item)
+    if bad or not items:
+        raise BadInput(f"prompts {path}: " + ("; ".join(bad[:20]) if bad else "no line") + f"; expected {len(lines)} prompts")
+    return items
+
+
+def split_prompts(config: LlmConfig, chat: Chat) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Prompts to train on and prompts held out. BadInput if some are too long, too few, or if gold responses are missing."""
+    items = read_prompts(config.prompts)
+    long = [item["prompt"] for item in items if len(chat.prompt(item["prompt"])) > config.max_prompt_tokens]
+    if long:
+        raise BadInput(f"prompts {config.prompts}: {len(long)} are longer than --max-prompt-tokens {config.max_prompt_tokens}, "
+                       f"the first {long[0][:60]!r}")  # fmt: skip
+    marked = [item for item in items if item.get("split") == "validation"]
+    training = [item for item in items if item.get("split") != "validation"] if marked else items[: -config.held_out]
+    training, held_out = training[: config.train_prompts], (marked or items)[-config.held_out :]
+    if len(training) < config.iterations:
+        raise BadInput(f"prompts {config.prompts}: {len(training)} to train on; expected at least --iterations")
+    with_gold = sum("gold" in item for item in training)
+    if with_gold not in (0, len(training)):
+        raise BadInput(f"prompts {config.prompts}: {with_gold} of {len(training)} have a gold response; expected all or none")
+    random.Random(config.seed).shuffle(training)
+    return training, held_out
+
+
+class ChatValidation:
+    """Measures a policy on held-out prompts: samples of it against as many of pi_1's and of its predecessor's, drawn with the
+    same random numbers; and what users of such methods watch."""
+
+    def __init__(self, policy: ChatPolicy, judge: Oracle, prompts: list[str], config: LlmConfig, first: list[Tensor]):
+        self.policy, self.judge, self.config = policy, judge, config
+        self.prompts = [x for x in prompts for _ in range(config.judged)]
+        self.distinct, self.first_weights = prompts, first
+        self.samples: list[list[Response]] = []  # of pi_1, pi_2, ...
+        self.numbers: list[dict[str, float]] = []
+
+    def __call__(self) -> float:
+        """Sample from the policy as it is, have it judged; its win rate over pi_1. Stopped if there is no answer."""
+        survey = self.policy.survey(self.distinct, self.config.judged, self.config.seed)
+        self.samples.append(new := [y for ys in survey for y in ys])
+        if len(self.samples) == 1:
+            self.numbers.append(self.watched(new))
+            return 0.5
+        first, old = self.samples[0], self.samples[-2]
+        both = 1 + (len(self.samples) > 2)  # else they are the same
+        wins = self.judge.prefer(self.prompts * both, new * both, (first + old)[: both * len(new)])
+        report = win_rate_report(wins[: len(new)], self.prompts, [len(y) - len(z) for y, z in zip(new, first, strict=True)])
+        if report["n_parsed"] == 0:
+            raise Stopped("the judge has no answer to any question of the validation")
+        self.numbers.append({
+            "win_rate_vs_first": report["win_rate"], "win_rate_vs_first_interval": report["interval"],
+            "win_rate_vs_first_length_controlled": report["length_controlled"],
+            "win_rate_vs_previous": wins[-len(new) :].nanmean().item(), **self.watched(new)})  # fmt: skip
+        return report["win_rate"]
+
+    @torch.no_grad()
+    def watched(self, samples: list[Response]) -> dict[str, float]:
+        """Of samples of the policy as it is: mean length in words; shares cut off, with a run of three words twice, and empty;
+        the KL divergence from pi_1, estimated on them, nats a response; and their perplexity under pi_1, a token."""
+        own = self.policy.log_prob(self.prompts, samples)
+        weights = self.policy.weights()
+        self.policy.load(self.first_weights)
+        first = self.policy.log_prob(self.prompts, samples)
+        self.policy.load(weights)
+        tokens, n = sum(len(y.tokens) for y in samples), len(samples)
+        return {"mean_length": sum(len(y.split()) for y in samples) / n,
+                "truncated": sum(not self.policy.finished(y) for y in samples) / n,
+                "repeated": sum(dno.repeats_ngrams(y.split(), 3) for y in samples) / n,
+                "empty": sum(not y.strip() for y in samples) / n,
+                "kl_to_first": (own - first).mean().item(),
+                "perplexity_under_first": math.exp(-first.double().sum().item() / tokens)}  # fmt: skip
+
+
+def alarms(row: dict[str, float], first: dict[str, float]) -> list[str]:
+    """What in an iteration's row should worry: texts longer by half than pi_1's, more of them cut off, repetitive or empty, far
+    from pi_1, or a chosen response that has become less probable."""
+    found = []
+    if row["mean_length"] > 1.5 * first["mean_length"]:
+        found.append(f"responses are {row['mean_length'] / first['mean_length']:.1f} times as long as pi_1's")
+    for name, what in (("truncated", "cut off"), ("repeated", "repetitive"), ("empty", "empty")):
+        if row[name] > first[name] + 0.15:
+            found.append(f"{row[name]:.0%} of the responses are {what}, {first[name]:.0%} of pi_1's")
+    if row["kl_to_first"] > 30:
+        found.append(f"the policy is {row['kl_to_first']:.0f} nats from pi_1")
+    if row["chosen_log_ratio"] < -1:
+        found.append(f"log pi of the chosen responses has fallen by {-row['chosen_log_ratio']:.1f} nats in the iteration")
+    return found
+
+
+def llm_loop(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: list[dict[str, Any]], validation: ChatValidation,
+             **common: Any) -> Iterator[dno.Round]:  # fmt: skip
+    """The generator of the algorithm, over disjoint parts of the prompts."""
+    hard = config.algorithm in (2, 4)
+    gold = hard and "gold" in training[0]
+
+    def data(t: int) -> tuple[list[str], list[str] | None]:
+        part = training[t - 1 :: config.iterations]
+        return [item["prompt"] for item in part], [item["gold"] for item in part] if gold else None
+
+    common |= {"settings": config.practice(config.samples), "seed": config.seed}
+    first = (policy, judge, data, config.eta, config.iterations)
+    if not hard:
+        return dno.algorithm3_sampled(*first, validation, config.tau, **common)
+    rule = RULES[config.rule](config.margin)
+    if config.algorithm == 2:
+        return dno.algorithm2(*first, rule, validation, **common)
+    return dno.algorithm4(*first, rule, validation, config.tau, **common)
+
+
+def llm_row(it: dno.Round, config: LlmConfig, judge: Oracle, gold: bool) -> dict[str, float | None]:
+    """The numbers of an iteration that are not of validation: loss, pairs by kind, gold responses beaten, judgments, money."""
+    i, j = torch.triu_indices(*it.wins.shape[1:], 1)
+    samples = [y for ys in it.groups.responses for y in (ys[:-1] if gold else ys)]
+    kinds = dno.pair_kinds(it.chosen, it.wins.shape[1] - 1 if gold else -1)
+    row = {"loss": it.loss, "steps": it.steps, "chosen_log_ratio": it.chosen_log_ratio,
+           "sampled_words": sum(len(y.split()) for y in samples) / len(samples),
+           **{f"pairs_{kind}": count for kind, count in kinds.items()},
+           "judgments_failed": it.wins[:, i, j].isnan().double().mean().item()}  # fmt: skip
+    if gold:
+        row["win_rate_vs_teacher"] = it.wins[:, :-1, -1].nanmean().item()
+    if isinstance(judge, OpenAIJudge):
+        row |= Judging(judge, None).spending()
+    return row
+
+
+def write_llm_round(run: Run, it: dno.Round, gold: bool) -> None:
+    """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration."""
+    n, groups = it.wins.shape[1], it.groups
+    responses = [{"prompt": x, "response": y, "by": "teacher" if gold and i == n - 1 else "student",
+                  "rated": None if math.isnan(r) else r}
+                 for x, ys, rs in zip(groups.prompts, groups.responses, it.r_t.tolist(), strict=True)
+                 for i, (y, r) in enumerate(zip(ys, rs, strict=True))]  # fmt: skip
+    pairs = [{"prompt": groups.prompts[x], "first": groups.responses[x][i], "second": groups.responses[x][j]}
+             for x, i, j in it.chosen.tolist()]  # fmt: skip
+    for name, lines in (("responses", responses), ("pairs", pairs)):
+        run.write(f"{name}-{it.t:03d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def announce_llm(config: LlmConfig, judge: Oracle, training: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
+    """Say what a judge that must be asked will be asked, and what it will cost at most, responses being as long as they can."""
+    if not isinstance(judge, OpenAIJudge):
+        return
+    texts = [f"response {i} " + "word " * config.max_new_tokens for i in range(config.samples + 1)]
+    n = config.samples + ("gold" in training[0])
+    groups = [(item["prompt"], *two) for item in training for two in combinations(texts[:n], 2)]
+    surveys = [(item["prompt"], texts[0], texts[1]) for item in held_out] * (2 * config.judged * config.iterations)
+    plans = [judge.endpoint.plan(judge.questions(*zip(*asked, strict=True))) for asked in (groups, surveys)]
+    print(f"judge: {judge.endpoint}\n    training: {plans[0]}\n    validation: {plans[1]}")
+    if config.max_usd is not None:
+        print(f"    stops below ${config.max_usd:g}")
+
+
+def run_llm(config: LlmConfig) -> None:
+    """The preset "llm": see `LlmConfig`. Writes what README.md lists under "The folder of a run"."""
+    torch.set_num_threads(config.threads)
+    check_device(config.device)
+    try:
+        chat = Chat.from_pretrained(config.model, plain=config.chat_format == "plain")
+        training, held_out = split_prompts(config, chat)
+        judge: Oracle = TasteJudge()
+        if config.oracle != "synthetic":
+            judge = OpenAIJudge(open_judge(config), config.judge_form, seed=config.seed)
+            config.judge_model = judge.endpoint.model
+        announce_llm(config, judge, training, held_out)
+        if config.dry_run:
+            return
+        model = Transformer.from_pretrained(config.model, COMPUTE[config.dtype]).to(config.device)
+    except BadCheckpoint as error:
+        raise BadInput(str(error)) from error
+    run = Run("llm", config, CLASSES_KEPT)
+    policy = ChatPolicy(model, chat, config.max_new_tokens, config.sample_batch)
+    print(f"{sum(w.numel() for w in model.parameters()):,} parameters; {len(training)} prompts, {len(held_out)} held out; "
+          f"Algorithm {config.algorithm}. Writing to {config.out}")  # fmt: skip
+    judge_name = "the synthetic taste" if config.oracle == "synthetic" else config.oracle
+    validation = ChatValidation(policy, judge, [item["prompt"] for item in held_out], config, policy.weights())
+    first = train_llm(config, policy, judge, training, validation, run)
+    best = run.metrics[-1]["best_iteration"]
+    summary = {"config": asdict(config), "judge": judge_name, "first": first, "best_iteration": best, "last": run.metrics[-1],
+               "seconds": sum(row["seconds"] for row in run.metrics)}  # fmt: skip
+    run.write("summary.json", json.dumps(summary, indent=2) + "\n")
+    show_before_and_after(validation)
+    policy.refresh()
+    policy.model.save_pretrained(run.out / "best")
+    chat.save(run.out / "best")
+    print(f"\npi_{best}, the best on validation, is in {run.out}/best, for transformers and vLLM")
+
+
+def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: list[dict[str, Any]], validation: ChatValidation,
+              run: Run) -> dict[str, float]:  # fmt: skip
+    """Run the algorithm from pi_1 or the run's last checkpoint on, a line and a checkpoint an iteration; the policy is then the
+    best on validation. The numbers of pi_1."""
+    optimizer, after, gold = dno.adam(policy), None, config.algorithm in (2, 4) and "gold" in training[0]
+    if run.state:
+        with run.restoring():
+            policy.load(run.state["policy"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            pi_ref = copy.deepcopy(policy) if config.algorithm != 2 else None
+            if pi_ref is not None:
+                pi_ref.load(run.state["pi_ref"])
+            after = replace(run.state["round"], pi_ref=pi_ref)
+            validation.samples, validation.numbers = run.state["samples"], run.state["numbers"]
+    remember = lambda t, phase, *call: run.remember([t], phase, *call)  # noqa: E731
+    loop = llm_loop(config, policy, judge, training, validation, optimizer=optimizer, after=after, remember=remember)
+    print("    t | P(> pi_1)       at equal length | P(new > old) | words  cut off | KL(pi_1) | pairs | loss")
+    start = time.perf_counter()
+    try:
+        for it in loop:
+            row = {"iteration": it.t, "seconds": time.perf_counter() - start, **llm_row(it, config, judge, gold),
+                   **validation.numbers[-1], "best_iteration": it.best.t}  # fmt: skip
+            first, after = validation.numbers[0], it
+            write_llm_round(run, it, gold)
+            for t in {1, it.t + 1}:
+                run.write(f"validation-{t:03d}.jsonl", survey_lines(validation, t))
+            known = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
+            run.save({**known, "alarms": alarms(row, first)}, {
+                "policy": policy.weights(), "optimizer": optimizer.state_dict(), "round": replace(it, pi_ref=None),
+                "pi_ref": it.pi_ref.weights() if it.pi_ref else None, "samples": validation.samples,
+                "numbers": validation.numbers})  # fmt: skip
+            tqdm.write(f"{it.t:5d} | {row['win_rate_vs_first']:.3f} +- {row['win_rate_vs_first_interval']:.3f} "
+                       f"{row['win_rate_vs_first_length_controlled']:15.3f} | {row['win_rate_vs_previous']:12.3f} | "
+                       f"{row['mean_length']:5.1f} {row['truncated']:8.2f} | {row['kl_to_first']:8.2f} | {len(it.chosen):5d} | "
+                       f"{row['loss']:.4f}")  # fmt: skip
+            for alarm in alarms(row, first):
+                tqdm.write(f"      ! {alarm}")
+            start = time.perf_counter()
+    except dno.NotFinite as error:
+        lines = [{"prompt": x, "response": y} for x, y in zip(error.batch.prompts, error.batch.responses, strict=True)]
+        run.write("not-finite.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        raise Stopped(f"{error}; its batch is in {run.out}/not-finite.jsonl; a smaller --lr may help") from error
+    policy.load(after.best.parameters)
+    return validation.numbers[0]
+
+
+def survey_lines(validation: ChatValidation, t: int) -> str:
+    """The samples of pi_t on the held-out prompts, as lines of JSON."""
+    return "".join(json.dumps({"prompt": x, "response": y}) + "\n"
+                   for x, y in zip(validation.prompts, validation.samples[t - 1], strict=True))  # fmt: skip
+
+
+def show_before_and_after(validation: ChatValidation) -> None:
+    """Three held-out prompts, with a response of pi_1 and one of the last policy."""
+    for place in range(0, min(3 * validation.config.judged, len(validation.prompts)), validation.config.judged):
+        print(f"\n{validation.prompts[place]}")
+        for name, samples in (("pi_1", validation.samples[0]), (f"pi_{len(validation.samples)}", validation.samples[-1])):
+            print(f"  {name}: {' '.join(samples[place].split())[:300]}")
+
+
 # --- Command line -----------------------------------------------------------------------------------------------------------
 
-PRESETS = {"game": (GameConfig, run_game), "text": (TextConfig, run_text), "ablations": (AblationsConfig, run_ablations)}
+PRESETS = {"game": (GameConfig, run_game), "text": (TextConfig, run_text), "ablations": (AblationsConfig, run_ablations),
+           "llm": (LlmConfig, run_llm)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -72,6 +72,13 @@ def write_text(do, command, server, monkeypatch):
     assert do(command, SMALL_TEXT, asked, f"--judge-url {server.url}" if asked else "") == 0
 
 
+def train_chat_model(do, command, server, monkeypatch):
+    from test_llm import SHORT, make_model
+
+    shutil.copytree(ROOT / "prompts", "prompts")
+    assert do(re.sub(r"--model \S+", f"--model {make_model('tiny')}", command), SHORT, "--train-prompts 8 --at-once 8") == 0
+
+
 def ablate(do, command, server, monkeypatch):
     """Half a minute even when it is small, and run by this test already."""
     assert callable(test_train_text.test_the_ablations_write_what_they_promise_and_do_not_repeat_finished_runs)
@@ -137,6 +144,14 @@ def measure_judging(do, command, server, monkeypatch):
     module("benchmarks.judge", monkeypatch, "--latency", "0.01", "--pairs", "20")
 
 
+def measure_llm(do, command, server, monkeypatch):
+    from test_llm import make_model
+
+    shutil.copytree(ROOT / "prompts", "prompts")
+    more = ["--model", str(make_model("tiny")), "--prompts", "8", "--max-new-tokens", "4"]
+    module("benchmarks.llm", monkeypatch, *more)
+
+
 def run_a_notebook(do, command, server, monkeypatch):
     """test_notebooks.py runs all, by the function that the command uses."""
     assert callable(run_notebook)
@@ -161,12 +176,14 @@ RUNS = {  # what a command looks like -> how it is run here; the first that fits
     r"(\.venv/bin/)?python train\.py text .*--dry-run": plan_text,
     r"(\.venv/bin/)?python train\.py text( --.*)?": write_text,
     r"(\.venv/bin/)?python train\.py ablations": ablate,
+    r"(\.venv/bin/)?python train\.py llm --.*": train_chat_model,
     r"(\.venv/bin/)?python oracle\.py agreement .*": compare,
     r"(\.venv/bin/)?python -m recordings\.record .*": record,
     r"(\.venv/bin/)?python -m figures\.animation": draw,
     r"(\.venv/bin/)?python -m benchmarks\.theorem_1": measure_theorem_1,
     r"(\.venv/bin/)?python -m benchmarks\.game": measure_game,
     r"(\.venv/bin/)?python -m benchmarks\.text( --.*)?": measure_text,
+    r"(\.venv/bin/)?python -m benchmarks\.llm( --.*)?": measure_llm,
     r"(\.venv/bin/)?python -m benchmarks\.judge( --.*)?": measure_judging,
 }
 

@@ -46,12 +46,12 @@ def finished(tmp_path_factory):
 
 
 def test_the_readme_explains_every_column_of_a_text_run(finished):
-    table = (ROOT / "README.md").read_text().split("The columns of a text run:")[1].split("\n## ")[0]
+    table = (ROOT / "README.md").read_text().split("The columns of a text run:")[1].split("The columns of an llm")[0]
     explained = {name for cell in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`(\w+)`", cell)}
     assert explained == {name for row in rows(finished) for name in row}
 
 
-@pytest.mark.parametrize(("asked", "shown"), [("--help", {"game", "text", "ablations"}), ("text --help", {"text"})])
+@pytest.mark.parametrize(("asked", "shown"), [("--help", {"game", "text", "ablations", "llm"}), ("text --help", {"text"})])
 def test_help_shows_every_preset_or_the_one_asked_for(asked, shown, capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main(asked.split())

@@ -1,0 +1,386 @@
+"""Chat models: scoring that shares prompts, weights kept in float32, the preset "llm" on a tiny model made here."""
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import refused
+
+import dno
+import train
+from checkpoints import Chat
+from model import Cache, ChatPolicy, Config, Transformer, choose, shared_log_prob, token_log_prob
+from oracle import TasteJudge
+
+tokenizers = pytest.importorskip("tokenizers")
+PROMPTS = [f"What is {what}?" for what in "rain snow wind fire sea star cloud storm moon river hill ice fog dew hail".split()]
+TEMPLATE = ("{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
+FLOAT32 = 2e-5  # nats: sums of some ten float32 log-probabilities by another order of operations
+SHORT = ("--max-new-tokens 8 --samples 3 --held-out 3 --judged 2 --iterations 2 --batch-size 8 --lr 0.003 --threads 1 "
+         "--margin 0.02")  # fmt: skip
+
+
+def make_model(folder, seed=0, **more):
+    """A Hugging Face directory with a tiny random model, a tokenizer of its own and a chat template."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    bytes_of_text = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|start|>", "<|end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=bytes_of_text)
+    tokenizer.train_from_iterator(PROMPTS * 3, trainer)
+    torch.manual_seed(seed)
+    size = tokenizer.get_vocab_size()
+    shape = Config(size, layers=2, width=32, heads=2, kv_heads=1, hidden=64, tied=True, context=256, **more)
+    Transformer(shape).save_pretrained(folder)
+    Chat(tokenizer, TEMPLATE, {"eos_token": "<|end|>"}, tokenizer.token_to_id("<|end|>")).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def policy_of(directory, dtype=torch.float32, **more):
+    return ChatPolicy(Transformer.from_pretrained(directory, dtype), Chat.from_pretrained(directory), 10, **more)
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in PROMPTS))
+    return path
+
+
+# --- Scoring ---
+
+
+def tokens_of(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, 40, (n,), generator=generator) for n in lengths]
+
+
+def test_responses_that_share_a_prompt_are_scored_as_if_each_stood_alone():
+    """float64, so that only a wrong mask, position or place could make a difference; gradients too."""
+    torch.manual_seed(0)
+    model = Transformer(Config(41, tied=True)).double()
+    x1, x2, *ys = tokens_of(5, 9, 1, 4, 7, 3, 2)
+    prompts = [x1, x2, x1, x1, x2]
+    shared = shared_log_prob(model, prompts, ys)
+    alone = token_log_prob({model: 1.0}, prompts, ys, 41)
+    assert (shared - alone).abs().max() < FLOAT32  # the last step, over tokens, is float32 by design
+    gradients = []
+    for loss in (shared, alone):
+        model.zero_grad()
+        loss.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).abs().max() < FLOAT32 * gradients[1].abs().max()
+
+
+def test_a_response_cannot_see_another_to_the_same_prompt():
+    torch.manual_seed(0)
+    model = Transformer(Config(41, tied=True))
+    x, y, z, other = tokens_of(5, 6, 4, 4)
+    beside_z, beside_other = (shared_log_prob(model, [x, x], [y, beside])[0].item() for beside in (z, other))
+    assert (z != other).any()
+    assert beside_z == pytest.approx(beside_other, abs=FLOAT32)
+
+
+def test_scores_do_not_depend_on_the_batch(directory):
+    xs = [x for x in PROMPTS[:4] for _ in range(3)]
+    ys = [f"It is number {i}, so to say." for i in range(12)]
+    with torch.no_grad():
+        one, many = (policy_of(directory, batch=batch).log_prob(xs, ys) for batch in (1, 64))
+    assert (one - many).abs().max() < FLOAT32 * 10  # about 20 tokens each
+
+
+def test_samples_do_not_depend_on_the_batch_and_are_recorded_as_they_are_scored(directory):
+    policy, several = policy_of(directory), policy_of(directory, batch=2)
+    ys, recorded = policy.sample(PROMPTS[:6], 2, 1.0, 1.0, seed=3)
+    assert ys == several.sample(PROMPTS[:6], 2, 1.0, 1.0, seed=3)[0]
+    with torch.no_grad():
+        scored = policy.log_prob([x for x in PROMPTS[:6] for _ in range(2)], [y for two in ys for y in two])
+    assert (scored - recorded.flatten()).abs().max() < FLOAT32 * 10
+    assert {policy.finished(y) for two in ys for y in two} <= {True, False}
+    assert all(policy.finished(y) == (y.tokens[-1] == policy.end) for two in ys for y in two)
+
+
+def test_the_nucleus_is_the_same_however_many_tokens_it_takes():
+    """By sorting all of 3,000: peaked, middling and flat distributions need 1 to thousands of tokens for 95%."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 3000, generator=generator, dtype=torch.float64) * torch.tensor([[9.0], [2.0], [0.1]])
+    log_probs = logits.log_softmax(-1)
+    for u in (0.0, 0.3, 0.7, 0.999):
+        chosen = choose(log_probs, torch.full((3,), u, dtype=torch.float64), 1.0, 0.95)
+        p, order = log_probs.exp().sort(dim=-1, descending=True)
+        kept = p * (p.cumsum(-1) - p < 0.95)
+        expected = [order[i, torch.searchsorted(kept[i].cumsum(-1), u * kept[i].sum(), right=True)] for i in range(3)]
+        assert chosen.tolist() == [int(token) for token in expected]
+
+
+# --- Weights ---
+
+
+def test_steps_too_small_for_bfloat16_add_up_in_the_master_weights(directory):
+    """1e-5 of a weight near 1 is 1/800 of bfloat16's spacing there: alone it is lost, 1,000 of them are not."""
+    policy = policy_of(directory, torch.bfloat16)
+    before = policy.model.norm.weight.detach().clone()
+    assert (before == 1).all()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    names = [name for name, _ in policy.model.named_parameters()]
+    norm = policy.masters[names.index("norm.weight")]
+    policy.log_prob(PROMPTS[:1], ["Water."]).sum().backward()
+    for _ in range(1000):
+        for master in policy.masters:
+            master.grad = None
+        norm.grad = torch.full_like(norm, 1e-5)
+        optimizer.step()
+    assert (policy.model.norm.weight == before).all()  # not told yet
+    policy.refresh()
+    assert policy.model.norm.weight.detach().float().mean().item() == pytest.approx(0.99, abs=2**-8)
+
+
+def test_gradients_are_gathered_in_float32_and_are_those_of_float32_up_to_bfloat16s_rounding(directory):
+    half, full = policy_of(directory, torch.bfloat16), policy_of(directory)
+    for policy in (half, full):
+        for y in ("Water.", "It depends on the weather, I think."):
+            policy.log_prob(PROMPTS[:1], [y]).sum().backward()
+    assert all(weight.grad is None for weight in half.model.parameters())
+    assert all(master.grad.dtype == torch.float32 for master in half.parameters())
+    a, b = (torch.cat([p.grad.flatten() for p in policy.parameters()]).double() for policy in (half, full))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.995  # rounding of 2^-9 in each of a few layers
+
+
+def test_a_trained_policy_samples_with_its_new_weights_and_load_brings_the_old_ones_back(directory):
+    policy = policy_of(directory, torch.bfloat16)
+    old, y = policy.weights(), "Water falls."
+    score = lambda: policy.log_prob(PROMPTS[:1], [y]).item()  # noqa: E731
+    before, optimizer = score(), dno.adam(policy)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    for _ in range(5):
+        optimizer.zero_grad()
+        (-policy.log_prob(PROMPTS[:1], [y])).sum().backward()
+        optimizer.step()
+    assert score() > before + 5
+    policy.load(old)
+    assert score() == before
+
+
+# --- The loop's options for large models ---
+
+
+def groups_and_pairs():
+    groups = dno.Groups(PROMPTS[:4], [["Water.", "It is water, mostly."]] * 4, torch.full((4, 2), float("nan")))
+    return groups, dno.form_pairs(groups, torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[x, 0, 1] for x in range(4)]))
+
+
+def test_gradients_of_pieces_add_up_to_the_batchs(directory):
+    """One step of SGD on four prompts' pairs at once, and by one and by three."""
+    weights = {}
+    for at_once in (None, 1, 3):
+        policy = policy_of(directory)
+        settings = dno.Practice(at_once=at_once, prompts_per_step=4, max_grad_norm=1e9)
+        D = dno.with_reference(groups_and_pairs()[1], policy)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+        fit = dno.fit_pairs(policy, D, dno.hard_targets(1.0), optimizer, settings, 0.1, torch.Generator().manual_seed(0))
+        assert fit["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert fit["chosen_log_ratio"] == pytest.approx(0, abs=1e-4)
+        assert fit["steps"] == 1
+        weights[at_once] = torch.cat(policy.weights()[:1])
+    assert (weights[None] - policy_of(directory).weights()[0]).abs().max() > 1e-4
+    for at_once in (1, 3):
+        assert (weights[at_once] - weights[None]).abs().max() < 1e-6
+
+
+def test_what_bfloat16_recorded_is_not_the_losss_reference(directory):
+    policy = policy_of(directory)
+    for recorded in (True, False):
+        groups = dno.sample_groups(policy, PROMPTS[:2], None, dno.Practice(samples=2, recorded=recorded), seed=0)
+        assert groups.log_pi_t.isnan().all() == (not recorded)
+    D = dno.with_reference(dno.form_pairs(groups, torch.zeros(2, 2), torch.tensor([[0, 0, 1]])), policy)
+    assert not D.log_reference.isnan().any()
+
+
+def test_a_gradient_that_is_not_finite_stops_with_its_batch(directory):
+    policy = policy_of(directory)
+    D = dno.with_reference(groups_and_pairs()[1], policy)
+    with torch.no_grad():
+        policy.model.norm.weight[0] = float("nan")
+    with pytest.raises(dno.NotFinite, match="step 1") as caught:
+        dno.fit_pairs(policy, D, dno.hard_targets(1.0), dno.adam(policy), dno.Practice(), 1e-3, torch.Generator())
+    assert caught.value.batch.prompts
+
+
+# --- The preset ---
+
+
+def run(directory, prompts_file, out, *more):
+    paths = {"--model": directory, "--prompts": prompts_file, "--out": out}
+    return train.main(["llm", *(str(word) for pair in paths.items() for word in pair), *SHORT.split(), *more])
+
+
+@pytest.fixture(scope="module")
+def finished(directory, prompts_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "llm"
+    assert run(directory, prompts_file, out) == 0
+    return out
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_writes_its_folder_and_the_readme_explains_its_columns(finished):
+    names = "config.json metrics.jsonl summary.json checkpoint best responses-001.jsonl responses-002.jsonl pairs-001.jsonl"
+    names += " pairs-002.jsonl validation-001.jsonl validation-002.jsonl validation-003.jsonl"
+    assert {path.name for path in finished.iterdir()} == set(names.split())
+    table = (Path(train.__file__).parent / "README.md").read_text().split("The columns of an llm run:")[1].split("\n## ")[0]
+    explained = {name for cell in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`(\w+)`", cell)}
+    assert {name for row in lines(finished / "metrics.jsonl") for name in row} <= explained
+
+
+def test_iterations_have_disjoint_parts_of_the_prompts_and_none_that_are_held_out(finished):
+    parts = [{line["prompt"] for line in lines(finished / f"responses-00{t}.jsonl")} for t in (1, 2)]
+    held_out = {line["prompt"] for line in lines(finished / "validation-001.jsonl")}
+    assert not parts[0] & parts[1]
+    assert held_out == set(PROMPTS[-3:])
+    assert parts[0] | parts[1] == set(PROMPTS[:-3])
+
+
+def test_its_pairs_keep_the_margin_and_its_numbers_are_those_of_the_saved_samples(finished):
+    for t, row in enumerate(lines(finished / "metrics.jsonl"), 1):
+        rated = {(line["prompt"], line["response"]): line["rated"] for line in lines(finished / f"responses-00{t}.jsonl")}
+        pairs = lines(finished / f"pairs-00{t}.jsonl")
+        assert len(pairs) == sum(row[f"pairs_{kind}"] for kind in train.KINDS) > 0
+        for pair in pairs:
+            assert rated[pair["prompt"], pair["first"]] - rated[pair["prompt"], pair["second"]] >= 0.02 - 1e-9
+        first, now = (lines(finished / f"validation-00{i}.jsonl") for i in (1, t + 1))
+        columns = [line["prompt"] for line in now], [line["response"] for line in now], [line["response"] for line in first]
+        assert row["win_rate_vs_first"] == pytest.approx(TasteJudge().prefer(*columns).mean().item(), abs=1e-9)
+        assert row["mean_length"] == pytest.approx(sum(len(y.split()) for y in columns[1]) / len(now))
+
+
+def test_the_best_policy_loads_in_transformers_and_scores_as_here(finished):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / "best", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "best")
+    said = [{"role": "user", "content": PROMPTS[0]}]
+    asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    ours = Chat.from_pretrained(finished / "best")
+    assert asked == ours.prompt(PROMPTS[0])
+    tokens = torch.tensor([asked])
+    with torch.no_grad():
+        assert (theirs(tokens).logits - Transformer.from_pretrained(finished / "best")(tokens)).abs().max() < 1e-4
+
+
+def test_killed_after_an_iteration_and_resumed_it_ends_the_same(finished, directory, prompts_file, tmp_path, monkeypatch):
+    out, save = tmp_path / "again", train.Run.save
+
+    def dying(self, row, state):
+        save(self, row, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "save", dying)
+    assert run(directory, prompts_file, out) == 130
+    monkeypatch.setattr(train.Run, "save", save)
+    assert run(directory, prompts_file, out, "--resume") == 0
+    for name in ("responses-002.jsonl", "pairs-002.jsonl", "validation-003.jsonl"):
+        assert (out / name).read_text() == (finished / name).read_text(), name
+    assert (out / "best/model.safetensors").read_bytes() == (finished / "best/model.safetensors").read_bytes()
+    assert run(directory, prompts_file, out, "--resume") == 0  # nothing is left to do
+
+
+@pytest.mark.parametrize("more", ["--algorithm 4 --tau 0.05", "--algorithm 3 --tau 0.05 --eta 0.5", "--dtype float32"])
+def test_other_algorithms_and_float32_run_too(more, directory, prompts_file, tmp_path):
+    assert run(directory, prompts_file, tmp_path / "run", "--iterations", "1", *more.split()) == 0
+    assert len(lines(tmp_path / "run/metrics.jsonl")) == 1
+
+
+def test_gold_responses_take_part_when_every_prompt_has_one(directory, tmp_path):
+    path = tmp_path / "gold.jsonl"
+    gold = "It is weather. It comes and goes."
+    path.write_text("".join(json.dumps({"prompt": x, "gold": gold}) + "\n" for x in PROMPTS))
+    assert run(directory, path, tmp_path / "run", "--iterations", "1") == 0
+    by = [line["by"] for line in lines(tmp_path / "run/responses-001.jsonl")]
+    assert by[:4] == ["student"] * 3 + ["teacher"]
+    (row,) = lines(tmp_path / "run/metrics.jsonl")
+    assert 0 <= row["win_rate_vs_teacher"] <= 1
+    assert row["pairs_teacher_student"] > 0
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('{"prompt": "One?"}\nnot json\n', "line 2"),
+    ('{"prompt": "One?"}\n{"prompt": "One? "}\n', "line 2 is the prompt of line 1"),
+    ('{"prompt": "  "}\n', "line 1 has an empty prompt"), ('{"text": "One?"}\n', "line 1 is no"), ("", "no line"),
+    ('{"prompt": "One?", "gold": 3}\n', "line 1"),
+    ('{"prompt": "One?"}\n' + json.dumps({"prompt": "long " * 600}) + "\n", "are longer than"),
+])  # fmt: skip
+def test_bad_prompts_are_refused_with_their_lines_before_anything_is_written(text, said, directory, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    arguments = ["llm", "--model", str(directory), "--prompts", str(path), "--out", str(tmp_path / "run"), *SHORT.split()]
+    assert said in refused(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_some_gold_responses_and_not_all_are_refused(directory, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    items = [{"prompt": x, **({"gold": "Yes."} if i % 2 else {})} for i, x in enumerate(PROMPTS)]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    arguments = ["llm", "--model", str(directory), "--prompts", str(path), "--out", str(tmp_path / "run"), *SHORT.split()]
+    assert "expected all or none" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ("--model nowhere", "nowhere is no checkpoint"), ("", "model is missing"), ("--model x --tau 0.05", "tau belongs to"),
+    ("--model x --samples 1", "samples is 1"), ("--model x --rule scored", "belong together"),
+])  # fmt: skip
+def test_bad_options_are_refused_in_a_line(arguments, said, prompts_file, tmp_path, capsys):
+    asked = ["llm", "--prompts", str(prompts_file), "--out", str(tmp_path / "run"), *arguments.split()]
+    assert said in refused(capsys, *asked)
+
+
+def test_alarms_ring_when_and_only_when_something_is_wrong():
+    first = {"mean_length": 40.0, "truncated": 0.5, "repeated": 0.1, "empty": 0.0}
+    fine = {**first, "kl_to_first": 2.0, "chosen_log_ratio": 0.3}
+    assert train.alarms(fine, first) == []
+    for name, value, said in (("mean_length", 70.0, "1.8 times as long"), ("truncated", 0.7, "70% of the responses are cut"),
+                              ("repeated", 0.3, "repetitive"), ("empty", 0.2, "empty"), ("kl_to_first", 31.0, "31 nats"),
+                              ("chosen_log_ratio", -2.0, "fallen by 2.0 nats")):  # fmt: skip
+        (alarm,) = train.alarms({**fine, name: value}, first)
+        assert said in alarm
+
+
+def test_the_kl_divergence_of_pi_1_from_itself_is_0_and_grows_when_the_policy_moves(directory):
+    policy = policy_of(directory)
+    config = train.LlmConfig(model="x", judged=2, max_new_tokens=10)
+    validation = train.ChatValidation(policy, TasteJudge(), PROMPTS[:4], config, policy.weights())
+    assert validation() == 0.5
+    assert validation.numbers[0]["kl_to_first"] == 0
+    moved = copy.deepcopy(policy.weights())
+    moved[0] = moved[0] * 1.5
+    policy.load(moved)
+    validation()
+    assert validation.numbers[1]["kl_to_first"] > 0.1
+    assert policy.weights()[0].equal(moved[0])
+    assert validation.numbers[1]["perplexity_under_first"] > 1
+
+
+def test_in_bfloat16_heads_that_share_keys_read_a_new_token_as_the_full_sequence_does(directory):
+    """A cached step against the forward pass of all tokens, in bfloat16: equal up to its rounding."""
+    model = Transformer.from_pretrained(directory, torch.bfloat16)
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 300, (3, 12))
+    with torch.no_grad():
+        whole, cache = model(tokens), Cache(model.config, 3, 12, model.head.weight)
+        model(tokens[:, :6], cache=cache)
+        for t in range(6, 12):
+            step = model(tokens[:, t : t + 1], cache=cache)
+            assert (step[:, 0] - whole[:, t]).abs().max() < 0.1 * whole.float().std()
