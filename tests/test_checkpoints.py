@@ -502,7 +502,7 @@ def test_a_broken_config_is_refused(one, text):
     ({"rope_parameters": 3}, "rope"),
     ({"rope_parameters": {"rope_theta": "ten thousand"}}, "rope"),
     ({"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 8192, "high_freq_factor": 1.0}}, "high_freq_factor"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_a_config_that_is_not_supported_is_refused(one, changes, said):
     reconfigure(one, **changes)
     refused(one, "config.json", said)
@@ -606,7 +606,7 @@ def test_truncated_and_spoilt_gguf_files_are_refused(small_llama, tmp_path):
     ({"leave_out": ["rope_dimension_count"], "edit": lambda w: w.add_rope_dimension_count(8)}, "rope.dimension_count"),
     ({"add": {"blk.0.attn_q.bias": np.zeros(64, np.float32)}}, "blocks.0.attention.q.bias"),
     ({"add": {"blk.0.ffn_gate_inp.weight": np.zeros((2, 64), np.float32)}}, "blk.0.ffn_gate_inp.weight"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_gguf_files_that_are_not_supported_are_refused(small_llama, tmp_path, edit, said):
     refused(write_gguf(tmp_path / "model.gguf", small_llama, **edit), "model.gguf", said)
 
@@ -768,7 +768,7 @@ def test_an_answer_is_decoded_without_special_tokens(tmp_path):
     "{{ 'x' * 3",
     "{% for %}",
     "{{ messages[0].content | no_such_filter }}",
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_templates_that_fail_leave_the_message_out_or_reach_for_python_are_refused(tmp_path, template):
     write_chat(tmp_path, "{{ messages[0].content }}")
     chat_config(tmp_path, chat_template=template)
@@ -816,7 +816,7 @@ def test_special_tokens_are_read_as_names_and_as_objects(tmp_path):
     assert chat.prompt("Hi") == expected
 
 
-@pytest.mark.parametrize("end", [..., None, "", "<|no such token|>", 3, {"content": 3}, {"special": True}], ids=str)
+@pytest.mark.parametrize("end", [..., None, "", "<|no such token|>", 3, {"content": 3}, {"special": True}])
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, end):
     write_chat(tmp_path)
     chat_config(tmp_path, eos_token=end)
@@ -955,7 +955,7 @@ def test_copies_of_a_policy_share_its_chat(tmp_path):
     ({"token_merges": ["one"]}, "vocabulary"),
     ({"eos_token_id": None}, "eos_token"),
     ({"eos_token_id": 10_000}, "eos_token"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_vocabularies_of_gguf_files_that_are_not_supported_are_refused(changes, said, tmp_path):
     path = write_vocabulary(tmp_path / "model.gguf", byte_pairs(), **changes)
     refused(path, "model.gguf", said, by=Chat.from_pretrained)
