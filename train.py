@@ -1626,9 +1626,10 @@ def announce_llm(config: LlmConfig, judge: Oracle, training: list[dict[str, Any]
     texts = [f"response {i} " + "word " * config.max_new_tokens for i in range(config.samples + 1)]
     n = config.samples + ("gold" in training[0])
     groups = [(item["prompt"], *two) for item in training for two in combinations(texts[:n], 2)]
-    surveys = [(item["prompt"], texts[0], texts[1]) for item in held_out] * (2 * config.judged * config.iterations)
-    plans = [judge.endpoint.plan(judge.questions(*zip(*asked, strict=True))) for asked in (groups, surveys)]
-    print(f"judge: {judge.endpoint}\n    training: {plans[0]}\n    validation: {plans[1]}")
+    surveys = [(item["prompt"], texts[0], texts[1]) for item in held_out]
+    training_plan, survey = (judge.endpoint.plan(judge.questions(*zip(*asked, strict=True))) for asked in (groups, surveys))
+    validation = survey * (config.judged * (2 * config.iterations - 1))  # against pi_1, from pi_3 on also the last
+    print(f"judge: {judge.endpoint}\n    training: {training_plan}\n    validation: {validation}")
     if config.max_usd is not None:
         print(f"    stops below ${config.max_usd:g}")
 

@@ -347,6 +347,14 @@ def test_bad_options_are_refused_in_a_line(arguments, said, prompts_file, tmp_pa
     assert said in refused(capsys, *asked)
 
 
+def test_a_dry_run_counts_every_sample_of_every_survey(directory, prompts_file, tmp_path, capsys):
+    """12 sheets of training; of 3 held-out prompts 2 samples each, of pi_2 against pi_1, of pi_3 against pi_1 and pi_2."""
+    assert run(directory, prompts_file, tmp_path / "run", "--oracle", "openai:gpt-4-turbo", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"(training|validation): (\d+) requests", said) == [("training", "12"), ("validation", str(3 * 2 * 3))]
+    assert not (tmp_path / "run").exists()
+
+
 def test_alarms_ring_when_and_only_when_something_is_wrong():
     first = {"mean_length": 40.0, "truncated": 0.5, "repeated": 0.1, "empty": 0.0}
     fine = {**first, "kl_to_first": 2.0, "chosen_log_ratio": 0.3}
