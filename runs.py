@@ -10,7 +10,7 @@ import os
 import pickle
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -280,10 +280,14 @@ class Run:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, self.out / name)
 
+    def write_lines(self, name: str, items: Iterable[dict[str, Any]]) -> None:
+        """Write a .jsonl file of the folder, an object a line, in one piece."""
+        self.write(name, "".join(json.dumps(item) + "\n" for item in items))
+
     def save(self, row: dict[str, Any], state: dict[str, Any]) -> None:
         """End an iteration: its row joins metrics.jsonl, then row and state become the checkpoint, atomically."""
         self.metrics.append(row)
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
+        self.write_lines("metrics.jsonl", self.metrics)
         self.checkpoint(state)
 
     def checkpoint(self, state: dict[str, Any]) -> None:

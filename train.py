@@ -13,7 +13,7 @@ import random
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -906,7 +906,7 @@ def write_round(run: Run, iteration: int, it: dno.Round, hard: bool, rated: str)
         label = 1.0 if hard else torch.sigmoid(it.r_t[x, i] - it.r_t[x, j]).item()
         pairs.append({"prompt": it.groups.prompts[x], "first": first, "second": second, "label": label})
     for name, lines in (("responses", responses), ("pairs", pairs)):
-        run.write(f"{name}-{iteration:03d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        run.write_lines(f"{name}-{iteration:03d}.jsonl", lines)
 
 
 def show_responses(validation: Validation) -> None:
@@ -1451,19 +1451,18 @@ class LlmConfig(JudgeOptions):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
-        self.practice(1.0)
+        self.practice()
 
-    def practice(self, pairs_a_prompt: float) -> dno.Practice:
-        """The settings of the loop; a batch is of the prompts that have about `batch_size` pairs."""
-        prompts = max(1, round(self.batch_size / max(1.0, pairs_a_prompt)))
+    def practice(self) -> dno.Practice:
+        """The settings of the loop; a batch is of prompts that have about `batch_size` pairs, at K pairs a prompt."""
+        prompts = max(1, round(self.batch_size / self.samples))
         return dno.Practice(self.samples, self.temperature, self.top_p, self.judgments, replay=self.replay,
                             prompts_per_step=prompts, learning_rate=self.lr, max_grad_norm=1.0,
                             recorded=self.dtype == "float32", at_once=self.at_once)  # fmt: skip
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """The prompts of a file, in its order. BadInput naming every line that is malformed, empty or there twice, and whether
-    some, but not all, prompts to train on have a gold response."""
+    """The prompts of a file, in its order. BadInput naming the lines that are malformed, empty or there twice."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -1580,7 +1579,7 @@ def llm_loop(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: lis
         part = training[t - 1 :: config.iterations]
         return [item["prompt"] for item in part], [item["gold"] for item in part] if gold else None
 
-    common |= {"settings": config.practice(config.samples), "seed": config.seed}
+    common |= {"settings": config.practice(), "seed": config.seed}
     first = (policy, judge, data, config.eta, config.iterations)
     if not hard:
         return dno.algorithm3_sampled(*first, validation, config.tau, **common)
@@ -1616,7 +1615,7 @@ def write_llm_round(run: Run, it: dno.Round, gold: bool) -> None:
     pairs = [{"prompt": groups.prompts[x], "first": groups.responses[x][i], "second": groups.responses[x][j]}
              for x, i, j in it.chosen.tolist()]  # fmt: skip
     for name, lines in (("responses", responses), ("pairs", pairs)):
-        run.write(f"{name}-{it.t:03d}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        run.write_lines(f"{name}-{it.t:03d}.jsonl", lines)
 
 
 def announce_llm(config: LlmConfig, judge: Oracle, training: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
@@ -1655,11 +1654,11 @@ def run_llm(config: LlmConfig) -> None:
     policy = ChatPolicy(model, chat, config.max_new_tokens, config.sample_batch)
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters; {len(training)} prompts, {len(held_out)} held out; "
           f"Algorithm {config.algorithm}. Writing to {config.out}")  # fmt: skip
-    judge_name = "the synthetic taste" if config.oracle == "synthetic" else config.oracle
     validation = ChatValidation(policy, judge, [item["prompt"] for item in held_out], config, policy.weights())
     first = train_llm(config, policy, judge, training, validation, run)
     best = run.metrics[-1]["best_iteration"]
-    summary = {"config": asdict(config), "judge": judge_name, "first": first, "best_iteration": best, "last": run.metrics[-1],
+    judged_by = "the synthetic taste" if config.oracle == "synthetic" else config.oracle
+    summary = {"config": asdict(config), "judge": judged_by, "first": first, "best_iteration": best, "last": run.metrics[-1],
                "seconds": sum(row["seconds"] for row in run.metrics)}  # fmt: skip
     run.write("summary.json", json.dumps(summary, indent=2) + "\n")
     show_before_and_after(validation)
@@ -1691,12 +1690,12 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
         for it in loop:
             row = {"iteration": it.t, "seconds": time.perf_counter() - start, **llm_row(it, config, judge, gold),
                    **validation.numbers[-1], "best_iteration": it.best.t}  # fmt: skip
-            first, after = validation.numbers[0], it
+            warnings, after = alarms(row, validation.numbers[0]), it
             write_llm_round(run, it, gold)
             for t in {1, it.t + 1}:
-                run.write(f"validation-{t:03d}.jsonl", survey_lines(validation, t))
+                run.write_lines(f"validation-{t:03d}.jsonl", written(validation.prompts, validation.samples[t - 1]))
             known = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
-            run.save({**known, "alarms": alarms(row, first)}, {
+            run.save({**known, "alarms": warnings}, {
                 "policy": policy.weights(), "optimizer": optimizer.state_dict(), "round": replace(it, pi_ref=None),
                 "pi_ref": it.pi_ref.weights() if it.pi_ref else None, "samples": validation.samples,
                 "numbers": validation.numbers})  # fmt: skip
@@ -1704,21 +1703,19 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
                        f"{row['win_rate_vs_first_length_controlled']:15.3f} | {row['win_rate_vs_previous']:12.3f} | "
                        f"{row['mean_length']:5.1f} {row['truncated']:8.2f} | {row['kl_to_first']:8.2f} | {len(it.chosen):5d} | "
                        f"{row['loss']:.4f}")  # fmt: skip
-            for alarm in alarms(row, first):
+            for alarm in warnings:
                 tqdm.write(f"      ! {alarm}")
             start = time.perf_counter()
     except dno.NotFinite as error:
-        lines = [{"prompt": x, "response": y} for x, y in zip(error.batch.prompts, error.batch.responses, strict=True)]
-        run.write("not-finite.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        run.write_lines("not-finite.jsonl", written(error.batch.prompts, error.batch.responses))
         raise Stopped(f"{error}; its batch is in {run.out}/not-finite.jsonl; a smaller --lr may help") from error
     policy.load(after.best.parameters)
     return validation.numbers[0]
 
 
-def survey_lines(validation: ChatValidation, t: int) -> str:
-    """The samples of pi_t on the held-out prompts, as lines of JSON."""
-    return "".join(json.dumps({"prompt": x, "response": y}) + "\n"
-                   for x, y in zip(validation.prompts, validation.samples[t - 1], strict=True))  # fmt: skip
+def written(prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, str]]:
+    """Each response with its prompt, as files have them."""
+    return [{"prompt": x, "response": y} for x, y in zip(prompts, responses, strict=True)]
 
 
 def show_before_and_after(validation: ChatValidation) -> None:
