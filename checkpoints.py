@@ -92,12 +92,17 @@ def matched(fields: dict[str, Any], path: str | Path) -> dict[str, Any]:
     return fields
 
 
+def without_layer(name: str) -> tuple[str, str]:
+    """A tensor's name with {} for the number of its layer, and that number, "" if it is of none."""
+    number = re.search(r"\d+", name)
+    return (name.replace(number[0], "{}", 1), number[0]) if number else (name, "")
+
+
 def our_name(theirs: str, kind: int) -> str | None:
     """Our name of their tensor, None if there is none."""
-    number = re.search(r"\d+", theirs)
-    wanted = theirs.replace(number[0], "{}", 1) if number else theirs
+    wanted, layer = without_layer(theirs)
     ours = next((name for name, names in NAMES.items() if names[kind] == wanted), None)
-    return ours and (ours.format(number[0]) if number else ours)
+    return ours and ours.format(layer)
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Iterator[tuple[str, Callable[[], Tensor]]]]:
@@ -246,9 +251,8 @@ def save_directory(path: str | Path, fields: dict[str, Any], weights: dict[str, 
     for ours, weight in weights.items():
         if fields["tied"] and ours == "head.weight":
             continue
-        number = re.search(r"\d+", ours)
-        pattern = ours.replace(number[0], "{}", 1) if number else ours
-        theirs[NAMES[pattern][HUGGING_FACE].format(number and number[0])] = weight.detach().cpu().contiguous()
+        pattern, layer = without_layer(ours)
+        theirs[NAMES[pattern][HUGGING_FACE].format(layer)] = weight.detach().cpu().contiguous()
     shards: list[dict[str, Tensor]] = [{}]
     for name, weight in theirs.items():
         if shards[-1] and sum(w.nbytes for w in shards[-1].values()) + weight.nbytes > shard_bytes:
