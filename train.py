@@ -1723,7 +1723,12 @@ def show_before_and_after(validation: ChatValidation) -> None:
     for place in range(0, min(3 * validation.config.judged, len(validation.prompts)), validation.config.judged):
         print(f"\n{validation.prompts[place]}")
         for name, samples in (("pi_1", validation.samples[0]), (f"pi_{len(validation.samples)}", validation.samples[-1])):
-            print(f"  {name}: {' '.join(samples[place].split())[:300]}")
+            print(f"  {name}: {for_terminal(samples[place])[:300]}")
+
+
+def for_terminal(text: str) -> str:
+    """A model's text on one line, with U+FFFD for what could move the cursor or do worse."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------------

@@ -355,6 +355,10 @@ def test_a_dry_run_counts_every_sample_of_every_survey(directory, prompts_file, 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_model_writes_cannot_steer_the_terminal():
+    assert train.for_terminal("two\nlines \x1b[2Jof\x08 t\u00e9xt") == "two lines \ufffd[2Jof\ufffd t\u00e9xt"
+
+
 def test_alarms_ring_when_and_only_when_something_is_wrong():
     first = {"mean_length": 40.0, "truncated": 0.5, "repeated": 0.1, "empty": 0.0}
     fine = {**first, "kl_to_first": 2.0, "chosen_log_ratio": 0.3}
