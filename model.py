@@ -17,11 +17,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -162,6 +168,8 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # in training, keep what enters a block only and compute the rest again for the gradient
+        self.block = Block.__call__  # how a block is called in training: `compile` puts another in its place
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -203,9 +211,15 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, path: str | Path, shard_bytes: int = 5 << 30) -> None:
-        """Write a Hugging Face directory (config.json, safetensors) that transformers and vLLM load."""
+        """Write a Hugging Face directory (config.json, safetensors) that transformers and vLLM load; low-rank terms become part
+        of the maps they belong to."""
         fields = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(self.config)}
-        save_directory(path, fields, self.state_dict(), shard_bytes)
+        weights = self.state_dict()
+        for name, part in self.named_modules():
+            if isinstance(part, LowRank):
+                weights[f"{name}.weight"] = part.merged()
+                del weights[f"{name}.A"], weights[f"{name}.B"]
+        save_directory(path, fields, weights, shard_bytes)
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
                cache: Cache | None = None) -> Tensor:  # fmt: skip
@@ -223,8 +237,11 @@ class Transformer(nn.Module):
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
         cos, sin = rotary(positions, self.config)
         rope = tuple(part.unsqueeze(-3).to(x.dtype) for part in (cos, sin))  # the same for every head
+        call = self.block if cache is None else Block.__call__
+        if self.checkpointing and torch.is_grad_enabled():
+            call = partial(checkpoint, call, use_reentrant=False)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            x = call(block, x, rope, mask, cache, layer)
         if cache:
             cache.length += T
         return self.norm(x)
@@ -233,6 +250,35 @@ class Transformer(nn.Module):
                 cache: Cache | None = None) -> Tensor:  # fmt: skip
         """Logits [B, T, vocab_size] of the token after each of tokens [B, T]; arguments as of `hidden`."""
         return self.head(self.hidden(tokens, positions, mask, cache))
+
+
+class LowRank(nn.Module):
+    """A fixed linear map with a trained term of low rank, W x + 2 B A x (LoRA, Hu et al. 2022, alpha = 2 r): A [r, in], B
+    [out, r], which starts at 0. They are float32 and compute in x's dtype."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        self.weight, self.bias, inputs = linear.weight, linear.bias, linear.in_features
+        self.A = nn.Parameter((torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)).to(linear.weight.device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        term = F.linear(F.linear(x, self.A.to(x.dtype)), 2 * self.B.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + term
+
+    def merged(self) -> Tensor:
+        """W + 2 B A, in W's dtype."""
+        return (self.weight.float() + 2 * self.B @ self.A).to(self.weight.dtype).detach()
+
+
+def add_low_rank(model: Transformer, rank: int) -> None:
+    """Make `LowRank` terms of every map inside the blocks all that is trained."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for part in list(model.blocks.modules()):
+        for name, linear in list(part.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(part, name, LowRank(linear, rank, generator))
 
 
 def token_log_prob(models: dict[Transformer, float], prompts: Sequence[Tensor], responses: Sequence[Tensor],
@@ -580,110 +626,6 @@ class TextPolicy(nn.Module):
         return [[self.response(y[:n]) for y, n in zip(*group, strict=True)] for group in groups], log_probs
 
 
-class ChatPolicy(TextPolicy):
-    """A chat model that answers prompts in its own template.
-
-    The transformer computes in its own dtype; if that is not float32, `parameters()` are float32 copies (master weights), which
-    gather its gradients, and which it is given anew whenever they have changed: in bfloat16 most small steps would round to
-    nothing. batch: how many responses are sampled, or scored without a gradient, at a time."""
-
-    def __init__(self, model: Transformer, chat: Chat, max_new_tokens: int, batch: int = 64):
-        nn.Module.__init__(self)
-        self.model, self.chat, self.max_new_tokens, self.batch, self.end = model, chat, max_new_tokens, batch, chat.end
-        self.masters: list[nn.Parameter] = []
-        if model.head.weight.dtype != torch.float32:
-            self.masters = [nn.Parameter(weight.detach().float()) for weight in model.parameters()]
-            self.stale = False  # may the master weights have changed since the transformer was given them?
-            for weight, master in zip(model.parameters(), self.masters, strict=True):
-                weight.register_post_accumulate_grad_hook(partial(self._hand_gradient_to, master))
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """What is trained: the master weights, or the transformer's own if those are float32."""
-        return iter(self.masters) if self.masters else self.model.parameters(recurse)
-
-    def _hand_gradient_to(self, master: nn.Parameter, weight: nn.Parameter) -> None:
-        """Add the weight's gradient to the master's, in the master's dtype, and forget it."""
-        gradient = weight.grad.to(master.dtype)
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        weight.grad, self.stale = None, True
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Give the transformer the master weights, if they can have changed: after a gradient, or `load`."""
-        if self.masters and self.stale:
-            for weight, master in zip(self.model.parameters(), self.masters, strict=True):
-                weight.copy_(master)
-            self.stale = False
-
-    def weights(self) -> list[Tensor]:
-        """Copies of the parameters, for `load`."""
-        return [weight.detach().clone() for weight in self.parameters()]
-
-    @torch.no_grad()
-    def load(self, weights: Sequence[Tensor]) -> None:
-        """Take the parameters from a list such as `weights` or `dno.Best` has."""
-        for mine, given in zip(self.parameters(), weights, strict=True):
-            mine.copy_(given)
-        self.stale = True
-
-    def prompt_tokens(self, prompts: Iterable[str]) -> list[Tensor]:
-        """What the transformer reads before it answers: the prompt in the chat template."""
-        return [torch.tensor(self.chat.prompt(prompt), device=self.model.head.weight.device) for prompt in prompts]
-
-    def response(self, tokens: Sequence[int]) -> Response:
-        """The response of these tokens; special tokens are not part of the text."""
-        return Response(self.chat.decode(list(tokens)), tokens)
-
-    def response_tokens(self, responses: Iterable[str]) -> list[Tensor]:
-        """A response's own tokens if it was sampled, else those it is encoded as and the end token."""
-        rows = (y.tokens if isinstance(y, Response) else [*self.chat.encode(y), self.end] for y in responses)
-        return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
-
-    def finished(self, response: Response) -> bool:
-        """Did the model end it itself, or was it cut off?"""
-        return bool(response.tokens) and response.tokens[-1] == self.end
-
-    def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """As of `TextPolicy`, float32. With a gradient all at once; else in batches of about equal lengths."""
-        self.refresh()
-        xs, ys = self.prompt_tokens(prompts), self.response_tokens(responses)
-        if torch.is_grad_enabled():
-            return shared_log_prob(self.model, xs, ys)
-        order = sorted(range(len(xs)), key=lambda b: (len(xs[b]), prompts[b], len(ys[b])))
-        parts = [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
-        scores = torch.empty(len(xs), device=self.model.head.weight.device)
-        for part in parts:
-            scores[part] = shared_log_prob(self.model, *([items[b] for b in part] for items in (xs, ys)))
-        return scores
-
-    def sample(self, prompts: Sequence[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
-               seed: int = 0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
-        """As of `TextPolicy`, in batches of prompts of about equal lengths; what is drawn does not depend on the batches, but
-        for rounding. The log-probabilities are as precise as the transformer's dtype."""
-        u = uniform_numbers(len(prompts), k, self.max_new_tokens, seed)
-        return self._in_batches(prompts, u, temperature, top_p)
-
-    @torch.no_grad()
-    def survey(self, prompts: Sequence[str], k: int, seed: int) -> list[list[Response]]:
-        """k samples of each prompt, at temperature 1."""
-        return self._in_batches(prompts, uniform_numbers(len(prompts), k, self.max_new_tokens, seed))[0]
-
-    def _in_batches(self, prompts: Sequence[str], u: Tensor, temperature: float = 1.0,
-                    top_p: float = 1.0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
-        self.refresh()
-        order = sorted(range(len(prompts)), key=lambda x: len(self.chat.prompt(prompts[x])))
-        several = max(1, self.batch // u.shape[1])
-        responses: list[list[Response]] = [[]] * len(prompts)
-        log_probs = torch.empty(u.shape[:2])
-        for start in tqdm(range(0, len(order), several), "sampling", unit="batch", disable=None, leave=False):
-            part = order[start : start + several]
-            answers, scores = self._answer({self.model: 1.0}, [prompts[x] for x in part], u[part], temperature, top_p)
-            log_probs[part] = scores.float().cpu()
-            for x, ys in zip(part, answers, strict=True):
-                responses[x] = ys
-        return responses, log_probs
-
-
 class TokenMixture:
     """pi^(1 - weight) pi_ref^weight of two text policies, normalised at every token, as section 4 suggests for Algorithm 4's
     option II. It is not the mixture pi^tau of Eq. (7), which is normalised over whole responses."""
@@ -732,3 +674,245 @@ class UniformMixture:
             for (x, i), (y,) in zip(places, answers, strict=True):
                 responses[x][i] = y
         return responses
+
+
+# --- Chat models, by one process or many -------------------------------------------------------------------------------------
+
+
+class Team:
+    """The processes that work on one run: torchrun's, if it started them, else this one alone."""
+
+    def __init__(self) -> None:
+        several = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+    def mine(self, items: Sequence[Any]) -> Sequence[Any]:
+        """This process's share of the items: every size-th."""
+        return items[self.rank :: self.size]
+
+    def together(self, mine: list[Any]) -> list[Any]:
+        """Everybody's shares, in the order of the items: what was made of `mine(items)` becomes what was made of items."""
+        if self.size == 1:
+            return mine
+        shares: list[list[Any]] = [[]] * self.size
+        dist.all_gather_object(shares, mine)
+        return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
+
+    def wait(self) -> None:
+        """Go on when everybody has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+class Scores(torch.autograd.Function):
+    """The scores [B] of all from each process's own [m], which are those at place [m]. Everybody then has the whole loss, and
+    passes the gradient on to its own part; times the number of processes, over which the gradients will be averaged."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, place: Tensor, total: int, size: int) -> Tensor:
+        ctx.place, ctx.size = place, size
+        scores = own.new_zeros(total).index_copy(0, place, own)
+        dist.all_reduce(scores)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.size * gradient[ctx.place], None, None, None
+
+
+class Scorer(nn.Module):
+    """`shared_log_prob` of a transformer as a module, for `DistributedDataParallel` and `fully_shard` to wrap."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+        return shared_log_prob(self.model, prompts, responses)
+
+
+class InPlaceOf(torch.autograd.Function):
+    """A master weight's copy in a lower precision, used in its place: the gradient is the master's, in its precision."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, weight: Tensor) -> Tensor:
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.float(), None
+
+
+class MasterWeights(nn.Module):
+    """A `Scorer` that computes in its low precision and trains float32 copies of its weights (master weights): in bfloat16
+    most small steps would round to nothing."""
+
+    def __init__(self, scorer: Scorer):
+        super().__init__()
+        self.scorer = [scorer]  # in a list, for its parameters are not among this module's
+        self.masters = nn.ParameterList(weight.detach().float() for weight in scorer.parameters())
+
+    def forward(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+        named = zip(self.scorer[0].named_parameters(), self.masters, strict=True)
+        weights = {name: InPlaceOf.apply(master, weight) for (name, weight), master in named}
+        return functional_call(self.scorer[0], weights, (prompts, responses))
+
+
+def sharded(scorer: Scorer, dtype: torch.dtype, device: torch.device) -> Scorer:
+    """The scorer with every parameter, its gradient and what an optimizer keeps of it cut in as many parts as there are
+    processes; a block's are gathered, as dtype, while it computes."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*scorer.model.blocks, scorer):
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    return scorer
+
+
+def local(weight: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; of another, all."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def whole(value: Any) -> Any:
+    """A tensor gathered from all processes, on the CPU, in process 0; the others get an empty one. What is no tensor stays."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().cpu() if Team().rank == 0 else torch.empty(0)
+
+
+def part_of(value: Any, like: Tensor) -> Any:
+    """Of a whole tensor the part that this process has of `like`, if `like` is sharded and of the same shape."""
+    if isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
+class ChatPolicy(TextPolicy):
+    """A chat model that answers prompts in its own template.
+
+    `model`, in its own dtype, samples and scores; `parameters()` are what is trained: those of the model that require a
+    gradient, if they are float32; else float32 copies of its weights, which it is given anew whenever they may have changed.
+    batch: how many responses are sampled, or scored without a gradient, at a time.
+
+    Of several processes each does its share of the batches and all get the same results, up to rounding those of one process.
+    fsdp: each keeps the whole model for sampling, but only its part of the parameters and their gradients."""
+
+    def __init__(self, model: Transformer, chat: Chat, max_new_tokens: int, batch: int = 64, fsdp: bool = False):
+        nn.Module.__init__(self)
+        self.model, self.chat, self.max_new_tokens, self.batch, self.end = model, chat, max_new_tokens, batch, chat.end
+        self.team, self.fsdp, device = Team(), fsdp, model.head.weight.device
+        trained = [weight.dtype for weight in model.parameters() if weight.requires_grad]
+        self.scorer: nn.Module = Scorer(model)
+        if fsdp:
+            self.scorer = sharded(Scorer(copy.deepcopy(model).cpu().float()), model.head.weight.dtype, device)
+        elif any(dtype != torch.float32 for dtype in trained):
+            self.scorer = MasterWeights(self.scorer)
+        self.apart = fsdp or isinstance(self.scorer, MasterWeights)
+        self.stale = False  # may what is trained differ from the model's weights?
+        if self.team.size > 1 and trained and not fsdp:
+            self.scorer = DistributedDataParallel(self.scorer, gradient_as_bucket_view=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChatPolicy:
+        """The policy as it is, to be a reference: nothing of the copy is trained, so that it is the model alone."""
+        self.refresh()
+        model = copy.deepcopy(self.model, memo).requires_grad_(False)
+        return ChatPolicy(model, self.chat, self.max_new_tokens, self.batch)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """What is trained; of a reference, the model's weights."""
+        trained = [weight for weight in self.scorer.parameters(recurse) if weight.requires_grad]
+        return iter(trained or self.model.parameters(recurse))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give the model what is trained, if they are not the same tensors and may differ: after a gradient, or `load`."""
+        if self.stale:
+            for weight, master in zip(self.model.parameters(), self.scorer.parameters(), strict=True):
+                weight.copy_(master.full_tensor() if isinstance(master, DTensor) else master)
+            self.stale = False
+
+    def weights(self) -> list[Tensor]:
+        """Copies of the parameters, or of this process's part of them, on the CPU, for `load`."""
+        return [local(weight).detach().to("cpu", copy=True) for weight in self.parameters()]
+
+    @torch.no_grad()
+    def load(self, weights: Sequence[Tensor]) -> None:
+        """Take the parameters from a list such as `weights` or `dno.Best` has."""
+        for mine, given in zip(self.parameters(), weights, strict=True):
+            local(mine).copy_(local(given))
+        self.stale = self.apart
+
+    def prompt_tokens(self, prompts: Iterable[str]) -> list[Tensor]:
+        """What the transformer reads before it answers: the prompt in the chat template."""
+        return [torch.tensor(self.chat.prompt(prompt), device=self.model.head.weight.device) for prompt in prompts]
+
+    def response(self, tokens: Sequence[int]) -> Response:
+        """The response of these tokens; special tokens are not part of the text."""
+        return Response(self.chat.decode(list(tokens)), tokens)
+
+    def response_tokens(self, responses: Iterable[str]) -> list[Tensor]:
+        """A response's own tokens if it was sampled, else those it is encoded as and the end token."""
+        rows = (y.tokens if isinstance(y, Response) else [*self.chat.encode(y), self.end] for y in responses)
+        return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
+
+    def finished(self, response: Response) -> bool:
+        """Did the model end it itself, or was it cut off?"""
+        return bool(response.tokens) and response.tokens[-1] == self.end
+
+    def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """As of `TextPolicy`, float32. With a gradient all at once; else in batches of about equal lengths."""
+        xs, ys = self.prompt_tokens(prompts), self.response_tokens(responses)
+        if torch.is_grad_enabled():
+            return self._score_to_train(prompts, xs, ys)
+        self.refresh()
+        order = sorted(range(len(xs)), key=lambda b: (len(xs[b]), prompts[b], len(ys[b])))
+        parts = [order[i : i + self.batch] for i in range(0, len(order), self.batch)]
+        score = lambda part: shared_log_prob(self.model, [xs[b] for b in part], [ys[b] for b in part]).cpu()  # noqa: E731
+        mine, scores = [score(part) for part in self.team.mine(parts)], torch.empty(len(xs))
+        for part, found in zip(parts, self.team.together(mine), strict=True):
+            scores[part] = found
+        return scores.to(self.model.head.weight.device)
+
+    def _score_to_train(self, prompts: Sequence[str], xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+        """Differentiable scores; of several processes, each differentiates those of its share of the prompts."""
+        if not self.fsdp:  # which gathers what it needs by itself
+            self.refresh()
+        self.stale = self.apart
+        if self.team.size == 1:
+            return self.scorer(xs, ys)
+        numbers = {x: number for number, x in enumerate(dict.fromkeys(prompts))}
+        place = [b for b, x in enumerate(prompts) if numbers[x] % self.team.size == self.team.rank]
+        own = self.scorer(*([items[b] for b in place or [0]] for items in (xs, ys)))  # who has none works along all the same
+        place = torch.tensor(place, dtype=torch.int64, device=own.device)
+        return Scores.apply(own[: len(place)], place, len(xs), self.team.size)
+
+    def sample(self, prompts: Sequence[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
+               seed: int = 0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
+        """As of `TextPolicy`, in batches of prompts of about equal lengths; what is drawn does not depend on the batches, but
+        for rounding. The log-probabilities are as precise as the transformer's dtype."""
+        u = uniform_numbers(len(prompts), k, self.max_new_tokens, seed)
+        return self._in_batches(prompts, u, temperature, top_p)
+
+    @torch.no_grad()
+    def survey(self, prompts: Sequence[str], k: int, seed: int) -> list[list[Response]]:
+        """k samples of each prompt, at temperature 1."""
+        return self._in_batches(prompts, uniform_numbers(len(prompts), k, self.max_new_tokens, seed))[0]
+
+    def _in_batches(self, prompts: Sequence[str], u: Tensor, temperature: float = 1.0,
+                    top_p: float = 1.0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
+        self.refresh()
+        order = sorted(range(len(prompts)), key=lambda x: len(self.chat.prompt(prompts[x])))
+        several = max(1, self.batch // u.shape[1])
+        parts = [order[start : start + several] for start in range(0, len(order), several)]
+        mine = []
+        quiet = True if self.team.rank else None
+        for part in tqdm(self.team.mine(parts), "sampling", unit="batch", disable=quiet, leave=False):
+            answers, scores = self._answer({self.model: 1.0}, [prompts[x] for x in part], u[part], temperature, top_p)
+            mine.append((answers, scores.float().cpu()))
+        responses: list[list[Response]] = [[]] * len(prompts)
+        log_probs = torch.empty(u.shape[:2])
+        for part, (answers, scores) in zip(parts, self.team.together(mine), strict=True):
+            log_probs[part] = scores
+            for x, ys in zip(part, answers, strict=True):
+                responses[x] = ys
+        return responses, log_probs

@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 
 import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 
 from judge import Endpoint, Ledger, Price, Refused, Stopped, TooDear, make_client, only, only_model, recorded_models
+from model import Team
 
 STYLE = {
     "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]),
@@ -190,29 +192,61 @@ def parse_agreement(argv: list[str]) -> tuple[str, AgreementOptions]:
 
 
 def guarded(program: str, work: Callable[[], Any]) -> int:
-    """Do the work; the exit code: 0 done, 1 too many failures of a judge, 2 bad input, 130 interrupted or at the limit of
-    dollars, to go on with."""
+    """Do the work; the exit code: 0 done, 1 too many failures of a judge or another process lost, 2 bad input, 130 interrupted
+    or at the limit of dollars, to go on with."""
     try:
         work()
     except (BadInput, Refused) as error:
-        print(f"{program}: {error}".replace("\n", " "), file=sys.stderr)
+        say(f"{program}: {error}".replace("\n", " "))
         return 2
     except (TooDear, KeyboardInterrupt) as error:
         more = [*["--resume"] * (program == "train.py"), *["a higher --max-usd"] * isinstance(error, TooDear)]
         command = " with ".join(["the same command", *([" and ".join(more)] if more else [])])
-        print(f"\n{program}: {str(error) or 'interrupted'}; {command} goes on from there", file=sys.stderr)
+        say(f"\n{program}: {str(error) or 'interrupted'}; {command} goes on from there")
         return 130
     except Stopped as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        say(f"{program}: {error}")
+        return 1
+    except RuntimeError as error:
+        if not (dist.is_initialized() and any(name in str(error) for name in ("gloo", "NCCL"))):
+            raise
+        reason = str(error).splitlines()[0]
+        say(f"{program}: another process of the run is gone ({reason}); the same command with --resume goes on from there")
         return 1
     return 0
+
+
+def say(line: str) -> None:
+    """Print an error; of torchrun's processes on a machine, which all meet the same, only the first does."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(line, file=sys.stderr)
+
+
+def join_team(device: str, threads: int) -> str:
+    """Under torchrun, join the other processes: each takes its own GPU, or its part of the CPU threads; only the first prints.
+    The device that this process has. BadInput if a machine has fewer GPUs than processes."""
+    if not dist.is_torchelastic_launched():
+        torch.set_num_threads(threads)
+        return device
+    place, here = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    torch.set_num_threads(max(1, threads // here))
+    cuda = device.startswith("cuda")
+    if cuda:
+        if torch.cuda.device_count() < here:
+            raise BadInput(f"{here} processes and {torch.cuda.device_count()} GPUs; expected --nproc-per-node of one a GPU")
+        device = f"cuda:{place}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return device
 
 
 # --- The folder of a run ---------------------------------------------------------------------------------------------------
 
 MAY_DIFFER = (  # between the start of a run and its resumption
-    "out", "resume", "device", "threads", "jobs", "judge_url", "judge_prices", "judge_cache", "judge_concurrency",
-    "judge_timeout", "max_failed", "max_usd", "dry_run", "teacher_url", "teacher_prices",
+    "out", "resume", "device", "threads", "jobs", "fsdp", "checkpointing", "compile", "judge_url", "judge_prices",
+    "judge_cache", "judge_concurrency", "judge_timeout", "max_failed", "max_usd", "dry_run", "teacher_url", "teacher_prices",
 )  # fmt: skip
 BESIDE = (".part", ".sqlite", ".sqlite-wal", ".sqlite-shm")  # what may lie in the folder before a run starts
 
@@ -221,19 +255,23 @@ class Run:
     """The folder of one run: config.json, metrics.jsonl, checkpoint/state.pt, and what the preset adds.
 
     Raises BadInput, before anything is written, if `out` holds anything but a run of the same config, or one without --resume.
-    `state` is the last checkpoint, or None at the start. classes: what it may hold beside tensors and plain values."""
+    `state` is the last checkpoint, or None at the start. classes: what it may hold beside tensors and plain values. device: for
+    its tensors. Of several processes, which must share the folder, all read and the first one writes."""
 
-    def __init__(self, preset: str, config: Any, classes: tuple[type, ...] = ()):
-        self.out, self.classes = Path(config.out), list(classes)
+    def __init__(self, preset: str, config: Any, classes: tuple[type, ...] = (), device: str | None = None):
+        self.out, self.classes, self.device, team = Path(config.out), list(classes), device or config.device, Team()
         settings = {"preset": preset, **dataclasses.asdict(config)}
         started = self.out.exists() and any(path.suffix not in BESIDE for path in self.out.iterdir())
         self.state = self._earlier(settings) if started else None
-        self.phases = (self.load("checkpoint/phases.pt", settings["device"]) if started else None) or {}
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.phases = (self.load("checkpoint/phases.pt") if started else None) or {}
+        self.metrics, self.writes = self.state["metrics"] if self.state else [], team.rank == 0
+        seen = team.together([(started, len(self.metrics), sorted(map(str, self.phases)))])  # after which it may be written to
+        if any(other != seen[0] for other in seen):
+            raise BadInput(f"the processes see different content in {self.out}; expected --out to be a folder that all share")
+        if self.writes:
+            (self.out / "checkpoint").mkdir(parents=True, exist_ok=True)
         if not started:
             self.write("config.json", json.dumps(settings, indent=2) + "\n")
-        (self.out / "checkpoint").mkdir(exist_ok=True)
-        self.metrics = self.state["metrics"] if self.state else []
 
     def _earlier(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         try:
@@ -246,19 +284,19 @@ class Run:
                 raise BadInput(f"{self.out} holds another run: {difference}; choose another --out")
         if not settings["resume"]:
             raise BadInput(f"{self.out} holds this run already; add --resume to go on with it, or choose another --out")
-        state = self.load("checkpoint/state.pt", settings["device"])
+        state = self.load("checkpoint/state.pt")
         if state is not None and "metrics" not in state:
             raise BadInput(f"{self.out}/checkpoint/state.pt is not a checkpoint of a run; choose another --out")
         return state
 
-    def load(self, name: str, device: str = "cpu") -> dict[str, Any] | None:
+    def load(self, name: str) -> dict[str, Any] | None:
         """What `keep` wrote, or None if it wrote nothing of that name. BadInput if it is not that."""
         path = self.out / name
         if not path.exists():
             return None
         try:
             with torch.serialization.safe_globals(self.classes):
-                content = torch.load(path, weights_only=True, map_location=device)
+                content = torch.load(path, weights_only=True, map_location=self.device)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__}); choose another --out") from error
         if not isinstance(content, dict):
@@ -276,6 +314,8 @@ class Run:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the folder in one piece: whoever looks sees the old content or the new, also after a crash."""
+        if not self.writes:
+            return
         part = self.out / f".{Path(name).name}.part"
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, self.out / name)
@@ -296,6 +336,8 @@ class Run:
 
     def keep(self, name: str, content: dict[str, Any]) -> None:
         """Write a file of tensors and values in one piece."""
+        if not self.writes:
+            return
         part = self.out / f"{name}.part"
         torch.save(content, part)
         os.replace(part, self.out / name)

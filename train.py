@@ -28,6 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.stats import t as student_t
 from torch import Tensor
@@ -44,13 +45,17 @@ from model import (
     Config,
     Response,
     TabularPolicy,
+    Team,
     TextPolicy,
     Transformer,
     TransformerPolicy,
+    add_low_rank,
     choose,
     learn_byte_pairs,
     make_tokenizer,
+    part_of,
     token_log_prob,
+    whole,
 )
 from oracle import (
     CLASSES,
@@ -76,6 +81,7 @@ from runs import (
     Run,
     check_device,
     guarded,
+    join_team,
     open_endpoint,
     open_judge,
     parse,
@@ -930,7 +936,9 @@ def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy:
             pi_ref = copy.deepcopy(policy)
             if run.state["pi_ref"]:
                 pi_ref.load_state_dict(run.state["pi_ref"])
-            after = replace(run.state["round"], pi_ref=pi_ref)
+            best = run.state["round"].best
+            kept = [part_of(value, like) for value, like in zip(best.parameters, policy.parameters(), strict=True)]
+            after = replace(run.state["round"], pi_ref=pi_ref, best=replace(best, parameters=kept))
             validation.restore(run.state["validation"])
     remember = lambda t, phase, *call: run.remember([number, t], phase, *call)  # noqa: E731
     loop = loop_of(stage, config, policy, judging, validation, optimizer=optimizer, after=after, remember=remember)
@@ -1431,7 +1439,11 @@ class LlmConfig(JudgeOptions):
     resume: bool = setting(False, "go on with the run in --out, to the same result as if it had never stopped")
     device: str = setting("cpu", "cpu, cuda or cuda:N")
     dtype: str = setting("bfloat16", "of the computation; weights are float32 besides", ("bfloat16", "float32"))
-    threads: int = setting(2, "CPU threads")
+    threads: int = setting(2, "CPU threads, of all processes of a machine together")
+    low_rank: int = setting(0, "r of the low-rank terms (LoRA) that are trained in place of the weights; 0: the weights")
+    checkpointing: bool = setting(False, "compute activations twice rather than keep them")
+    compile: bool = setting(False, "compile the blocks for training (torch.compile; cuda)")
+    fsdp: bool = setting(False, "under torchrun, cut weights, gradients and Adam's state into as many parts as processes")
 
     def __post_init__(self) -> None:
         """Check every number. ValueError naming the field."""
@@ -1447,18 +1459,23 @@ class LlmConfig(JudgeOptions):
             raise ValueError("rule scored, judgments scores and a language model that scores belong together; give all three")
         for name, least in (("iterations", 1), ("samples", 2), ("max_new_tokens", 1), ("max_prompt_tokens", 1), ("held_out", 2),
                             ("judged", 1), ("batch_size", 1), ("at_once", 1), ("sample_batch", 1), ("seed", 0), ("threads", 1),
-                            ("train_prompts", 1), ("margin", 0), ("replay", 0)):  # fmt: skip
+                            ("train_prompts", 1), ("margin", 0), ("replay", 0), ("low_rank", 0)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
+        if self.compile and not self.device.startswith("cuda"):
+            raise ValueError(f"compile is for a GPU, and device is {self.device}; add --device cuda")
+        if self.fsdp and not dist.is_torchelastic_launched():
+            raise ValueError("fsdp cuts the model into parts for several processes; start them by torchrun --nproc-per-node N")
         self.practice()
 
-    def practice(self) -> dno.Practice:
-        """The settings of the loop; a batch is of prompts that have about `batch_size` pairs, at K pairs a prompt."""
+    def practice(self, processes: int = 1) -> dno.Practice:
+        """The settings of the loop; a batch is of prompts that have about `batch_size` pairs, at K pairs a prompt, and each of
+        the processes scores those of `at_once` prompts together."""
         prompts = max(1, round(self.batch_size / self.samples))
         return dno.Practice(self.samples, self.temperature, self.top_p, self.judgments, replay=self.replay,
                             prompts_per_step=prompts, learning_rate=self.lr, max_grad_norm=1.0,
-                            recorded=self.dtype == "float32", at_once=self.at_once)  # fmt: skip
+                            recorded=self.dtype == "float32", at_once=self.at_once * processes)  # fmt: skip
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
@@ -1503,6 +1520,44 @@ def split_prompts(config: LlmConfig, chat: Chat) -> tuple[list[dict[str, Any]], 
         raise BadInput(f"prompts {config.prompts}: {with_gold} of {len(training)} have a gold response; expected all or none")
     random.Random(config.seed).shuffle(training)
     return training, held_out
+
+
+class SharedJudge:
+    """A judge whose questions the processes of a run share, all of a prompt's being asked by the same one. All of them get all
+    the answers, or raise the error that one of them met."""
+
+    def __init__(self, judge: Oracle, team: Team):
+        self.judge, self.team = judge, team
+
+    def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:
+        """As the judge's, P(a > b | x) [B]."""
+        places: dict[str, list[int]] = {}
+        for place, x in enumerate(prompts):
+            places.setdefault(x, []).append(place)
+        groups, P = list(places.values()), torch.empty(len(prompts), dtype=torch.float64)
+        asked = [place for group in self.team.mine(groups) for place in group]
+        found = self._everybody(self.judge.prefer, *([items[place] for place in asked] for items in (prompts, a, b)))
+        found = found.split([len(group) for group in self.team.mine(groups)])
+        for group, answers in zip(groups, self.team.together(list(found)), strict=True):
+            P[group] = answers.to(P)
+        return P
+
+    def scores(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
+        """As the judge's, points [X, n]."""
+        mine = self._everybody(self.judge.scores, self.team.mine(prompts), self.team.mine(responses))
+        return torch.stack(self.team.together(list(mine)))
+
+    def _everybody(self, ask: Callable[..., Tensor], *questions: Any) -> Tensor:
+        """This process's answers, once all processes have theirs."""
+        found, met = torch.empty(0), None
+        try:
+            found = ask(*questions) if len(questions[0]) else found
+        except Stopped as error:
+            met = error
+        for error in self.team.together([met]):
+            if error is not None:
+                raise error
+        return found
 
 
 class ChatValidation:
@@ -1579,7 +1634,7 @@ def llm_loop(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: lis
         part = training[t - 1 :: config.iterations]
         return [item["prompt"] for item in part], [item["gold"] for item in part] if gold else None
 
-    common |= {"settings": config.practice(), "seed": config.seed}
+    common |= {"settings": config.practice(policy.team.size), "seed": config.seed}
     first = (policy, judge, data, config.eta, config.iterations)
     if not hard:
         return dno.algorithm3_sampled(*first, validation, config.tau, **common)
@@ -1635,26 +1690,33 @@ def announce_llm(config: LlmConfig, judge: Oracle, training: list[dict[str, Any]
 
 def run_llm(config: LlmConfig) -> None:
     """The preset "llm": see `LlmConfig`. Writes what README.md lists under "The folder of a run"."""
-    torch.set_num_threads(config.threads)
-    check_device(config.device)
+    device, team = join_team(config.device, config.threads), Team()
+    check_device(device)
     try:
         chat = Chat.from_pretrained(config.model, plain=config.chat_format == "plain")
         training, held_out = split_prompts(config, chat)
         judge: Oracle = TasteJudge()
         if config.oracle != "synthetic":
-            judge = OpenAIJudge(open_judge(config), config.judge_form, seed=config.seed)
+            each = max(1, config.judge_concurrency // team.size)
+            judge = OpenAIJudge(open_judge(replace(config, judge_concurrency=each)), config.judge_form, seed=config.seed)
             config.judge_model = judge.endpoint.model
         announce_llm(config, judge, training, held_out)
         if config.dry_run:
             return
-        model = Transformer.from_pretrained(config.model, COMPUTE[config.dtype]).to(config.device)
+        model = Transformer.from_pretrained(config.model, COMPUTE[config.dtype]).to(device)
     except BadCheckpoint as error:
         raise BadInput(str(error)) from error
-    run = Run("llm", config, CLASSES_KEPT)
-    policy = ChatPolicy(model, chat, config.max_new_tokens, config.sample_batch)
+    run = Run("llm", config, CLASSES_KEPT, device="cpu")
+    if config.low_rank:
+        add_low_rank(model, config.low_rank)
+    model.checkpointing = config.checkpointing
+    if config.compile:
+        model.block = torch.compile(model.block, dynamic=True)
+    policy = ChatPolicy(model, chat, config.max_new_tokens, config.sample_batch, config.fsdp)
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters; {len(training)} prompts, {len(held_out)} held out; "
           f"Algorithm {config.algorithm}. Writing to {config.out}")  # fmt: skip
-    validation = ChatValidation(policy, judge, [item["prompt"] for item in held_out], config, policy.weights())
+    judge_of_all = SharedJudge(judge, team) if team.size > 1 else judge
+    validation = ChatValidation(policy, judge_of_all, [item["prompt"] for item in held_out], config, policy.weights())
     first = train_llm(config, policy, judge, training, validation, run)
     best = run.metrics[-1]["best_iteration"]
     judged_by = "the synthetic taste" if config.oracle == "synthetic" else config.oracle
@@ -1663,8 +1725,9 @@ def run_llm(config: LlmConfig) -> None:
     run.write("summary.json", json.dumps(summary, indent=2) + "\n")
     show_before_and_after(validation)
     policy.refresh()
-    policy.model.save_pretrained(run.out / "best")
-    chat.save(run.out / "best")
+    if run.writes:
+        policy.model.save_pretrained(run.out / "best")
+        chat.save(run.out / "best")
     print(f"\npi_{best}, the best on validation, is in {run.out}/best, for transformers and vLLM")
 
 
@@ -1675,15 +1738,16 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
     optimizer, after, gold = dno.adam(policy), None, config.algorithm in (2, 4) and "gold" in training[0]
     if run.state:
         with run.restoring():
-            policy.load(run.state["policy"])
-            optimizer.load_state_dict(run.state["optimizer"])
+            take_training(run.state, policy, optimizer)
             pi_ref = copy.deepcopy(policy) if config.algorithm != 2 else None
             if pi_ref is not None:
                 pi_ref.load(run.state["pi_ref"])
-            after = replace(run.state["round"], pi_ref=pi_ref)
+            best = run.state["round"].best
+            kept = [part_of(value, like) for value, like in zip(best.parameters, policy.parameters(), strict=True)]
+            after = replace(run.state["round"], pi_ref=pi_ref, best=replace(best, parameters=kept))
             validation.samples, validation.numbers = run.state["samples"], run.state["numbers"]
     remember = lambda t, phase, *call: run.remember([t], phase, *call)  # noqa: E731
-    loop = llm_loop(config, policy, judge, training, validation, optimizer=optimizer, after=after, remember=remember)
+    loop = llm_loop(config, policy, validation.judge, training, validation, optimizer=optimizer, after=after, remember=remember)
     print("    t | P(> pi_1)       at equal length | P(new > old) | words  cut off | KL(pi_1) | pairs | loss")
     start = time.perf_counter()
     try:
@@ -1695,8 +1759,9 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
             for t in {1, it.t + 1}:
                 run.write_lines(f"validation-{t:03d}.jsonl", written(validation.prompts, validation.samples[t - 1]))
             known = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
+            kept = replace(it, pi_ref=None, best=replace(it.best, parameters=[whole(part) for part in it.best.parameters]))
             run.save({**known, "alarms": warnings}, {
-                "policy": policy.weights(), "optimizer": optimizer.state_dict(), "round": replace(it, pi_ref=None),
+                **training_state(policy, optimizer), "round": kept,
                 "pi_ref": it.pi_ref.weights() if it.pi_ref else None, "samples": validation.samples,
                 "numbers": validation.numbers})  # fmt: skip
             tqdm.write(f"{it.t:5d} | {row['win_rate_vs_first']:.3f} +- {row['win_rate_vs_first_interval']:.3f} "
@@ -1711,6 +1776,22 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
         raise Stopped(f"{error}; its batch is in {run.out}/not-finite.jsonl; a smaller --lr may help") from error
     policy.load(after.best.parameters)
     return validation.numbers[0]
+
+
+def training_state(policy: ChatPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Parameters and what the optimizer knows of them, whole on the CPU of the first process however many there are."""
+    known = optimizer.state_dict()
+    moments = {number: {name: whole(value) for name, value in of.items()} for number, of in known["state"].items()}
+    return {"policy": [whole(weight) for weight in policy.parameters()], "optimizer": {**known, "state": moments}}
+
+
+def take_training(state: dict[str, Any], policy: ChatPolicy, optimizer: torch.optim.Optimizer) -> None:
+    """Go on from `training_state`, with as many processes as there are now."""
+    parameters, known = list(policy.parameters()), state["optimizer"]
+    policy.load([part_of(value, like) for value, like in zip(state["policy"], parameters, strict=True)])
+    moments = {number: {name: part_of(value, parameters[number]) for name, value in of.items()}
+               for number, of in known["state"].items()}  # fmt: skip
+    optimizer.load_state_dict({**known, "state": moments})
 
 
 def written(prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, str]]:
@@ -1745,6 +1826,8 @@ def main(argv: list[str] | None = None) -> int:
             preset, config = parse(sys.argv[1:] if argv is None else argv, {p: c for p, (c, _) in PRESETS.items()}, "game")
         except ValueError as error:  # a config's own checks
             raise BadInput(str(error)) from error
+        if preset != "llm" and dist.is_torchelastic_launched():
+            raise BadInput(f"preset {preset} runs in one process; start it by python train.py {preset}, without torchrun")
         PRESETS[preset][1](config)
 
     return guarded("train.py", work)
@@ -1752,4 +1835,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     plt.switch_backend("Agg")  # figures go to files, also where there is a screen
-    sys.exit(main())
+    code = main()
+    if dist.is_initialized() and not code:
+        dist.destroy_process_group()
+    sys.exit(code)

@@ -134,10 +134,10 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_master_weights(directory):
     assert (before == 1).all()
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     names = [name for name, _ in policy.model.named_parameters()]
-    norm = policy.masters[names.index("norm.weight")]
+    norm = list(policy.parameters())[names.index("norm.weight")]
     policy.log_prob(PROMPTS[:1], ["Water."]).sum().backward()
     for _ in range(1000):
-        for master in policy.masters:
+        for master in list(policy.parameters()):
             master.grad = None
         norm.grad = torch.full_like(norm, 1e-5)
         optimizer.step()
