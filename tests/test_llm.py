@@ -280,27 +280,38 @@ def test_the_best_policy_loads_in_transformers_and_scores_as_here(finished):
         assert (theirs(tokens).logits - Transformer.from_pretrained(finished / "best")(tokens)).abs().max() < 1e-4
 
 
-def test_killed_after_an_iteration_and_resumed_it_ends_the_same(finished, directory, prompts_file, tmp_path, monkeypatch):
-    out, save = tmp_path / "again", train.Run.save
+def interrupted_and_resumed(monkeypatch, directory, prompts_file, out, *more):
+    """A run that ends after its first iteration, and goes on."""
+    save = train.Run.save
 
     def dying(self, row, state):
         save(self, row, state)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.Run, "save", dying)
-    assert run(directory, prompts_file, out) == 130
+    assert run(directory, prompts_file, out, *more) == 130
     monkeypatch.setattr(train.Run, "save", save)
-    assert run(directory, prompts_file, out, "--resume") == 0
+    assert run(directory, prompts_file, out, *more, "--resume") == 0
+
+
+def test_killed_after_an_iteration_and_resumed_it_ends_the_same(finished, directory, prompts_file, tmp_path, monkeypatch):
+    out = tmp_path / "again"
+    interrupted_and_resumed(monkeypatch, directory, prompts_file, out)
     for name in ("responses-002.jsonl", "pairs-002.jsonl", "validation-003.jsonl"):
         assert (out / name).read_text() == (finished / name).read_text(), name
     assert (out / "best/model.safetensors").read_bytes() == (finished / "best/model.safetensors").read_bytes()
     assert run(directory, prompts_file, out, "--resume") == 0  # nothing is left to do
 
 
-@pytest.mark.parametrize("more", ["--algorithm 4 --tau 0.05", "--algorithm 3 --tau 0.05 --eta 0.5", "--dtype float32"])
-def test_other_algorithms_and_float32_run_too(more, directory, prompts_file, tmp_path):
-    assert run(directory, prompts_file, tmp_path / "run", "--iterations", "1", *more.split()) == 0
-    assert len(lines(tmp_path / "run/metrics.jsonl")) == 1
+@pytest.mark.parametrize("more", ["--algorithm 4 --tau 0.05", "--algorithm 3 --tau 0.05 --eta 0.5", "--dtype float32",
+                                  "--low-rank 2 --lr 0.02"])  # fmt: skip
+def test_other_algorithms_float32_and_low_rank_terms_run_and_resume_too(more, directory, prompts_file, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "again"
+    assert run(directory, prompts_file, whole, *more.split()) == 0
+    interrupted_and_resumed(monkeypatch, directory, prompts_file, out, *more.split())
+    for name in ("responses-002.jsonl", "pairs-002.jsonl", "validation-003.jsonl"):
+        assert (out / name).read_text() == (whole / name).read_text(), name
+    assert (out / "best/model.safetensors").read_bytes() == (whole / "best/model.safetensors").read_bytes()
 
 
 def test_gold_responses_take_part_when_every_prompt_has_one(directory, tmp_path):

@@ -1,0 +1,302 @@
+"""Many processes and large models: torchrun's processes do what one does; low-rank terms; activations computed twice."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_llm import PROMPTS, SHORT, lines, make_model, policy_of, run
+from test_train import refused
+
+import dno
+import train
+from checkpoints import Chat
+from judge import Stopped, TooDear
+from model import ChatPolicy, Team, Transformer, add_low_rank
+from oracle import TasteJudge
+from train import SharedJudge
+
+ROOT = Path(train.__file__).parent
+LONG = (*SHORT.split(), "--dtype", "float32", "--iterations", "4", "--at-once", "1", "--sample-batch", "7", "--batch-size", "9")
+ADAM = 1e-5  # a weight after four iterations at learning rates up to 0.003: gradients of 1e-4 with sums in another order
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in PROMPTS))
+    return path
+
+
+# --- Processes ---
+
+
+def torchrun(directory, prompts_file, out, *more):
+    """`torchrun --nproc-per-node 2 train.py llm ...`, started, on a port of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "llm",
+               "--model", directory, "--prompts", prompts_file, "--out", out, *LONG, "--threads", "2", *more]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def children(process):
+    """The numbers of a process's children, by rank."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(map(int, pids), key=lambda pid: "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(directory, prompts_file, tmp_path_factory):
+    """A run by one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert run(directory, prompts_file, out, *LONG) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(directory, prompts_file, tmp_path_factory):
+    """A run by two processes of which the second was killed after the first iteration; what they printed."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    process = torchrun(directory, prompts_file, out)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint/state.pt").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(children(process)[1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert len(lines(out / "metrics.jsonl")) < 4
+    return out, said
+
+
+def state(out):
+    with torch.serialization.safe_globals(list(train.CLASSES_KEPT)):
+        return torch.load(out / "checkpoint/state.pt", weights_only=True)
+
+
+def same(out, alone):
+    """Is every sample and every pair the same, and every weight and moment up to rounding?"""
+    for name in sorted(path.name for path in alone.glob("*-00?.jsonl")):
+        mine, theirs = lines(out / name), lines(alone / name)
+        ratings = [[line.pop("rated", None) or 0.0 for line in part] for part in (mine, theirs)]
+        assert mine == theirs, name
+        assert ratings[0] == pytest.approx(ratings[1], abs=1e-12)
+    mine, theirs = state(out), state(alone)
+    moments = [[of["state"][i][name] for i in of["state"] for name in ("exp_avg", "exp_avg_sq")]
+               for of in (mine["optimizer"], theirs["optimizer"])]  # fmt: skip
+    for a, b in zip(mine["policy"] + mine["round"].best.parameters + moments[0],
+                    theirs["policy"] + theirs["round"].best.parameters + moments[1], strict=True):  # fmt: skip
+        assert a.shape == b.shape
+        assert (a - b).abs().max() < ADAM
+    return True
+
+
+def test_when_one_process_is_killed_the_others_end_and_say_how_to_go_on(killed):
+    out, said = killed
+    assert "]: Traceback" not in said  # of a rank; torchrun's own report has one, of itself
+    assert "another process of the run is gone" in said or "SIGTERM" in said  # whichever comes first
+    assert said.count("Writing to") == 1  # only one process talks
+    assert state(out)["round"].t == len(lines(out / "metrics.jsonl"))
+
+
+def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(killed, alone, directory, prompts_file, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(killed[0], out)
+    for name in ("responses-001.jsonl", "pairs-001.jsonl", "validation-002.jsonl"):
+        assert [{**line, "rated": 0} for line in lines(out / name)] == [{**line, "rated": 0} for line in lines(alone / name)]
+    assert run(directory, prompts_file, out, *LONG, "--resume") == 0
+    assert same(out, alone)
+
+
+def test_two_processes_with_a_sharded_model_go_on_and_end_as_one_does(killed, alone, directory, prompts_file, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(killed[0], out)
+    process = torchrun(directory, prompts_file, out, "--resume", "--fsdp", "--checkpointing")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert same(out, alone)
+    mine, theirs = (Transformer.from_pretrained(path / "best").state_dict() for path in (out, alone))
+    assert all((mine[name] - theirs[name]).abs().max() < ADAM for name in theirs)
+
+
+class Member(Team):
+    """One of two threads that play processes."""
+
+    def __init__(self, rank, meeting, table):
+        self.rank, self.size, self.meeting, self.table = rank, 2, meeting, table
+
+    def together(self, mine):
+        self.table[self.rank] = mine
+        self.meeting.wait(10)
+        shares = list(self.table)
+        self.meeting.wait(10)
+        return [shares[i % 2][i // 2] for i in range(sum(map(len, shares)))]
+
+
+def by_two(work):
+    """work(team) by two members: their results, or the errors they met."""
+    meeting, table, found = threading.Barrier(2), [None, None], [None, None]
+
+    def play(rank):
+        try:
+            found[rank] = work(Member(rank, meeting, table))
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=play, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+def test_shares_put_together_are_in_the_order_of_the_whole(n):
+    items = list(range(n))
+    assert by_two(lambda team: team.together(list(team.mine(items)))) == [items, items]
+    assert Team().together(Team().mine(items)) == items
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1] * 3, [*PROMPTS[:3], *PROMPTS[:3]], PROMPTS[:5]])
+def test_a_shared_judge_gives_everybody_the_judges_answers(prompts):
+    a, b = [f"One. {x}" for x in prompts], [f"Two words, {i}." for i in range(len(prompts))]
+    expected = TasteJudge().prefer(prompts, a, b)
+    asked = []
+
+    class Noted(TasteJudge):
+        def prefer(self, prompts, a, b):
+            asked.append(set(prompts))
+            return super().prefer(prompts, a, b)
+
+        def scores(self, prompts, responses):
+            return torch.tensor([[float(len(y)) for y in ys] for ys in responses], dtype=torch.float64)
+
+    for found in by_two(lambda team: SharedJudge(Noted(), team).prefer(prompts, a, b)):
+        assert (found - expected).abs().max() < 1e-12
+    assert not set.intersection(*asked) or len(asked) == 1  # nobody asks what another does
+    groups = [[y, z] for y, z in zip(a, b, strict=True)]
+    for found in by_two(lambda team: SharedJudge(Noted(), team).scores(prompts, groups)):
+        assert found.tolist() == [[len(y), len(z)] for y, z in groups]
+
+
+def test_an_error_that_one_process_meets_when_judging_ends_all_of_them():
+    class Dear(TasteJudge):
+        def prefer(self, prompts, a, b):
+            if PROMPTS[1] in prompts:
+                raise TooDear("the limit")
+            return super().prefer(prompts, a, b)
+
+    errors = by_two(lambda team: SharedJudge(Dear(), team).prefer(PROMPTS[:2], ["a", "b"], ["c", "d"]))
+    assert all(isinstance(error, TooDear) and isinstance(error, Stopped) for error in errors)
+
+
+@pytest.mark.parametrize("preset", ["game", "text", "ablations"])
+def test_other_presets_refuse_torchrun(preset, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert "runs in one process" in refused(capsys, preset)
+
+
+@pytest.mark.parametrize(("option", "said"), [("--fsdp", "torchrun"), ("--compile", "--device cuda"),
+                                              ("--low-rank=-1", "at least 0")])  # fmt: skip
+def test_options_for_many_processes_or_a_gpu_are_refused_without(option, said, capsys):
+    assert said in refused(capsys, "llm", "--model", "x", option)
+
+
+# --- Memory ---
+
+
+def test_with_checkpointing_gradients_are_the_same(directory):
+    gradients = []
+    for on in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            policy = policy_of(directory, dtype)
+            policy.model.checkpointing = on
+            policy.log_prob(PROMPTS[:2], ["Water.", "It depends."]).sum().backward()
+            gradients.append(torch.cat([weight.grad.flatten() for weight in policy.parameters()]))
+    assert torch.equal(gradients[0], gradients[2])
+    assert torch.equal(gradients[1], gradients[3])
+    assert gradients[0].abs().max() > 0
+
+
+def test_a_reference_is_the_policy_as_it_was_and_nothing_of_it_is_trained(directory):
+    policy = policy_of(directory, torch.bfloat16)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        before = policy.log_prob(PROMPTS[:1], ["Water."])
+    policy.load([weight * 1.5 for weight in policy.weights()])
+    with torch.no_grad():
+        assert torch.equal(reference.log_prob(PROMPTS[:1], ["Water."]), before)
+        assert not torch.equal(policy.log_prob(PROMPTS[:1], ["Water."]), before)
+    assert not any(weight.requires_grad for weight in reference.parameters())
+    other = copy.deepcopy(policy)
+    other.load(reference.weights())
+    with torch.no_grad():
+        assert torch.equal(other.log_prob(PROMPTS[:1], ["Water."]), before)
+
+
+# --- Low-rank terms ---
+
+
+def low_rank_policy(directory, dtype=torch.float32, rank=4):
+    model = Transformer.from_pretrained(directory, dtype)
+    add_low_rank(model, rank)
+    return ChatPolicy(model, Chat.from_pretrained(directory), 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_terms_start_at_nothing_and_are_all_that_is_trained(dtype, directory):
+    policy, plain = low_rank_policy(directory, dtype), policy_of(directory, dtype)
+    said = PROMPTS[:2], ["Water.", "It depends."]
+    assert torch.equal(policy.log_prob(*said), plain.log_prob(*said))
+    fixed = {name: weight.detach().clone() for name, weight in policy.model.named_parameters() if not weight.requires_grad}
+    optimizer = dno.adam(policy)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-policy.log_prob(*said).sum()).backward()
+        optimizer.step()
+    moved = dict(policy.model.named_parameters())
+    assert all(torch.equal(moved[name], weight) for name, weight in fixed.items())
+    trained = list(policy.parameters())
+    assert all(weight.dtype == torch.float32 for weight in trained)
+    # r (in + out) of each map: q and out 32 + 32, k and v 32 + 16, gate, up and down 32 + 64, in two blocks
+    assert sum(weight.numel() for weight in trained) == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    with torch.no_grad():
+        assert (policy.log_prob(*said) > plain.log_prob(*said)).all()
+
+
+def test_a_low_rank_term_adds_2_B_A_to_its_map_and_its_gradient_is_autograds(directory):
+    policy = low_rank_policy(directory)
+    part = policy.model.blocks[0].gate
+    torch.manual_seed(0)
+    with torch.no_grad():
+        part.B.normal_()
+    x = torch.randn(5, 32)
+    assert (part(x) - x @ (part.weight + 2 * part.B @ part.A).T).abs().max() < 1e-4
+    assert (part.merged() - (part.weight + 2 * part.B @ part.A)).abs().max() < 1e-6
+
+
+def test_a_run_with_low_rank_terms_saves_whole_maps_and_small_checkpoints(directory, prompts_file, tmp_path):
+    out = tmp_path / "run"
+    assert run(directory, prompts_file, out, "--low-rank", "2", "--lr", "0.02") == 0
+    saved, base = (Transformer.from_pretrained(path).state_dict() for path in (out / "best", directory))
+    assert saved.keys() == base.keys()
+    base = {name: weight.bfloat16().float() for name, weight in base.items()}
+    assert torch.equal(saved["embedding.weight"], base["embedding.weight"])
+    assert torch.equal(saved["blocks.0.gate.weight"], base["blocks.0.gate.weight"]) == (state(out)["round"].best.t == 1)
+    assert (out / "checkpoint/state.pt").stat().st_size < 0.8 * 16 * sum(weight.numel() for weight in base.values())
