@@ -375,6 +375,7 @@ SPLITS = {  # tokenizer.ggml.pre -> where a byte-level vocabulary's tokens end: 
     "llama-bpe": LETTERS % r"\p{N}{1,3}", "qwen2": LETTERS % r"\p{N}", "smollm": "digits", "gpt-2": "", "default": "",
 }  # fmt: skip
 PLAIN = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"  # of a model without a template, or by choice
+BEGIN = "{{ bos_token }}"  # comes before it where the vocabulary puts it before any text
 
 
 class Chat:
@@ -409,7 +410,10 @@ class Chat:
         end = tokenizer.token_to_id(specials.get("eos_token", ""))
         if end is None:
             raise BadCheckpoint(f"{path} names no end token that its vocabulary has (eos_token)")
-        return cls(tokenizer, None if plain else template, specials, end)
+        begin = tokenizer.token_to_id(specials.get("bos_token", ""))
+        if plain or template is None:
+            template = BEGIN * (begin is not None and tokenizer.encode("").ids[:1] == [begin]) + PLAIN
+        return cls(tokenizer, template, specials, end)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
         """Itself, which never changes: copies of a policy share it, as a template cannot be copied."""

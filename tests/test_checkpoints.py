@@ -738,6 +738,12 @@ def test_a_prompt_in_the_plain_format_is_the_text_and_two_line_ends(tmp_path):
     assert plain.prompt("Hi") != Chat.from_pretrained(tmp_path).prompt("Hi")
     chat_config(tmp_path, chat_template=...)
     assert Chat.from_pretrained(tmp_path).prompt("Hi") == plain.prompt("Hi")  # a model without a template
+    with_begin = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # as Llama's and Mistral's have it
+    begin = theirs.bos_token_id
+    with_begin.post_processor = tokenizers.processors.TemplateProcessing(
+        f"{theirs.bos_token} $A", special_tokens=[(theirs.bos_token, begin)])  # fmt: skip
+    with_begin.save(str(tmp_path / "tokenizer.json"))
+    assert Chat.from_pretrained(tmp_path, plain=True).prompt("Hi") == [begin, *plain.prompt("Hi")]
 
 
 def test_an_answer_is_decoded_without_special_tokens(tmp_path):
