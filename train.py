@@ -936,9 +936,7 @@ def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy:
             pi_ref = copy.deepcopy(policy)
             if run.state["pi_ref"]:
                 pi_ref.load_state_dict(run.state["pi_ref"])
-            best = run.state["round"].best
-            kept = [part_of(value, like) for value, like in zip(best.parameters, policy.parameters(), strict=True)]
-            after = replace(run.state["round"], pi_ref=pi_ref, best=replace(best, parameters=kept))
+            after = replace(run.state["round"], pi_ref=pi_ref)
             validation.restore(run.state["validation"])
     remember = lambda t, phase, *call: run.remember([number, t], phase, *call)  # noqa: E731
     loop = loop_of(stage, config, policy, judging, validation, optimizer=optimizer, after=after, remember=remember)
@@ -1738,13 +1736,7 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
     optimizer, after, gold = dno.adam(policy), None, config.algorithm in (2, 4) and "gold" in training[0]
     if run.state:
         with run.restoring():
-            take_training(run.state, policy, optimizer)
-            pi_ref = copy.deepcopy(policy) if config.algorithm != 2 else None
-            if pi_ref is not None:
-                pi_ref.load(run.state["pi_ref"])
-            best = run.state["round"].best
-            kept = [part_of(value, like) for value, like in zip(best.parameters, policy.parameters(), strict=True)]
-            after = replace(run.state["round"], pi_ref=pi_ref, best=replace(best, parameters=kept))
+            after = take_training(run.state, policy, optimizer)
             validation.samples, validation.numbers = run.state["samples"], run.state["numbers"]
     remember = lambda t, phase, *call: run.remember([t], phase, *call)  # noqa: E731
     loop = llm_loop(config, policy, validation.judge, training, validation, optimizer=optimizer, after=after, remember=remember)
@@ -1759,11 +1751,9 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
             for t in {1, it.t + 1}:
                 run.write_lines(f"validation-{t:03d}.jsonl", written(validation.prompts, validation.samples[t - 1]))
             known = {name: None if value != value else value for name, value in row.items()}  # JSON has no NaN
-            kept = replace(it, pi_ref=None, best=replace(it.best, parameters=[whole(part) for part in it.best.parameters]))
-            run.save({**known, "alarms": warnings}, {
-                **training_state(policy, optimizer), "round": kept,
-                "pi_ref": it.pi_ref.weights() if it.pi_ref else None, "samples": validation.samples,
-                "numbers": validation.numbers})  # fmt: skip
+            state = training_state(policy, optimizer, it)
+            run.save({**known, "alarms": warnings},
+                     {**state, "samples": validation.samples, "numbers": validation.numbers})  # fmt: skip
             tqdm.write(f"{it.t:5d} | {row['win_rate_vs_first']:.3f} +- {row['win_rate_vs_first_interval']:.3f} "
                        f"{row['win_rate_vs_first_length_controlled']:15.3f} | {row['win_rate_vs_previous']:12.3f} | "
                        f"{row['mean_length']:5.1f} {row['truncated']:8.2f} | {row['kl_to_first']:8.2f} | {len(it.chosen):5d} | "
@@ -1778,20 +1768,26 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
     return validation.numbers[0]
 
 
-def training_state(policy: ChatPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Parameters and what the optimizer knows of them, whole on the CPU of the first process however many there are."""
-    known = optimizer.state_dict()
+def training_state(policy: ChatPolicy, optimizer: torch.optim.Optimizer, it: dno.Round) -> dict[str, Any]:
+    """All that `take_training` needs, whole on the CPU of the first process however many there are."""
+    known, best = optimizer.state_dict(), replace(it.best, parameters=[whole(weight) for weight in it.best.parameters])
     moments = {number: {name: whole(value) for name, value in of.items()} for number, of in known["state"].items()}
-    return {"policy": [whole(weight) for weight in policy.parameters()], "optimizer": {**known, "state": moments}}
+    return {"policy": [whole(weight) for weight in policy.parameters()], "optimizer": {**known, "state": moments},
+            "round": replace(it, pi_ref=None, best=best), "pi_ref": it.pi_ref.weights() if it.pi_ref else None}  # fmt: skip
 
 
-def take_training(state: dict[str, Any], policy: ChatPolicy, optimizer: torch.optim.Optimizer) -> None:
-    """Go on from `training_state`, with as many processes as there are now."""
-    parameters, known = list(policy.parameters()), state["optimizer"]
-    policy.load([part_of(value, like) for value, like in zip(state["policy"], parameters, strict=True)])
+def take_training(state: dict[str, Any], policy: ChatPolicy, optimizer: torch.optim.Optimizer) -> dno.Round:
+    """Go back to a `training_state`, with as many processes as there are now: the round to go on after."""
+    parameters, known, best = list(policy.parameters()), state["optimizer"], state["round"].best
+    mine = lambda weights: [part_of(value, like) for value, like in zip(weights, parameters, strict=True)]  # noqa: E731
+    policy.load(mine(state["policy"]))
     moments = {number: {name: part_of(value, parameters[number]) for name, value in of.items()}
                for number, of in known["state"].items()}  # fmt: skip
     optimizer.load_state_dict({**known, "state": moments})
+    pi_ref = copy.deepcopy(policy) if state["pi_ref"] else None
+    if pi_ref is not None:
+        pi_ref.load(state["pi_ref"])
+    return replace(state["round"], pi_ref=pi_ref, best=replace(best, parameters=mine(best.parameters)))
 
 
 def written(prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, str]]:

@@ -1,18 +1,44 @@
-"""One iteration on a real chat model: tokens a second sampled and trained on, against the matmul peak, and peak memory.
+"""One iteration on a real chat model, and the same work by TRL's online DPO if `trl` is installed: seconds, tokens a second,
+share of the bfloat16 matmul peak, peak memory, and the ratios.
 
-    python -m benchmarks.llm --model PATH [--prompts 32] [--samples 2] [--max-new-tokens 48] [--threads 1]
+    python -m benchmarks.llm --model PATH [--prompts 32] [--samples 2] [--max-new-tokens 48] [--threads 1] [--repeats 2]
 
-Samples K responses to each prompt, scores those of the pairs (best against worst by `TasteJudge`) once as the loss's reference,
-and takes a step of Eq. (13) on every 8 prompts' pairs. Says so when other processes use the processor meanwhile."""
+The work: sample K responses to each prompt, all --max-new-tokens long, as an end token ends none; score two of each prompt by
+the policy as it was, which is the loss's reference; take a step of Eq. (13) on every 8 prompts' pairs. Both sides have the same
+float32 checkpoint, prompts, chat template, temperature, top_p, judge (`TasteJudge`, a matter of milliseconds), learning rate,
+clipping and number of steps. What differs is how:
+
+    ours  bfloat16 weights with float32 master copies; samples 64 responses at a time, all of them before the first step; scores
+          the reference then, with no second model; trains on 4 prompts at a time, each read once for both of its responses.
+    TRL   float32 weights under autocast to bfloat16; samples, scores and trains on 8 prompts at a time; the reference is a
+          second model. Its defaults, but for gradient checkpointing, with which it has no key-value cache. It knows K = 2 only:
+          for more, `generate` is wrapped so that it samples K and hands two of them on.
+
+Each run is a process of its own, for its own peak memory, on as many cores as threads; ours and TRL's alternate. Loading and a
+short warm-up are not timed. The share of the peak is of what the work needs at least, for both: a prompt read once, logits for
+the responses' tokens only, attention left out. NOT QUIET: other processes used the processor for over 5% of the run;
+on one thread the CPU seconds are disturbed less than the others, on several nothing is worth much then."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
 import resource
+import subprocess
+import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import dno
 from benchmarks.game import seconds
@@ -20,6 +46,20 @@ from checkpoints import Chat
 from model import ChatPolicy, Transformer
 from oracle import TasteJudge
 from train import read_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = ("sampling", "reference", "training")
+PROMPTS_PER_STEP, RATE, ETA = 8, 1e-6, 0.1  # TRL calls eta beta
+Iteration = Callable[[], tuple[Counter, Counter]]  # seconds by phase; tokens of the prompts, sampled and trained on
+Prepared = tuple[Iteration, int, int]  # what to measure; entries of the model's blocks and of its head
+
+
+@contextmanager
+def clock(spent: Counter, phase: str) -> Iterator[None]:
+    """Add the seconds inside to a phase's."""
+    start = time.perf_counter()
+    yield
+    spent[phase] += time.perf_counter() - start
 
 
 def busy() -> float:
@@ -32,62 +72,217 @@ def busy() -> float:
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def flops(policy: ChatPolicy, tokens: int, heads: int) -> float:
-    """Multiply-adds twice over of a forward pass of so many tokens, `heads` of them with logits; attention left out."""
-    blocks = sum(weight.numel() for weight in policy.model.blocks.parameters() if weight.ndim == 2)
-    return 2.0 * (tokens * blocks + heads * policy.model.head.weight.numel())
+def peak_memory() -> float:
+    """GiB this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def matrices(module: nn.Module) -> int:
+    """Entries of the weights that a token is multiplied by."""
+    return sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
+
+
+# --- What is measured, each in a process of its own -------------------------------------------------------------------------
+
+
+def ours(options: argparse.Namespace, prompts: list[str]) -> Prepared:
+    """An iteration of Algorithm 2, ready to go."""
+    model = Transformer.from_pretrained(options.model, torch.bfloat16)
+    policy = ChatPolicy(model, Chat.from_pretrained(options.model), options.max_new_tokens)
+    policy.end = -1  # which no token is
+    optimizer = dno.adam(policy)
+    settings = dno.Practice(
+        samples=options.samples, recorded=False, prompts_per_step=PROMPTS_PER_STEP, at_once=4, max_grad_norm=1.0)  # fmt: skip
+    policy.sample(prompts[:1], 1, seed=1)  # warm
+
+    def iteration() -> tuple[Counter, Counter]:
+        spent = Counter()
+        with clock(spent, "sampling"):
+            groups = dno.sample_groups(policy, prompts, None, settings, seed=0)
+        r = dno.group_win_rates(dno.judge_groups(TasteJudge(), groups))
+        order = r.argsort(-1)
+        pairs = torch.stack([torch.arange(len(r)), order[:, -1], order[:, 0]], dim=-1)  # of equals too, as TRL does
+        with clock(spent, "reference"):
+            D = dno.with_reference(dno.form_pairs(groups, r, pairs), policy)
+        with clock(spent, "training"):
+            dno.fit_pairs(policy, D, dno.hard_targets(ETA), optimizer, settings, RATE, torch.Generator().manual_seed(0))
+        sampled = sum(len(y.tokens) for ys in groups.responses for y in ys)
+        read = sum(len(policy.chat.prompt(x)) for x in prompts)
+        return spent, Counter(prompts=read, sampled=sampled, trained=sum(len(y.tokens) for y in D.responses))
+
+    return iteration, matrices(model.blocks), model.head.weight.numel()
+
+
+def sampling_more(generate: Callable[..., Tensor], k: int) -> Callable[..., Tensor]:
+    """TRL gives `generate` all prompts twice; this one samples k responses to each and returns two, in TRL's order."""
+
+    def sample(input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
+        n = len(input_ids) // 2
+        rows = generate(input_ids=input_ids[:n], attention_mask=attention_mask[:n], num_return_sequences=k, **settings)
+        return torch.cat([rows[::k], rows[1::k]])
+
+    return sample
+
+
+def reward(prompts: list[list[dict]], completions: list[list[dict]], **_: Any) -> list[float]:
+    """P(y > the other response | x) of all prompts' first responses, then of their second ones, as TRL lists them."""
+    x, y = ([messages[-1]["content"] for messages in part] for part in (prompts, completions))
+    n = len(y) // 2
+    return TasteJudge().prefer(x, y, y[n:] + y[:n]).tolist()
+
+
+def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
+    """The same by TRL's trainer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    spent, count = Counter(), Counter()
+
+    class Timed(OnlineDPOTrainer):
+        """With a clock around sampling and around the reference model."""
+
+        def _generate(self, *arguments: Any) -> tuple:
+            with clock(spent, "sampling"):
+                rows = super()._generate(*arguments)
+            trained = int(rows[3].sum())  # both masks are of two rows a prompt
+            count.update(prompts=int(rows[1].sum()) // 2, sampled=trained * options.samples // 2, trained=trained)
+            return rows
+
+        def _forward(self, model: nn.Module, *arguments: Any) -> Tensor:
+            with clock(spent, "reference" if model is self.ref_model else "policy"):
+                return super()._forward(model, *arguments)
+
+    practice = dno.Practice()
+    config = OnlineDPOConfig(
+        output_dir=options.out, use_cpu=True, bf16=True, gradient_checkpointing=False, beta=ETA, learning_rate=RATE,
+        max_grad_norm=1.0, num_train_epochs=1, per_device_train_batch_size=PROMPTS_PER_STEP, gradient_accumulation_steps=1,
+        max_new_tokens=options.max_new_tokens, generation_kwargs={"min_new_tokens": options.max_new_tokens}, max_length=4096,
+        temperature=practice.temperature, top_p=practice.top_p, dataloader_pin_memory=False, save_strategy="no",
+        logging_strategy="no", report_to="none", disable_tqdm=True)  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = [{"prompt": [{"role": "user", "content": x}]} for x in prompts]
+    trainer = Timed(model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):  # warm
+        model.generate(**tokenizer(prompts[:1], return_tensors="pt"), max_new_tokens=options.max_new_tokens)
+    if options.samples > 2:
+        model.generate = sampling_more(model.generate, options.samples)
+
+    def iteration() -> tuple[Counter, Counter]:
+        with clock(spent, "in all"):
+            trainer.train()
+        if not all(spent[phase] for phase in ("sampling", "reference")):
+            raise SystemExit("this version of trl samples or scores by other methods than 1.16 does; nothing was measured")
+        spent["training"] = spent["in all"] - spent["sampling"] - spent["reference"]
+        return spent, count
+
+    return iteration, matrices(model.get_decoder().layers), model.get_output_embeddings().weight.numel()
+
+
+def measure(prepare: Callable[..., Prepared], options: argparse.Namespace) -> dict[str, Any]:
+    """Run one iteration: seconds, tokens and the share of the peak by phase; memory in GiB."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    torch.set_num_threads(options.threads)
+    prompts = [item["prompt"] for item in read_prompts("prompts/general.jsonl")][: options.prompts]
+    a, b = torch.randn(2, 1024, 1024).bfloat16()
+    peak = 2 * 1024**3 / seconds(lambda: a @ b, 20).min()
+    iteration, blocks, head = prepare(options, prompts)
+    loaded, others, own, start = peak_memory(), busy(), time.process_time(), time.perf_counter()
+    spent, count = iteration()
+    spent["in all"] = time.perf_counter() - start
+    own = time.process_time() - own
+    others = busy() - others - own
+    read = count["prompts"] + count["trained"]
+    tokens = {"sampling": count["sampled"], "reference": read, "training": read}
+    forward = 2 * (read * blocks + count["trained"] * head)
+    flops = {"sampling": 2 * (count["prompts"] * blocks + count["sampled"] * (blocks + head)),
+             "reference": forward, "training": 3 * forward}  # backward is twice forward  # fmt: skip
+    share = {phase: flops[phase] / spent[phase] / peak for phase in PHASES}
+    return {"seconds": spent, "tokens": tokens, "share": share, "peak": peak, "loaded": loaded, "memory": peak_memory(),
+            "own": own, "others": others}  # fmt: skip
+
+
+def write(options: argparse.Namespace) -> None:
+    """Write the model as a directory that both can load."""
+    Transformer.from_pretrained(options.model).save_pretrained(options.out)
+    Chat.from_pretrained(options.model).save(options.out)
+
+
+# --- The process that starts them and prints --------------------------------------------------------------------------------
+
+
+def start(part: str, options: argparse.Namespace, model: Path, out: str) -> str:
+    """The last line that this script prints when told to do one part of its work."""
+    words = [sys.executable, "-m", "benchmarks.llm", "--part", part, "--model", str(model), "--out", out]
+    for name in ("prompts", "samples", "max_new_tokens", "threads"):
+        words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stderr}this went wrong in {part}")
+    return done.stdout.strip().rpartition("\n")[2]
+
+
+def show(name: str, record: dict[str, Any]) -> None:
+    """A line of the table."""
+    spent, line = record["seconds"], f"{name:6}"
+    for phase in PHASES:
+        tokens = record["tokens"][phase]
+        line += f"{tokens:9,}{spent[phase]:7.1f}{tokens / spent[phase]:7.0f}{record['share'][phase]:6.2f}"
+    line += f"{spent['in all']:8.1f}{record['own']:7.1f}{record['others']:8.1f}{record['memory']:7.2f}{record['loaded']:9.2f}"
+    print(line + "  NOT QUIET" * (record["others"] > 0.05 * spent["in all"]), flush=True)
+
+
+def compare(options: argparse.Namespace, out: str) -> None:
+    """Run all in turn and print the table and the ratios."""
+    model, names = Path(options.model).resolve(), ["ours"]
+    if importlib.util.find_spec("trl"):
+        names.append("TRL")
+        if not model.is_dir():
+            start("write", options, model, f"{out}/model")
+            model = Path(out, "model")
+    pinned = "pinned" if hasattr(os, "sched_setaffinity") else "not pinned, as this system cannot"
+    size = f"{options.prompts} prompts x {options.samples} samples x {options.max_new_tokens} tokens"
+    print(f"{size}, {options.threads} thread(s), {pinned}")
+    print(" " * 6 + "".join(f"{phase:>29}" for phase in PHASES) + "  in all    CPU  others    GiB  loading")
+    print(" " * 6 + "   tokens      s  tok/s  peak" * 3 + "       s      s       s", flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for name in names * options.repeats:
+        runs[name].append(json.loads(start(name, options, model, out)))
+        show(name, runs[name][-1])
+    print(f"peak: {median(record['peak'] for name in names for record in runs[name]) / 1e9:.0f} GFLOP/s")
+    if len(names) == 1:
+        print("trl cannot be imported, so there is nothing to compare with")
+        return
+    ratios = {phase: [median(run["seconds"][phase] for run in runs[name]) for name in names] for phase in (*PHASES, "in all")}
+    for what, key in (("CPU", "own"), ("memory", "memory")):
+        ratios[what] = [median(run[key] for run in runs[name]) for name in names]
+    print("TRL / ours, of medians: " + ", ".join(f"{what} {theirs / mine:.2f}" for what, (mine, theirs) in ratios.items()))
+    if options.samples > 2:
+        print(f"TRL's trainer samples 2 responses a prompt; here its `generate` was made to sample {options.samples}")
 
 
 def main() -> None:
-    """Run it and print."""
+    """Compare; or, as a process that `compare` starts, do one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each")
+    parser.add_argument("--part", choices=["ours", "TRL", "write"], help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    model = Transformer.from_pretrained(options.model, torch.bfloat16)
-    policy = ChatPolicy(model, Chat.from_pretrained(options.model), options.max_new_tokens)
-    prompts = [item["prompt"] for item in read_prompts("prompts/general.jsonl")][: options.prompts]
-    a, b = torch.randn(2, 1024, 1024).bfloat16()
-    peak = 2 * 1024**3 / seconds(lambda: a @ b, 20).min()
-    optimizer, spent = dno.adam(policy), {}
-    policy.sample(prompts[:1], 1, seed=1)  # warm
-    others, own = busy(), time.process_time()
-
-    start = time.perf_counter()
-    settings = dno.Practice(samples=options.samples, recorded=False, prompts_per_step=8, at_once=4, max_grad_norm=1.0)
-    groups = dno.sample_groups(policy, prompts, None, settings, seed=0)
-    spent["sampling"] = time.perf_counter() - start
-    r = dno.group_win_rates(dno.judge_groups(TasteJudge(), groups))
-    chosen = dno.best_against_worst(r, torch.ones_like(r, dtype=torch.bool))
-
-    start = time.perf_counter()
-    D = dno.with_reference(dno.form_pairs(groups, r, chosen), policy)
-    spent["reference"] = time.perf_counter() - start
-    start = time.perf_counter()
-    dno.fit_pairs(policy, D, dno.hard_targets(0.1), optimizer, settings, 1e-6, torch.Generator().manual_seed(0))
-    spent["training"] = time.perf_counter() - start
-    others = (busy() - others) - (time.process_time() - own)
-
-    context = {x: len(policy.chat.prompt(x)) for x in prompts}
-    sampled = sum(len(y.tokens) for ys in groups.responses for y in ys)
-    trained = sum(len(y.tokens) for y in D.responses)
-    read = sum(context[x] for x in set(D.prompts)) + trained
-    work = {"sampling": flops(policy, sum(context.values()) + sampled, sampled), "reference": flops(policy, read, trained),
-            "training": 3 * flops(policy, read, trained)}  # fmt: skip
-    parameters = sum(weight.numel() for weight in model.parameters())
-    print(f"{parameters:,} parameters, {options.threads} thread(s); bfloat16 matmul peak {peak / 1e9:.0f} GFLOP/s")
-    for name, tokens in (("sampling", sampled), ("reference", read), ("training", read)):
-        rate = work[name] / spent[name] / peak
-        speed = tokens / spent[name]
-        print(f"{name:10} {spent[name]:7.1f} s  {tokens:6,} tokens  {speed:7.0f} tokens/s  {rate:.2f} of the peak")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"in all     {sum(spent.values()):7.1f} s; peak memory {memory:.2f} GiB")
-    if others > 0.05 * sum(spent.values()):
-        print(f"NOT QUIET: other processes used {others:.0f} s of the processor meanwhile")
+    if options.samples < 2:
+        parser.error(f"--samples is {options.samples}; expected at least 2, for a pair")
+    if options.part == "write":
+        write(options)
+    elif options.part:
+        print(json.dumps(measure({"ours": ours, "TRL": trl}[options.part], options)))
+    else:
+        with tempfile.TemporaryDirectory() as out:
+            compare(options, out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ place of others; what CI runs itself is only looked for there."""
 
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from endpoint_server import serving
 from test_notebooks import run as run_notebook
 
 import oracle
+import runs
 import train
 from benchmarks import game, text, theorem_1
 
@@ -148,8 +150,21 @@ def measure_llm(do, command, server, monkeypatch):
     from test_llm import make_model
 
     shutil.copytree(ROOT / "prompts", "prompts")
-    more = ["--model", str(make_model("tiny")), "--prompts", "8", "--max-new-tokens", "4"]
+    more = ["--model", str(make_model("tiny")), "--prompts", "8", "--max-new-tokens", "4", "--repeats", "1"]
     module("benchmarks.llm", monkeypatch, *more)
+
+
+def measure_memory(do, command, server, monkeypatch):
+    small = {"--prompts": 2, "--samples": 2, "--prompt": 8, "--response": 4, "--steps": 1}
+    module("benchmarks.memory", monkeypatch, *(str(word) for pair in small.items() for word in pair))
+
+
+def by_torchrun(do, command, server, monkeypatch):
+    """Two processes are run by test_team.py; here, that the options are right."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    preset, config = runs.parse(shlex.split(command.split("train.py ")[1]), {"llm": train.LlmConfig}, "game")
+    assert preset == "llm"
+    assert config.fsdp
 
 
 def run_a_notebook(do, command, server, monkeypatch):
@@ -185,6 +200,8 @@ RUNS = {  # what a command looks like -> how it is run here; the first that fits
     r"(\.venv/bin/)?python -m benchmarks\.text( --.*)?": measure_text,
     r"(\.venv/bin/)?python -m benchmarks\.llm( --.*)?": measure_llm,
     r"(\.venv/bin/)?python -m benchmarks\.judge( --.*)?": measure_judging,
+    r"(\.venv/bin/)?python -m benchmarks\.memory( --.*)?": measure_memory,
+    r"(\.venv/bin/)?torchrun .*train\.py llm .*": by_torchrun,
 }
 
 
