@@ -698,11 +698,6 @@ class Team:
         dist.all_gather_object(shares, mine)
         return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
 
-    def wait(self) -> None:
-        """Go on when everybody has come here."""
-        if self.size > 1:
-            dist.barrier()
-
 
 class Scores(torch.autograd.Function):
     """The scores [B] of all from each process's own [m], which are those at place [m]. Everybody then has the whole loss, and
