@@ -295,16 +295,24 @@ def token_log_probs(head: nn.Linear, hidden: Tensor, tokens: Tensor, at_once: in
 def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     """The token [B] that u [B] in [0, 1) picks from the distribution function of softmax(log_probs [B, V] / temperature),
     cut down to the fewest most probable tokens that hold `top_p` of it (nucleus sampling, Holtzman et al. 2020)."""
-    p, order = (log_probs.double() / temperature).softmax(-1), None
-    if top_p < 1:  # the most probable tokens first; sorting all is slow, so first see whether some will do
-        for few in (64, 1024, p.shape[-1]):
-            top, order = p.topk(few) if few < p.shape[-1] else p.sort(dim=-1, descending=True, stable=True)
-            if (top.sum(-1) >= top_p).all():
-                break
-        p = top * (top.cumsum(-1) - top < top_p)
-    cdf = p.cumsum(-1)
-    place = torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
-    return (place if order is None else order.gather(-1, place)).squeeze(-1)
+    p = (log_probs / temperature).softmax(-1)
+    if top_p >= 1:
+        return invert(p, u)
+    token, rows = torch.zeros_like(u, dtype=torch.long), torch.arange(len(u), device=u.device)
+    for few in (64, 1024, p.shape[-1]):  # sorting all is slow, so first see for which rows some, most probable first, will do
+        top, order = p[rows].topk(few) if few < p.shape[-1] else p[rows].sort(dim=-1, descending=True, stable=True)
+        held = top.cumsum(-1, dtype=torch.float64)
+        token[rows] = order.gather(-1, invert(top * (held - top < top_p), u[rows]).unsqueeze(-1)).squeeze(-1)
+        rows = rows[held[:, -1] < top_p]
+        if not len(rows):
+            break
+    return token
+
+
+def invert(p: Tensor, u: Tensor) -> Tensor:
+    """Where [B] the running sums, in float64, of p [B, V] first exceed u [B] of their total."""
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -337,7 +345,8 @@ def generate(models: dict[Transformer, float], prompts: Sequence[Tensor], u: Ten
     def read(tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         last = (model.head(model.hidden(tokens, positions, mask, cache)[:, -1])[:, :words]
                 for model, cache in zip(models, caches, strict=True))  # fmt: skip
-        return sum(weight * logits for weight, logits in zip(models.values(), last, strict=True)).log_softmax(-1)
+        logits = sum(weight * logits for weight, logits in zip(models.values(), last, strict=True))
+        return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     log_probs = read(tokens, positions, mask).repeat_interleave(k, dim=0)  # (B k, words)
     for cache in caches:
