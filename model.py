@@ -112,6 +112,17 @@ class Cache:
         self.tables = self.tables[:, :, rows]
 
 
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What q [B, H, T, D] read in keys and values [B, G, S, D], [B, H, T, D], by plain matrix products: the H/G heads that
+    share keys are H/G times as many queries. On a CPU nearly four times as fast, forward and backward, as the fused kernel,
+    which on a GPU is the faster one and needs no T x S numbers."""
+    grouped = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))  # (B, G, H/G, T, D)
+    scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, grouped.shape[2:4])  # (B, G, H/G, T, S)
+    if mask is not None:
+        scores = scores + mask.unsqueeze(-3)
+    return (scores.softmax(-1).flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention (Ainslie et al. 2023) with rotary positions."""
 
@@ -129,14 +140,15 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        # Of one new token, heads that share keys are as good as queries (B, G, H/G, D), and five times as fast so. In float32
-        # the sums' order, so the last digit, would be another than in the runs that are recorded.
-        if q.shape[2] == 1 and q.dtype == torch.bfloat16:
+        causal, half = mask is None and q.shape[2] > 1, q.dtype == torch.bfloat16
+        if half and not causal and q.device.type == "cpu":
+            y = grouped_attention(q, k, v, mask)
+        elif half and q.shape[2] == 1:  # on a GPU, heads that share keys as queries of one head: (B, G, H/G, D)
             y = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, attn_mask=mask)
-            return self.out(y.flatten(1).unsqueeze(1))
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)  # (B, H, T, D)
-        return self.out(y.transpose(1, 2).flatten(2))
+            y = y.flatten(1, 2).unsqueeze(2)
+        else:  # float32 always, for the order of its sums, so the last digit, is that of the runs that are recorded
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H D)
 
 
 class Block(nn.Module):
