@@ -22,7 +22,6 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from checkpoints import BadCheckpoint, Chat, read_checkpoint, save_directory
@@ -265,7 +264,7 @@ def token_log_prob(models: dict[Transformer, float], prompts: Sequence[Tensor], 
 def shared_log_prob(model: Transformer, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
     """`token_log_prob` of one model, float32 [B], with the prompt read once for all its responses: they stand in one row after
     it, none seeing another. The head's logits, of large vocabularies far larger than all else, are made for the responses'
-    tokens only, some at a time, and once more for the gradient rather than kept."""
+    tokens only, and never all at once: see `TokenLogProbs`."""
     places: dict[tuple[int, ...], list[int]] = {}
     for b, prompt in enumerate(prompts):
         places.setdefault(tuple(prompt.tolist()), []).append(b)
@@ -294,14 +293,47 @@ def shared_log_prob(model: Transformer, prompts: Sequence[Tensor], responses: Se
     return log_probs.new_zeros(len(prompts)).index_add(0, torch.tensor(owners, device=device), log_probs)
 
 
-def token_log_probs(head: nn.Linear, hidden: Tensor, tokens: Tensor, at_once: int = 256) -> Tensor:
-    """log softmax(head(hidden [n, C])) at tokens [n], float32 [n], by no more than `at_once` rows of logits at a time."""
+class TokenLogProbs(torch.autograd.Function):
+    """log softmax(hidden [n, C] weight^T [C, V]) at tokens [n], float32 at least, [n], by `at_once` words of the vocabulary at
+    a time, whose logits fit the processor's cache. They are made once more for the gradient rather than kept."""
 
-    def of(hidden: Tensor, tokens: Tensor) -> Tensor:
-        return -F.cross_entropy(head(hidden).float(), tokens, reduction="none")
+    @staticmethod
+    def pieces(hidden: Tensor, weight: Tensor, tokens: Tensor, at_once: int) -> Iterator[tuple[slice | Tensor, ...]]:
+        """Of each part of the vocabulary: its words, logits [n, at_once], tokens' places [n, 1], and are they there? [n, 1]"""
+        for start in range(0, len(weight), at_once):
+            words, place = slice(start, start + at_once), (tokens - start).unsqueeze(-1)
+            logits = (hidden @ weight[words].T).to(torch.promote_types(hidden.dtype, torch.float32))
+            yield words, logits, place.clamp(0, logits.shape[-1] - 1), (place >= 0) & (place < logits.shape[-1])
 
-    parts = zip(hidden.split(at_once), tokens.split(at_once), strict=True)
-    return torch.cat([checkpoint(of, *part, use_reentrant=False) for part in parts])
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, at_once: int) -> Tensor:
+        sums, chosen = [], 0
+        for _, logits, place, there in TokenLogProbs.pieces(hidden, weight, tokens, at_once):
+            sums.append(logits.logsumexp(-1))
+            chosen = chosen + logits.gather(-1, place) * there
+        ctx.total, ctx.at_once = torch.stack(sums).logsumexp(0), at_once
+        ctx.save_for_backward(hidden, weight, tokens)
+        return chosen.squeeze(-1) - ctx.total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens = ctx.saved_tensors
+        of_hidden, of_weight = torch.zeros_like(hidden, dtype=grad.dtype), None
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.empty_like(weight)
+        grad = grad.unsqueeze(-1)
+        for words, logits, place, there in TokenLogProbs.pieces(hidden, weight, tokens, ctx.at_once):
+            p = (logits - ctx.total.unsqueeze(-1)).exp_()
+            of_logits = p.mul_(-grad).scatter_add_(-1, place, grad * there).to(hidden.dtype)  # grad (1[y] - p)
+            of_hidden += of_logits @ weight[words]
+            if of_weight is not None:
+                torch.mm(of_logits.T, hidden, out=of_weight[words])
+        return of_hidden.to(hidden.dtype), of_weight, None, None
+
+
+def token_log_probs(head: nn.Linear, hidden: Tensor, tokens: Tensor, at_once: int = 2048) -> Tensor:
+    """log softmax(head(hidden [n, C])) at tokens [n], [n]; see `TokenLogProbs`."""
+    return TokenLogProbs.apply(hidden, head.weight, tokens, at_once)
 
 
 def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -312,12 +344,13 @@ def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Te
         return invert(p, u)
     token, rows = torch.zeros_like(u, dtype=torch.long), torch.arange(len(u), device=u.device)
     for few in (64, 1024, p.shape[-1]):  # sorting all is slow, so first see for which rows some, most probable first, will do
-        top, order = p[rows].topk(few) if few < p.shape[-1] else p[rows].sort(dim=-1, descending=True, stable=True)
+        top, order = p.topk(few) if few < p.shape[-1] else p.sort(dim=-1, descending=True, stable=True)
         held = top.cumsum(-1, dtype=torch.float64)
-        token[rows] = order.gather(-1, invert(top * (held - top < top_p), u[rows]).unsqueeze(-1)).squeeze(-1)
-        rows = rows[held[:, -1] < top_p]
-        if not len(rows):
+        token[rows] = order.gather(-1, invert(top * (held - top < top_p), u).unsqueeze(-1)).squeeze(-1)
+        more = held[:, -1] < top_p
+        if not more.any():
             break
+        rows, p, u = rows[more], p[more], u[more]
     return token
 
 
