@@ -93,7 +93,7 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("model.py", "seen[:, None, :T] & causal", "causal"),
     ("model.py", "(T - empty).repeat_interleave(k)", "torch.full_like(empty, T).repeat_interleave(k)"),
     ("model.py", "count[rows] += going", "count[rows] += 1"),
-    ("model.py", "p = top * (top.cumsum(-1) - top < top_p)", "p = top * (top.cumsum(-1) < top_p)"),
+    ("model.py", "top * (held - top < top_p)", "top * (held < top_p)"),
     ("model.py", "(-pairs[pair], pair)", "(pairs[pair], pair)"),
     ("model.py", "pairs[pair] += count", "pairs[pair] += 1"),
     ("model.py", "logsumexp(0) - math.log(len(members))", "mean(0)"),

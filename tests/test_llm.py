@@ -13,7 +13,17 @@ from test_train import refused
 import dno
 import train
 from checkpoints import Chat
-from model import Cache, ChatPolicy, Config, Transformer, choose, shared_log_prob, token_log_prob
+from model import (
+    Cache,
+    ChatPolicy,
+    Config,
+    TokenLogProbs,
+    Transformer,
+    choose,
+    grouped_attention,
+    shared_log_prob,
+    token_log_prob,
+)
 from oracle import TasteJudge
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -122,6 +132,99 @@ def test_the_nucleus_is_the_same_however_many_tokens_it_takes():
         kept = p * (p.cumsum(-1) - p < 0.95)
         expected = [order[i, torch.searchsorted(kept[i].cumsum(-1), u * kept[i].sum(), right=True)] for i in range(3)]
         assert chosen.tolist() == [int(token) for token in expected]
+
+
+def brute_choice(log_probs, u, temperature, top_p):
+    """`choose` for one row of Python numbers: sort, cut, add up."""
+    p = (log_probs.double() / temperature).softmax(-1).tolist()
+    order = list(range(len(p)))
+    if top_p < 1:
+        order.sort(key=lambda word: -p[word])
+        below = [math.fsum(p[word] for word in order[:i]) for i in range(len(order))]
+        order = [word for word, before in zip(order, below, strict=True) if before < top_p]
+    whole, running = math.fsum(p[word] for word in order), 0.0
+    for word in order:
+        running += p[word] / whole
+        if u < running:
+            return word
+    return order[-1]
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 30.0])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 1.0])
+def test_choose_agrees_with_sorting_and_adding_up(temperature, top_p):
+    """Rows whose nuclei hold few, more than 64 and more than 1,024 words at once; u at and next to both ends."""
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.tensor([[8.0], [2.0], [1.0], [0.1]], dtype=torch.float64).repeat(4, 1)
+    log_probs = (spread * torch.randn(16, 1500, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    u = torch.rand(16, generator=generator, dtype=torch.float64)
+    u[:4], u[4:8] = 0.0, 1 - 1e-9
+    expected = [brute_choice(row, number, temperature, top_p) for row, number in zip(log_probs, u.tolist(), strict=True)]
+    assert choose(log_probs, u, temperature, top_p).tolist() == expected
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_choose_among_equals_and_of_a_single_word(top_p):
+    """Of 128 equal words 64 are in the nucleus of .5, each as probable as the others; the impossible is never drawn."""
+    u = torch.arange(640, dtype=torch.float64) / 640 + 1e-6
+    drawn = torch.bincount(choose(torch.zeros(640, 128), u, 1.0, top_p), minlength=128)
+    assert sorted(drawn.tolist()) == ([0] * 64 + [10] * 64 if top_p < 1 else [5] * 128)
+    assert choose(torch.zeros(3, 1), torch.tensor([0.0, 0.5, 1 - 2**-24]), 0.7, top_p).tolist() == [0, 0, 0]
+    impossible = torch.tensor([float("-inf"), 0.0, float("-inf")]).expand(2, 3)
+    assert choose(impossible, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, top_p).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 20, 64])
+def test_log_probs_and_gradients_by_parts_of_the_vocabulary_are_those_of_the_whole(at_once):
+    """float64 against autograd through log_softmax, with tokens at both ends of every part."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 5, generator=generator, dtype=torch.float64).requires_grad_() for n in (23, 20))
+    tokens, scale = torch.arange(23) % 20, torch.randn(23, generator=generator, dtype=torch.float64)
+    by_parts = TokenLogProbs.apply(hidden, weight, tokens, at_once)
+    whole = (hidden @ weight.T).log_softmax(-1)[torch.arange(23), tokens]
+    assert (by_parts - whole).abs().max() < 1e-12
+    gradients = [torch.autograd.grad((scale * value).sum(), (hidden, weight)) for value in (by_parts, whole)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12
+    frozen = TokenLogProbs.apply(hidden, weight.detach(), tokens, at_once)
+    assert torch.autograd.grad((scale * frozen).sum(), hidden)[0].equal(gradients[0][0])
+
+
+def test_in_bfloat16_log_probs_are_summed_in_float32_and_gradients_rounded_once_or_twice():
+    """Logits of up to 100, so that exp overflows if nothing is subtracted; against float64 from the same rounded logits."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16().requires_grad_() for n in (40, 900))
+    with torch.no_grad():
+        hidden[:5] *= 8
+    tokens, scale = torch.randint(900, (40,), generator=generator), torch.randn(40, generator=generator)
+    ours = TokenLogProbs.apply(hidden, weight, tokens, 256)
+    logits = (hidden @ weight.T).detach().double()
+    log_probs = logits.log_softmax(-1)
+    assert ours.dtype == torch.float32
+    assert (ours - log_probs[torch.arange(40), tokens]).abs().max() < 1e-4  # float32's rounding of numbers up to 200
+    of_logits = scale.double()[:, None] * (torch.nn.functional.one_hot(tokens, 900) - log_probs.exp())
+    expected = of_logits @ weight.detach().double(), of_logits.T @ hidden.detach().double()
+    for gradient, exact in zip(torch.autograd.grad((scale * ours).sum(), (hidden, weight)), expected, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - exact).norm() < 2**-7 * exact.norm()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_grouped_attention_is_the_fused_one(masked):
+    """float64, values and gradients; 6 heads on 2 pairs of keys and values, 5 queries, 7 keys."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 6, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8))
+    qkv = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    mask = None
+    if masked:
+        mask = torch.zeros(3, 1, 5, 7, dtype=torch.float64)
+        mask.masked_fill_(torch.rand(mask.shape, generator=generator) < 0.4, float("-inf"))[..., 0] = 0
+    ours = grouped_attention(*qkv, mask)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, enable_gqa=True)
+    weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    results = [(y, *torch.autograd.grad((weights * y).sum(), qkv)) for y in (ours, theirs)]
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() < 1e-12
 
 
 # --- Weights ---
