@@ -706,7 +706,7 @@ def fit_pairs(policy: SampledPolicy, D: Pairs, loss: PairLoss, optimizer: torch.
 
 @dataclass(frozen=True)
 class Best:
-    """The best policy on validation data so far: pi_t, its score and a copy of its parameters."""
+    """The best policy on validation data so far: pi_t, its score and a copy of its parameters on the CPU."""
 
     t: int
     score: float
@@ -720,7 +720,7 @@ def validated(policy: SampledPolicy, t: int, validate: Callable[[], float], best
         raise ValueError(f"the validation score of pi_{t} is {score}; expected a number")
     if best is not None and score <= best.score:
         return best
-    return Best(t, score, [parameter.detach().clone() for parameter in policy.parameters()])
+    return Best(t, score, [parameter.detach().to("cpu", copy=True) for parameter in policy.parameters()])
 
 
 @dataclass(frozen=True)

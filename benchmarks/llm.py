@@ -92,7 +92,7 @@ def ours(options: argparse.Namespace, prompts: list[str]) -> Prepared:
     policy.end = -1  # which no token is
     optimizer = dno.adam(policy)
     settings = dno.Practice(
-        samples=options.samples, recorded=False, prompts_per_step=PROMPTS_PER_STEP, at_once=4, max_grad_norm=1.0)  # fmt: skip
+        samples=options.samples, recorded=False, prompts_per_step=PROMPTS_PER_STEP, at_once=2, max_grad_norm=1.0)  # fmt: skip
     policy.sample(prompts[:1], 1, seed=1)  # warm
 
     def iteration() -> tuple[Counter, Counter]:
