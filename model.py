@@ -181,7 +181,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # in training, keep what enters a block only and compute the rest again for the gradient
-        self.block = Block.__call__  # how a block is called in training: `compile` puts another in its place
+        self.read_block = Block.__call__  # how a block is called in training; may be compiled
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
@@ -249,7 +249,7 @@ class Transformer(nn.Module):
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
         cos, sin = rotary(positions, self.config)
         rope = tuple(part.unsqueeze(-3).to(x.dtype) for part in (cos, sin))  # the same for every head
-        call = self.block if cache is None else Block.__call__
+        call = self.read_block if cache is None else Block.__call__
         if self.checkpointing and torch.is_grad_enabled():
             call = partial(checkpoint, call, use_reentrant=False)
         for layer, block in enumerate(self.blocks):
@@ -353,7 +353,7 @@ class TokenLogProbs(torch.autograd.Function):
             yield words, logits, place.clamp(0, logits.shape[-1] - 1), (place >= 0) & (place < logits.shape[-1])
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, at_once: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, at_once: int) -> Tensor:
         sums, chosen = [], 0
         for _, logits, place, there in TokenLogProbs.pieces(hidden, weight, tokens, at_once):
             sums.append(logits.logsumexp(-1))
@@ -363,7 +363,7 @@ class TokenLogProbs(torch.autograd.Function):
         return chosen.squeeze(-1) - ctx.total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens = ctx.saved_tensors
         of_hidden, of_weight = torch.zeros_like(hidden, dtype=grad.dtype), None
         if ctx.needs_input_grad[1]:
@@ -927,14 +927,22 @@ class ChatPolicy(TextPolicy):
         """Differentiable scores; of several processes, each differentiates those of its share of the prompts."""
         if not self.fsdp:  # which gathers what it needs by itself
             self.refresh()
-        self.stale = self.apart
         if self.team.size == 1:
-            return self.scorer(xs, ys)
+            return self._watched(self.scorer(xs, ys))
         numbers = {x: number for number, x in enumerate(dict.fromkeys(prompts))}
         place = [b for b, x in enumerate(prompts) if numbers[x] % self.team.size == self.team.rank]
-        own = self.scorer(*([items[b] for b in place or [0]] for items in (xs, ys)))  # who has none works along all the same
+        own = self._watched(self.scorer(*([items[b] for b in place or [0]] for items in (xs, ys))))  # who has none works along
         place = torch.tensor(place, dtype=torch.int64, device=own.device)
         return Scores.apply(own[: len(place)], place, len(xs), self.team.size)
+
+    def _watched(self, scores: Tensor) -> Tensor:
+        """The scores; once they have been given a gradient, a step may follow."""
+
+        def note(gradient: Tensor) -> None:
+            self.stale = self.apart
+
+        scores.register_hook(note)
+        return scores
 
     def sample(self, prompts: Sequence[str], k: int, temperature: float = 1.0, top_p: float = 1.0,
                seed: int = 0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip

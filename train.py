@@ -1709,7 +1709,7 @@ def run_llm(config: LlmConfig) -> None:
         add_low_rank(model, config.low_rank)
     model.checkpointing = config.checkpointing
     if config.compile:
-        model.block = torch.compile(model.block, dynamic=True)
+        model.read_block = torch.compile(model.read_block, dynamic=True)
     policy = ChatPolicy(model, chat, config.max_new_tokens, config.sample_batch, config.fsdp)
     print(f"{sum(w.numel() for w in model.parameters()):,} parameters; {len(training)} prompts, {len(held_out)} held out; "
           f"Algorithm {config.algorithm}. Writing to {config.out}")  # fmt: skip

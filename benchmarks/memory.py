@@ -123,7 +123,7 @@ def main() -> None:
         add_low_rank(model, o.low_rank)
     model.checkpointing = o.checkpointing
     if o.compile:
-        model.block = torch.compile(model.block, dynamic=True)
+        model.read_block = torch.compile(model.read_block, dynamic=True)
     policy = ChatPolicy(model, Numbers(o.prompt), o.response, o.sample_batch)
     optimizer = dno.adam(policy)
     settings = dno.Practice(samples=o.samples, temperature=1.0, top_p=1.0, recorded=False, prompts_per_step=o.prompts,

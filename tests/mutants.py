@@ -116,7 +116,7 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("dno.py", "if best is not None and score <= best.score:", "if best is not None and score < best.score:"),
     ("dno.py", "best, earlier = (after.best, after.earlier) if after else (validated(policy, 1, validate), [])  # Alg. 2",
      "best, earlier = (after.best, after.earlier) if after else (None, [])  # Alg. 2"),
-    ("dno.py", "log_ratio, r = log_pi - batch.log_reference", "log_ratio, r = log_pi + 0 * batch.log_reference"),
+    ("dno.py", "log_ratio, r = log_pi - piece.log_reference", "log_ratio, r = log_pi + 0 * piece.log_reference"),
     ("dno.py", "rate * (1 - step / len(batches))", "rate"),
     ("dno.py", "place // prompts == batch", "place % len(groups) == batch"),
     ("dno.py", "if option == \"II\":  # what was recorded", "if option == \"III\":  # what was recorded"),
@@ -146,6 +146,22 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("model.py", "positions = torch.arange(past, past + T,", "positions = torch.arange(0, T,"),
     ("model.py", "dtype=torch.bool, device=tokens.device).tril(past)", "dtype=torch.bool, device=tokens.device).tril()"),
     ("model.py", "F.rms_norm(x, x.shape[-1:], self.weight, self.eps)", "x * self.weight"),
+    ("model.py", "return ctx.size * gradient[ctx.place]", "return gradient[ctx.place]"),
+    ("model.py", "dist.all_reduce(scores)", "pass"),
+    ("model.py", "own[: len(place)], place", "own, torch.zeros(len(own), dtype=torch.int64)"),
+    ("model.py", "reduce_dtype=torch.float32)", "reduce_dtype=torch.bfloat16)"),
+    ("model.py", "return items[self.rank :: self.size]", "return items"),
+    ("model.py", "value = value.full_tensor() if", "value = value.to_local() if"),
+    ("model.py", "self.stale = self.apart\n        if self.team", "if self.team"),
+    ("model.py", "return gradient.float(), None", "return gradient.float() / 2, None"),
+    ("model.py", "requires_grad_(False)\n        return ChatPolicy", "requires_grad_(True)\n        return ChatPolicy"),
+    ("model.py", "model.requires_grad_(False)\n    generator", "generator"),
+    ("model.py", "(self.weight.float() + 2 * self.B @ self.A)", "(self.weight.float() + self.B @ self.A)"),
+    ("model.py", "torch.zeros(linear.out_features, rank,", "torch.ones(linear.out_features, rank,"),
+    ("model.py", "scatter_add_(-1, place, grad * there)", "scatter_add_(-1, place, grad)"),
+    ("model.py", "scores = scores + mask.unsqueeze(-3)", "pass"),
+    ("model.py", "rows, p, u = rows[more], p[more], u[more]", "rows, p = rows[more], p[more]"),
+    ("train.py", "for error in self.team.together([met]):", "for error in [met]:"),
     ("model.py", "[a * cos - b * sin, b * cos + a * sin]", "[a * cos + b * sin, b * cos + a * sin]"),
 ]  # fmt: skip
 
@@ -169,7 +185,7 @@ def main() -> int:
     """Try all mutants; 1 if any survives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--files", nargs="+", default=["dno.py", "judge.py", "oracle.py", "model.py"])
+    parser.add_argument("--files", nargs="+", default=["dno.py", "judge.py", "oracle.py", "model.py", "train.py"])
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if mutant[0] in options.files]
     survivors, ignored = 0, shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")

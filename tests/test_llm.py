@@ -276,6 +276,20 @@ def test_a_trained_policy_samples_with_its_new_weights_and_load_brings_the_old_o
     assert score() == before
 
 
+def test_two_scores_can_be_taken_before_their_gradients(directory):
+    policy = policy_of(directory, torch.bfloat16)
+    together, apart = [], []
+    for found in (together, apart):
+        policy.load(policy.weights())  # the model's weights are written anew before the next score
+        scores = [policy.log_prob(PROMPTS[:1], [y]) for y in ("Water.", "Ice.")] if found is together else []
+        for y in ("Water.", "Ice."):
+            (scores.pop(0) if scores else policy.log_prob(PROMPTS[:1], [y])).sum().backward()
+        found += [master.grad.clone() for master in policy.parameters()]
+        for master in policy.parameters():
+            master.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
 # --- The loop's options for large models ---
 
 
