@@ -2,6 +2,7 @@
 share of the bfloat16 matmul peak, peak memory, and the ratios.
 
     python -m benchmarks.llm --model PATH [--prompts 32] [--samples 2] [--max-new-tokens 48] [--threads 1] [--repeats 2]
+        [--profile sampling|reference|training]
 
 The work: sample K responses to each prompt, all --max-new-tokens long, as an end token ends none; score two of each prompt by
 the policy as it was, which is the loss's reference; take a step of Eq. (13) on every 8 prompts' pairs. Both sides have the same
@@ -32,7 +33,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,11 +56,14 @@ Prepared = tuple[Iteration, int, int]  # what to measure; entries of the model's
 
 
 @contextmanager
-def clock(spent: Counter, phase: str) -> Iterator[None]:
-    """Add the seconds inside to a phase's."""
+def clock(spent: Counter, phase: str, profiled: str | None = None) -> Iterator[None]:
+    """Add the seconds inside to a phase's; print a profile if that is the phase to be profiled."""
     start = time.perf_counter()
-    yield
+    with torch.profiler.profile() if phase == profiled else nullcontext() as profile:
+        yield
     spent[phase] += time.perf_counter() - start
+    if profile:
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40))
 
 
 def busy() -> float:
@@ -97,14 +101,14 @@ def ours(options: argparse.Namespace, prompts: list[str]) -> Prepared:
 
     def iteration() -> tuple[Counter, Counter]:
         spent = Counter()
-        with clock(spent, "sampling"):
+        with clock(spent, "sampling", options.profile):
             groups = dno.sample_groups(policy, prompts, None, settings, seed=0)
         r = dno.group_win_rates(dno.judge_groups(TasteJudge(), groups))
         order = r.argsort(-1)
         pairs = torch.stack([torch.arange(len(r)), order[:, -1], order[:, 0]], dim=-1)  # of equals too, as TRL does
-        with clock(spent, "reference"):
+        with clock(spent, "reference", options.profile):
             D = dno.with_reference(dno.form_pairs(groups, r, pairs), policy)
-        with clock(spent, "training"):
+        with clock(spent, "training", options.profile):
             dno.fit_pairs(policy, D, dno.hard_targets(ETA), optimizer, settings, RATE, torch.Generator().manual_seed(0))
         sampled = sum(len(y.tokens) for ys in groups.responses for y in ys)
         read = sum(len(policy.chat.prompt(x)) for x in prompts)
@@ -271,12 +275,15 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2, help="runs of each")
+    parser.add_argument("--profile", choices=PHASES, help="of ours, print a profile of this phase and compare nothing")
     parser.add_argument("--part", choices=["ours", "TRL", "write"], help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.samples < 2:
         parser.error(f"--samples is {options.samples}; expected at least 2, for a pair")
-    if options.part == "write":
+    if options.profile:
+        print(json.dumps(measure(ours, options)["seconds"]))
+    elif options.part == "write":
         write(options)
     elif options.part:
         print(json.dumps(measure({"ours": ours, "TRL": trl}[options.part], options)))
