@@ -164,7 +164,7 @@ def by_torchrun(do, command, server, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     preset, config = runs.parse(shlex.split(command.split("train.py ")[1]), {"llm": train.LlmConfig}, "game")
     assert preset == "llm"
-    assert config.fsdp
+    assert config.fsdp == ("--fsdp" in command)
 
 
 def run_a_notebook(do, command, server, monkeypatch):
