@@ -975,7 +975,7 @@ def fine_tuned(config: TextConfig, run: Run) -> TextPolicy:
     run.write("tokenizer.json", json.dumps(listed) + "\n")
     policy = config.policy(tokenizer)
     (run.out / "policies").mkdir(exist_ok=True)
-    base = run.load("policies/base.pt", config.device)
+    base = run.load("policies/base.pt")
     if base is None:
         fine_tune(config, policy, corpus, run)
         run.keep("policies/base.pt", policy.state_dict())
