@@ -154,16 +154,37 @@ def directory_config(path: Path) -> dict[str, Any]:
     def number(key: str, default: float | None = None, whole: bool = True) -> Any:
         return positive(given.get(key), key, file, default, whole)
 
-    heads, width, context = number("num_attention_heads"), number("hidden_size"), number("max_position_embeddings", 2048)
-    window = number("sliding_window", context) if given.get("use_sliding_window", True) else context
+    heads, width, layers = map(number, ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    context = number("max_position_embeddings", 2048)
+    window = number("sliding_window", 4096) if slides(given, name, layers, file) else context
     return matched({
-        "vocab_size": number("vocab_size"), "layers": number("num_hidden_layers"), "width": width, "heads": heads,
+        "vocab_size": number("vocab_size"), "layers": layers, "width": width, "heads": heads,
         "kv_heads": number("num_key_value_heads", heads), "hidden": number("intermediate_size"),
         "head_width": number("head_dim", width // heads), "rope_scaling": rope_scaling(rope, file),
         "rope_theta": positive(rope.get("rope_theta", given.get("rope_theta")), "rope_theta", file, 10_000.0, whole=False),
         "norm_eps": number("rms_norm_eps", 1e-6, whole=False), "qkv_bias": bias, "qk_norm": norms,
         "tied": bool(given.get("tie_word_embeddings", False)), "context": min(context, window),
     }, file)  # fmt: skip
+
+
+def slides(given: dict[str, Any], architecture: str, layers: int, file: Path) -> bool:
+    """Does a layer see only a window of the last tokens? Keys and defaults are those of
+    transformers. BadCheckpoint on a kind of layer that no supported architecture has."""
+    if given.get("sliding_window", 4096) is None or architecture == "LlamaForCausalLM":
+        return False
+    if architecture == "MistralForCausalLM":
+        return True
+    kinds, whole = given.get("layer_types"), given.get("max_window_layers", 28)
+    if kinds is None and type(whole) is int:
+        kinds = ["full_attention", "sliding_attention"][: 1 + (whole < layers)]
+    if not isinstance(kinds, list) or any(
+        kind not in ("full_attention", "sliding_attention") for kind in kinds
+    ):
+        raise BadCheckpoint(
+            f"{file} has layer_types {kinds!r} and max_window_layers {whole!r}; expected a list of "
+            "full_attention and sliding_attention, or a whole number"
+        )
+    return bool(given.get("use_sliding_window", False)) and "sliding_attention" in kinds
 
 
 def rope_scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
@@ -262,7 +283,10 @@ def save_directory(path: str | Path, fields: dict[str, Any], weights: dict[str, 
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
+        (path / name).touch()
+        mode = (path / name).stat().st_mode  # as the user's umask has it; the library makes it 0600
         save_file(shard, path / name, metadata={"format": "pt"})
+        (path / name).chmod(mode)
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         size = sum(weight.nbytes for weight in theirs.values())
@@ -299,12 +323,14 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Callable[
         raise BadCheckpoint(f"{path} has {kind}.rope.dimension_count {turned}; expected that of a head, {head_width}")
     if (scaling := value(reader, f"{kind}.rope.scaling.type", path, "none")) != "none":
         raise BadCheckpoint(f"{path} has rope scaling {scaling!r}; expected Llama 3's, as rope_freqs.weight, or none")
+    context, window = number("context_length"), f"{kind}.attention.sliding_window"
+    window = positive(value(reader, window, path, 0) or context, window, path)  # 0: none
     fields = matched({
         "vocab_size": int(tensors["token_embd.weight"].shape[-1]), "layers": number("block_count"), "width": width,
         "heads": heads, "kv_heads": number("attention.head_count_kv", heads), "hidden": number("feed_forward_length"),
         "head_width": head_width, "rope_theta": theta, "rope_scaling": gguf_scaling(tensors, theta, head_width, path),
         "norm_eps": number("attention.layer_norm_rms_epsilon", whole=False), "qkv_bias": flags[kind][0],
-        "qk_norm": flags[kind][1], "tied": "output.weight" not in tensors, "context": number("context_length"),
+        "qk_norm": flags[kind][1], "tied": "output.weight" not in tensors, "context": min(context, window),
     }, path)  # fmt: skip
     return fields, gguf_weights(tensors, kind, fields, path)
 
@@ -374,7 +400,7 @@ LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}
 SPLITS = {  # tokenizer.ggml.pre -> where a byte-level vocabulary's tokens end: a pattern, or GPT-2's, of single digits or not
     "llama-bpe": LETTERS % r"\p{N}{1,3}", "qwen2": LETTERS % r"\p{N}", "smollm": "digits", "gpt-2": "", "default": "",
 }  # fmt: skip
-PLAIN = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"  # of a model without a template, or by choice
+PLAIN = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"  # where it is asked for
 BEGIN = "{{ bos_token }}"  # comes before it where the vocabulary puts it before any text
 
 
@@ -382,7 +408,7 @@ class Chat:
     """How a model is spoken to: text to tokens by its own vocabulary (a tokenizers.Tokenizer), a prompt in its chat template.
     `end`: the token that ends an answer."""
 
-    def __init__(self, tokenizer: Any, template: str | None, specials: dict[str, str], end: int):
+    def __init__(self, tokenizer: Any, template: str, specials: dict[str, str], end: int):
         from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -394,7 +420,7 @@ class Chat:
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda form: ""  # lest a prompt's tokens depend on the day
         self.tokenizer, self.specials, self.end = tokenizer, specials, end
-        self.source = template or PLAIN
+        self.source = template
         self.special_tokens = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         try:
             self.template = environment.from_string(self.source)
@@ -404,14 +430,19 @@ class Chat:
     @classmethod
     def from_pretrained(cls, path: str | Path, plain: bool = False) -> Chat:
         """Of the same path as the model; plain: with two line ends after the prompt instead of the model's template.
-        BadCheckpoint if there is no tokenizer that can be read, or no end token."""
+        BadCheckpoint if there is no tokenizer that can be read, no end token, or no template and not plain."""
         path = checkpoint_path(path)
         tokenizer, template, specials = (directory_chat if path.is_dir() else gguf_chat)(path)
         end = tokenizer.token_to_id(specials.get("eos_token", ""))
         if end is None:
             raise BadCheckpoint(f"{path} names no end token that its vocabulary has (eos_token)")
+        if not plain and not template:
+            raise BadCheckpoint(
+                f"{path} has no chat template; give --chat-format plain (plain=True) to ask it by the "
+                "prompt and an empty line"
+            )
         begin = tokenizer.token_to_id(specials.get("bos_token", ""))
-        if plain or template is None:
+        if plain:
             template = BEGIN * (begin is not None and tokenizer.encode("").ids[:1] == [begin]) + PLAIN
         return cls(tokenizer, template, specials, end)
 
@@ -440,14 +471,21 @@ class Chat:
             raise BadCheckpoint(f"the chat template fails ({one_line(error)})") from error
 
     def special(self, text: str) -> list[int]:
-        """Tokens of a piece of the template, in which special tokens are special."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Tokens of a piece of the template, in which special tokens are special. BadCheckpoint if the
+        vocabulary has none for it."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing more precise
+            raise BadCheckpoint(
+                f"the tokenizer has no tokens for {text[:60]!r} ({one_line(error)}); expected a "
+                "vocabulary with an unknown token or with all bytes"
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, none of them special."""
         self.tokenizer.encode_special_tokens = True
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.special(text)
         finally:
             self.tokenizer.encode_special_tokens = False
 

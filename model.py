@@ -218,6 +218,12 @@ class Transformer(nn.Module):
                 raise BadCheckpoint(f"{path}: {name} has shape {list(weight.shape)}; expected {list(place.shape)}")
             with torch.no_grad():
                 place.copy_(weight)
+            if not place.isfinite().all():
+                broken = int((~place.isfinite()).sum())
+                raise BadCheckpoint(
+                    f"{path}: {name} has {broken} entries of {place.numel()} that are not finite "
+                    f"in {dtype}; expected numbers"
+                )
         if wanted:
             raise BadCheckpoint(f"{path} has no tensor for {next(iter(wanted))}")
         return model
@@ -842,7 +848,8 @@ class ChatPolicy(TextPolicy):
 
     `model`, in its own dtype, samples and scores; `parameters()` are what is trained: those of the model that require a
     gradient, if they are float32; else float32 copies of its weights, which it is given anew whenever they may have changed.
-    batch: how many responses are sampled, or scored without a gradient, at a time.
+    batch: how many responses are sampled, or scored without a gradient, at a time. Sampling and scoring raise ValueError on a
+    prompt and response that together are longer than the model's context, where its reading would be wrong.
 
     Of several processes each does its share of the batches and all get the same results, up to rounding those of one process.
     fsdp: each keeps the whole model for sampling, but only its part of the parameters and their gradients."""
@@ -905,6 +912,11 @@ class ChatPolicy(TextPolicy):
         rows = (y.tokens if isinstance(y, Response) else [*self.chat.encode(y), self.end] for y in responses)
         return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
 
+    def _check_context(self, lengths: Iterable[int]) -> None:
+        longest, context = max(lengths, default=0), self.model.config.context
+        if context and longest > context:
+            raise ValueError(f"prompt and response have {longest} tokens; expected at most the model's context, {context}")
+
     def finished(self, response: Response) -> bool:
         """Did the model end it itself, or was it cut off?"""
         return bool(response.tokens) and response.tokens[-1] == self.end
@@ -912,6 +924,7 @@ class ChatPolicy(TextPolicy):
     def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """As of `TextPolicy`, float32. With a gradient all at once; else in batches of about equal lengths."""
         xs, ys = self.prompt_tokens(prompts), self.response_tokens(responses)
+        self._check_context(len(x) + len(y) for x, y in zip(xs, ys, strict=True))
         if torch.is_grad_enabled():
             return self._score_to_train(prompts, xs, ys)
         self.refresh()
@@ -959,7 +972,9 @@ class ChatPolicy(TextPolicy):
     def _in_batches(self, prompts: Sequence[str], u: Tensor, temperature: float = 1.0,
                     top_p: float = 1.0) -> tuple[list[list[Response]], Tensor]:  # fmt: skip
         self.refresh()
-        order = sorted(range(len(prompts)), key=lambda x: len(self.chat.prompt(prompts[x])))
+        lengths = [len(self.chat.prompt(x)) for x in prompts]
+        self._check_context(length + u.shape[-1] for length in lengths)
+        order = sorted(range(len(prompts)), key=lengths.__getitem__)
         several = max(1, self.batch // u.shape[1])
         parts = [order[start : start + several] for start in range(0, len(order), several)]
         mine = []

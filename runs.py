@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from judge import Endpoint, Ledger, Price, Refused, Stopped, TooDear, make_client, only, only_model, recorded_models
 from model import Team
@@ -240,6 +242,20 @@ def join_team(device: str, threads: int) -> str:
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
+
+
+def leave_team(together: bool) -> None:
+    """Close what `join_team` opened, first waiting for the others if they come here too; one that
+    broke off cannot wait. A group's threads end with the last reference to it. One that outlived the
+    interpreter would abort the process when it let go of a tensor."""
+    if not dist.is_initialized():
+        return
+    if together:
+        dist.barrier()
+    gc.collect()  # modules and their hooks, which refer to each other
+    for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()  # DTensor's caches keep the mesh for good
+    dist.destroy_process_group()
 
 
 # --- The folder of a run ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 import zipfile
@@ -35,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dno
-from checkpoints import BadCheckpoint, Chat
+from checkpoints import BadCheckpoint, Chat, read_checkpoint
 from judge import Plan, Stopped
 from model import (
     ANSWER,
@@ -82,6 +83,7 @@ from runs import (
     check_device,
     guarded,
     join_team,
+    leave_team,
     open_endpoint,
     open_judge,
     parse,
@@ -92,6 +94,19 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of real models
 MOVING = {"eta": 0.25, "tau": 0.125, "move_reference_every": 6}  # a table's last iterate converges with these
 BETA = 0.05  # temperature of the reward maximiser that is shown for comparison
+
+MOST = 10**9  # of counts and seeds: what torch and the machine take ends below it
+THREADS = (1, 1024)  # of many more the OpenMP library ends the process
+
+
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """ValueError naming the first field that is not in its range [least, most], as NaN never is; a
+    field of None is left out."""
+    for name, (least, most) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{name} is {value}; expected at least {least} and at most {most}")
+
 
 # --- Preset "game" ----------------------------------------------------------------------------------------------------------
 
@@ -135,12 +150,9 @@ class GameConfig:
         self.eta = self.eta if self.eta is not None else {1: 1.0, 3: MOVING["eta"]}[self.algorithm]
         self.tau = self.tau if self.tau is not None else {1: 0.0, 3: self.eta / 2}[self.algorithm]
         self.out = self.out or f"runs/game-{self.seed}"
-        counts = ("num_prompts", "iterations", "steps", "pairs", "layers", "width", "threads")
-        for name in counts + ("vocabulary", "length") * (self.vocabulary is not None):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.move_reference_every < 0 or self.tolerance < 0 or self.seed < 0:
-            raise ValueError("move-reference-every, tolerance and seed must be at least 0")
+        counts = ("num_prompts", "iterations", "steps", "pairs", "layers", "width", "vocabulary", "length")
+        check_ranges(self, **dict.fromkeys(counts, (1, MOST)), move_reference_every=(0, MOST),
+                     tolerance=(0, MOST), seed=(0, MOST), threads=THREADS)  # fmt: skip
         dno.check_positive(eta=self.eta, lr=self.lr)
         dno.check_regularization(self.tau, self.eta)
         if self.vocabulary and self.vocabulary**self.length > 5_000:
@@ -453,6 +465,7 @@ RULES = {
     "spin": lambda margin: dno.gold_against_students,
     "scored": lambda margin: dno.scored_pairs,
 }  # fmt: skip
+TEMPERATURES = (1e-6, 1e6)  # float32 logits divided by less can overflow
 TRAINED = 8  # of a prompt's samples in algorithms 1 and 3; all of them are opponents
 KINDS = ("teacher_student", "student_teacher", "student_student")
 CLASSES_KEPT = (dno.Round, dno.Groups, dno.Pairs, dno.Best, Response)  # what checkpoints of text runs hold beside tensors
@@ -529,13 +542,10 @@ class TextConfig(JudgeOptions):
             raise ValueError("tau and move-reference-every belong to Algorithms 3 and 4; choose one of them by --algorithm")
         if self.algorithm in (1, 3) and self.rule != "large-margin":
             raise ValueError(f"rule {self.rule} belongs to Algorithms 2 and 4; Algorithms 1 and 3 train on all pairs")
-        for name, least, most in (("prompts", 1, 72), ("sft_steps", 1, None), ("vocabulary", 256, None), ("layers", 1, None),
-                                  ("width", 8, None), ("max_new_tokens", 1, None), ("survey", 1, None), ("threads", 1, None),
-                                  ("judged", 1, None),
-                                  ("seed", 0, 10**9), ("margin", 0, 1)):  # fmt: skip
-            value = getattr(self, name)
-            if not least <= value <= (value if most is None else most):
-                raise ValueError(f"{name} is {value}; expected at least {least}" + (f" and at most {most}" if most else ""))
+        counts = ("sft_steps", "layers", "max_new_tokens", "survey", "judged")
+        check_ranges(self, **dict.fromkeys(counts, (1, MOST)), prompts=(1, 72), vocabulary=(256, MOST),
+                     width=(8, MOST), temperature=TEMPERATURES, seed=(0, MOST), margin=(0, 1),
+                     threads=THREADS)  # fmt: skip
         dno.check_positive(sft_lr=self.sft_lr)
         self.transformer(2)  # checks its shape
 
@@ -1107,13 +1117,13 @@ class AblationsConfig:
     def __post_init__(self) -> None:
         """Check every number. ValueError naming the field."""
         self.out = self.out or f"runs/ablations-{self.seed}"
-        for name in ("iterations", "tuning_iterations", "tuning_seeds", "prompts_per_step", "threads", "jobs"):
-            dno.check_positive(**{name: getattr(self, name)})
-        if self.seeds < 2:
-            raise ValueError(f"seeds is {self.seeds}; expected at least 2, or there is no interval")
+        counts = ("iterations", "tuning_iterations", "tuning_seeds", "prompts_per_step")
+        check_ranges(self, **dict.fromkeys(counts, (1, MOST)), seeds=(2, MOST),  # one seed has no interval
+                     threads=THREADS, jobs=THREADS)  # fmt: skip
         if self.eta is not None:
             dno.check_positive(eta=self.eta)
-            dno.check_regularization(self.tau or 0.0, self.eta)
+        least = min(eta for settings in settings_to_try(self).values() for _, eta in settings)
+        dno.check_regularization(self.tau or 0.0, least)
         self.world()
 
     def world(self) -> TextConfig:
@@ -1416,13 +1426,13 @@ class LlmConfig(JudgeOptions):
     eta: float = setting(0.1, "> 0, larger is slower; for Algorithms 2 and 4 eta~, 0.05 to 0.1 in the paper")
     tau: float = setting(0.0, "in [0, eta], pull towards pi_1 in Algorithms 3 and 4")
     rule: str = setting("large-margin", "which pairs Algorithms 2 and 4 train on", tuple(RULES))
-    margin: float = setting(0.4, "in [0, 1], least difference of the win rates of a pair")
+    margin: float = setting(0.2, "in [0, 1], least difference of the win rates of a pair; few have .4")
     judgments: str = setting("probabilities", "rank by {0, 1} samples of P, as in Algorithm 2; by P; or by a judge's points",
                              ("outcomes", "probabilities", "scores"))  # fmt: skip
     samples: int = setting(5, "K, responses a prompt, as in the paper")
-    temperature: float = setting(0.7, "of sampling, the paper's")
-    top_p: float = setting(0.95, "of sampling, the paper's")
-    max_new_tokens: int = setting(64, "after which a response is cut off")
+    temperature: float = setting(0.7, "in [1e-6, 1e6], of sampling, the paper's")
+    top_p: float = setting(0.95, "in (0, 1], of sampling, the paper's")
+    max_new_tokens: int = setting(64, "after which a response is cut off; prompt and response fit the model's context")
     max_prompt_tokens: int = setting(512, "longer prompts are refused")
     replay: float = setting(0.3, "in [0, 1], share of the last iteration's pairs to train on again, as in the paper")
     train_prompts: int | None = setting(None, "of the file, the first so many are trained on (default: all)")
@@ -1438,7 +1448,7 @@ class LlmConfig(JudgeOptions):
     device: str = setting("cpu", "cpu, cuda or cuda:N")
     dtype: str = setting("bfloat16", "of the computation; weights are float32 besides", ("bfloat16", "float32"))
     threads: int = setting(2, "CPU threads, of all processes of a machine together")
-    low_rank: int = setting(0, "r of the low-rank terms (LoRA) that are trained in place of the weights; 0: the weights")
+    low_rank: int = setting(0, "r of the low-rank terms (LoRA) that are trained in place of the weights, at most the width")
     checkpointing: bool = setting(False, "compute activations twice rather than keep them")
     compile: bool = setting(False, "compile the blocks for training (torch.compile; cuda)")
     fsdp: bool = setting(False, "under torchrun, cut weights, gradients and Adam's state into as many parts as processes")
@@ -1455,12 +1465,11 @@ class LlmConfig(JudgeOptions):
             raise ValueError(f"tau belongs to Algorithms 3 and 4, and algorithm is {self.algorithm}")
         if (self.rule == "scored") != (self.judgments == "scores") or (self.rule == "scored" and self.oracle == "synthetic"):
             raise ValueError("rule scored, judgments scores and a language model that scores belong together; give all three")
-        for name, least in (("iterations", 1), ("samples", 2), ("max_new_tokens", 1), ("max_prompt_tokens", 1), ("held_out", 2),
-                            ("judged", 1), ("batch_size", 1), ("at_once", 1), ("sample_batch", 1), ("seed", 0), ("threads", 1),
-                            ("train_prompts", 1), ("margin", 0), ("replay", 0), ("low_rank", 0)):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
+        counts = ("iterations", "max_new_tokens", "max_prompt_tokens", "judged", "batch_size", "at_once", "sample_batch",
+                  "train_prompts")  # fmt: skip
+        check_ranges(self, **dict.fromkeys(counts, (1, MOST)), samples=(2, MOST), held_out=(2, MOST),
+                     seed=(0, MOST), margin=(0, 1), replay=(0, 1), low_rank=(0, MOST),
+                     temperature=TEMPERATURES, threads=THREADS)  # fmt: skip
         if self.compile and not self.device.startswith("cuda"):
             raise ValueError(f"compile is for a GPU, and device is {self.device}; add --device cuda")
         if self.fsdp and not dist.is_torchelastic_launched():
@@ -1477,47 +1486,93 @@ class LlmConfig(JudgeOptions):
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """The prompts of a file, in its order. BadInput naming the lines that are malformed, empty or there twice."""
+    """The prompts of a file, in its order; blank lines and a byte order mark are passed over. BadInput
+    naming the lines that are malformed, empty or there twice."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"prompts {path} cannot be read ({error})") from error
     items, bad, seen = [], [], {}
-    for number, line in enumerate(lines, 1):
-        try:
-            item = json.loads(line)
-        except ValueError:
-            item = None
-        if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
-            bad.append(f'line {number} is no {{"prompt": ...}}')
-        elif not item["prompt"].strip() or not isinstance(item.get("gold", ""), str):
-            bad.append(f"line {number} has an empty prompt, or a gold response that is no text")
-        elif (first := seen.setdefault(item["prompt"].strip(), number)) != number:
-            bad.append(f"line {number} is the prompt of line {first}")
+    for number, line in enumerate(text.split("\n"), 1):  # other signs that end lines can stand in a text
+        if not line.strip():
+            continue
+        item, fault = read_prompt(line)
+        if not fault and (first := seen.setdefault(item["prompt"].strip(), number)) != number:
+            fault = f"is the prompt of line {first}"
+        if fault:
+            bad.append(f"line {number} {fault}")
         else:
             items.append(item)
     if bad or not items:
-        raise BadInput(f"prompts {path}: " + ("; ".join(bad[:20]) if bad else "no line") + f"; expected {len(lines)} prompts")
+        raise BadInput(f"prompts {path}: " + ("; ".join(bad[:20]) or "no line; expected a prompt a line"))
     return items
 
 
-def split_prompts(config: LlmConfig, chat: Chat) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Prompts to train on and prompts held out. BadInput if some are too long, too few, or if gold responses are missing."""
+def read_prompt(line: str) -> tuple[dict[str, Any], str]:
+    """The object of a line of a file of prompts, and what is wrong with it, "" if nothing is."""
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError):
+        item = None
+    if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
+        return {}, 'is no {"prompt": ...}'
+    if not item["prompt"].strip() or not isinstance(item.get("gold", ""), str):
+        return {}, "has an empty prompt, or a gold response that is no text"
+    if re.search("[\ud800-\udfff]", item["prompt"] + item.get("gold", "")):
+        return {}, "has half of a surrogate pair (\\ud800 to \\udfff), which is no letter"
+    if item.get("split") not in (None, "train", "validation"):
+        return {}, f"has split {item['split']!r}; expected train, validation or none"
+    return item, ""
+
+
+def split_prompts(config: LlmConfig, chat: Chat, shape: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Prompts to train on and prompts held out. BadInput if some are too long for the options or for a
+    model of that shape, if there are fewer than asked for, or if gold responses are missing."""
     items = read_prompts(config.prompts)
-    long = [item["prompt"] for item in items if len(chat.prompt(item["prompt"])) > config.max_prompt_tokens]
-    if long:
-        raise BadInput(f"prompts {config.prompts}: {len(long)} are longer than --max-prompt-tokens {config.max_prompt_tokens}, "
-                       f"the first {long[0][:60]!r}")  # fmt: skip
+    check_lengths(config, chat, shape, items)
     marked = [item for item in items if item.get("split") == "validation"]
-    training = [item for item in items if item.get("split") != "validation"] if marked else items[: -config.held_out]
-    training, held_out = training[: config.train_prompts], (marked or items)[-config.held_out :]
+    rest = [item for item in items if item.get("split") != "validation"] if marked else items[: -config.held_out]
+    for name, asked, most, why in (
+        ("held-out", config.held_out, len(marked or items), "marked validation" if marked else "in all"),
+        ("train-prompts", config.train_prompts, len(rest), "to train on"),
+    ):
+        if asked is not None and asked > most:
+            raise BadInput(f"prompts {config.prompts}: {most} {why}; expected --{name} {asked} to be at most that")
+    training, held_out = rest[: config.train_prompts], (marked or items)[-config.held_out :]
     if len(training) < config.iterations:
-        raise BadInput(f"prompts {config.prompts}: {len(training)} to train on; expected at least --iterations")
+        raise BadInput(
+            f"prompts {config.prompts}: {len(training)} to train on beside {len(held_out)} held out; "
+            f"expected at least --iterations {config.iterations}"
+        )
     with_gold = sum("gold" in item for item in training)
     if with_gold not in (0, len(training)):
         raise BadInput(f"prompts {config.prompts}: {with_gold} of {len(training)} have a gold response; expected all or none")
     random.Random(config.seed).shuffle(training)
     return training, held_out
+
+
+def check_lengths(config: LlmConfig, chat: Chat, shape: Config, items: list[dict[str, Any]]) -> None:
+    """BadInput if a prompt is longer than it may be, if it and its longest response are more than the
+    model reads, or if the model has no such token."""
+    texts = [(item["prompt"], item.get("gold")) for item in items]
+    rows = [(chat.prompt(x), [] if y is None else [*chat.encode(y), chat.end]) for x, y in texts]
+    longest = [len(x) + max(config.max_new_tokens, len(y)) for x, y in rows]
+    most = shape.context or max(longest)
+    for name, lengths, limit in (
+        ("--max-prompt-tokens", [len(x) for x, _ in rows], config.max_prompt_tokens),
+        (f"the context or sliding window of {config.model} with --max-new-tokens or a gold response", longest, most),
+    ):  # fmt: skip
+        long = [(x, length) for (x, _), length in zip(texts, lengths, strict=True) if length > limit]
+        if long:
+            raise BadInput(
+                f"prompts {config.prompts}: {len(long)} are longer than {name}, {limit} tokens; the first "
+                f"is {long[0][0][:60]!r} with {long[0][1]}"
+            )
+    if (last := max(token for row in rows for part in row for token in part)) >= shape.vocab_size:
+        raise BadInput(
+            f"{config.model} has {shape.vocab_size} tokens and its tokenizer a token {last}; expected the "
+            "tokenizer of this model"
+        )
 
 
 class SharedJudge:
@@ -1608,16 +1663,18 @@ class ChatValidation:
 
 def alarms(row: dict[str, float], first: dict[str, float]) -> list[str]:
     """What in an iteration's row should worry: texts longer by half than pi_1's, more of them cut off, repetitive or empty, far
-    from pi_1, or a chosen response that has become less probable."""
+    from pi_1, a chosen response that has become less probable, or no pair at all. A NaN is as bad as any."""
     found = []
-    if row["mean_length"] > 1.5 * first["mean_length"]:
+    if not row["mean_length"] <= 1.5 * first["mean_length"]:
         found.append(f"responses are {row['mean_length'] / first['mean_length']:.1f} times as long as pi_1's")
     for name, what in (("truncated", "cut off"), ("repeated", "repetitive"), ("empty", "empty")):
-        if row[name] > first[name] + 0.15:
+        if not row[name] <= first[name] + 0.15:
             found.append(f"{row[name]:.0%} of the responses are {what}, {first[name]:.0%} of pi_1's")
-    if row["kl_to_first"] > 30:
+    if not row["kl_to_first"] <= 30:
         found.append(f"the policy is {row['kl_to_first']:.0f} nats from pi_1")
-    if row["chosen_log_ratio"] < -1:
+    if not any(row[f"pairs_{kind}"] for kind in KINDS):
+        found.append("no pair: the samples are too alike for the margin, or the judge gave no answer")
+    elif not row["chosen_log_ratio"] >= -1:
         found.append(f"log pi of the chosen responses has fallen by {-row['chosen_log_ratio']:.1f} nats in the iteration")
     return found
 
@@ -1672,15 +1729,23 @@ def write_llm_round(run: Run, it: dno.Round, gold: bool) -> None:
 
 
 def announce_llm(config: LlmConfig, judge: Oracle, training: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
-    """Say what a judge that must be asked will be asked, and what it will cost at most, responses being as long as they can."""
+    """Say what will be sampled and judged; of a judge that must be asked also what it will cost at most,
+    responses being as long as they can."""
+    n = config.samples + (config.algorithm in (2, 4) and "gold" in training[0])
+    rounds = 2 * config.iterations - 1  # of validation: against pi_1, from pi_3 on also the last
+    print(
+        f"{len(training)} prompts in {config.iterations} parts, {config.samples} samples of each, "
+        f"{len(training) * math.comb(n, 2):,} comparisons; {len(held_out)} held out, {config.judged} samples of each "
+        f"from {config.iterations + 1} policies, {len(held_out) * config.judged * rounds:,} comparisons"
+    )
     if not isinstance(judge, OpenAIJudge):
+        print("judge: the synthetic taste; no requests, nothing is paid")
         return
     texts = [f"response {i} " + "word " * config.max_new_tokens for i in range(config.samples + 1)]
-    n = config.samples + ("gold" in training[0])
     groups = [(item["prompt"], *two) for item in training for two in combinations(texts[:n], 2)]
     surveys = [(item["prompt"], texts[0], texts[1]) for item in held_out]
     training_plan, survey = (judge.endpoint.plan(judge.questions(*zip(*asked, strict=True))) for asked in (groups, surveys))
-    validation = survey * (config.judged * (2 * config.iterations - 1))  # against pi_1, from pi_3 on also the last
+    validation = survey * (config.judged * rounds)
     print(f"judge: {judge.endpoint}\n    training: {training_plan}\n    validation: {validation}")
     if config.max_usd is not None:
         print(f"    stops below ${config.max_usd:g}")
@@ -1692,7 +1757,10 @@ def run_llm(config: LlmConfig) -> None:
     check_device(device)
     try:
         chat = Chat.from_pretrained(config.model, plain=config.chat_format == "plain")
-        training, held_out = split_prompts(config, chat)
+        shape = Config(**read_checkpoint(config.model)[0])
+        if config.low_rank > shape.width:
+            raise BadInput(f"low_rank is {config.low_rank}; expected at most {shape.width}, the width of {config.model}")
+        training, held_out = split_prompts(config, chat, shape)
         judge: Oracle = TasteJudge()
         if config.oracle != "synthetic":
             each = max(1, config.judge_concurrency // team.size)
@@ -1738,7 +1806,9 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
         with run.restoring():
             after = take_training(run.state, policy, optimizer)
             validation.samples, validation.numbers = run.state["samples"], run.state["numbers"]
-    remember = lambda t, phase, *call: run.remember([t], phase, *call)  # noqa: E731
+    progress = tqdm(total=config.iterations, initial=after.t if after else 0, desc="measuring pi_1", unit="iteration",
+                    disable=True if policy.team.rank else None, leave=False)  # fmt: skip
+    remember = followed(run, progress, optimizer)
     loop = llm_loop(config, policy, validation.judge, training, validation, optimizer=optimizer, after=after, remember=remember)
     print("    t | P(> pi_1)       at equal length | P(new > old) | words  cut off | KL(pi_1) | pairs | loss")
     start = time.perf_counter()
@@ -1760,12 +1830,36 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
                        f"{row['loss']:.4f}")  # fmt: skip
             for alarm in warnings:
                 tqdm.write(f"      ! {alarm}")
+            progress.update()
             start = time.perf_counter()
     except dno.NotFinite as error:
         run.write_lines("not-finite.jsonl", written(error.batch.prompts, error.batch.responses))
         raise Stopped(f"{error}; its batch is in {run.out}/not-finite.jsonl; a smaller --lr may help") from error
+    finally:
+        progress.close()
     policy.load(after.best.parameters)
     return validation.numbers[0]
+
+
+def followed(run: Run, progress: tqdm, optimizer: torch.optim.Optimizer) -> dno.Remember:
+    """`run.remember` for the phases of iterations; the bar names the phase, and counts the steps of
+    training."""
+    steps = 0
+
+    def remember(t: int, phase: str, *call: Any) -> Any:
+        nonlocal steps
+        progress.set_description({"sampled": "sampling", "judged": "judging"}[phase])
+        found, steps = run.remember([t], phase, *call), 0
+        progress.set_description("scoring pi_t")
+        return found
+
+    def stepped(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        progress.set_description(f"training, step {steps}")
+
+    optimizer.register_step_post_hook(stepped)
+    return remember
 
 
 def training_state(policy: ChatPolicy, optimizer: torch.optim.Optimizer, it: dno.Round) -> dict[str, Any]:
@@ -1826,12 +1920,14 @@ def main(argv: list[str] | None = None) -> int:
             raise BadInput(f"preset {preset} runs in one process; start it by python train.py {preset}, without torchrun")
         PRESETS[preset][1](config)
 
-    return guarded("train.py", work)
+    code = 1  # of an error that is not foreseen
+    try:
+        code = guarded("train.py", work)
+    finally:
+        leave_team(together=code == 0)
+    return code
 
 
 if __name__ == "__main__":
     plt.switch_backend("Agg")  # figures go to files, also where there is a screen
-    code = main()
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()
-    sys.exit(code)
+    sys.exit(main())

@@ -26,9 +26,9 @@ import tiktoken  # noqa: E402
 from checkpoints import BadCheckpoint, Chat, RopeScaling, read_checkpoint  # noqa: E402
 from model import Cache, Config, Transformer, generate  # noqa: E402
 
-SINGLE = 1e-5  # float32: two implementations of sums of up to 112 terms, three layers deep; logits have a deviation of about 1
+SINGLE = 1e-5  # float32: two implementations of sums of up to 112 terms, eleven layers deep; logits have a deviation of about 1
 VOCABULARY, LENGTH = 97, 60
-BASE = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+BASE = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 11, "num_attention_heads": 4,
         "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES = {
@@ -97,8 +97,8 @@ def test_every_kind_of_tensor_of_a_family_matters(family, tmp_path):
     ours = Transformer.from_pretrained(tmp_path)
     whole = ours(some_tokens()).detach()
     for name, weight in ours.named_parameters():
-        if ".1." not in name and name.startswith("blocks"):
-            continue  # one layer will do
+        if name.startswith("blocks") and not name.startswith(("blocks.1.", "blocks.10.")):
+            continue  # two layers will do
         before = weight.detach().clone()
         with torch.no_grad():
             weight.copy_(before.roll(1, 0))
@@ -206,9 +206,35 @@ def test_a_sliding_window_is_the_context_within_which_the_logits_agree(tmp_path)
     assert ours.config.context == 16
     assert difference(theirs, ours, some_tokens(2, 16)) < SINGLE
     assert difference(theirs, ours, some_tokens(2, 20)) > 1000 * SINGLE
-    config = json.loads((tmp_path / "config.json").read_text())
-    for extra, context in (({"sliding_window": None}, 256), ({"use_sliding_window": False}, 256)):
-        (tmp_path / "config.json").write_text(json.dumps(config | extra))
+
+
+FULL, SLIDING = ["full_attention"], ["sliding_attention"]
+
+
+@pytest.mark.parametrize(("family", "changes"), [
+    ("Llama 2", {"sliding_window": 16}), ("Mistral", {"sliding_window": 16}), ("Mistral", {"sliding_window": None}),
+    ("Mistral", {"sliding_window": 16, "use_sliding_window": False}),
+    *((family, {"sliding_window": 16} | changes) for family in ("Qwen2", "Qwen3") for changes in (
+        {}, {"use_sliding_window": False, "max_window_layers": 0}, {"use_sliding_window": True},
+        {"use_sliding_window": True, "max_window_layers": 11}, {"use_sliding_window": True, "max_window_layers": 10},
+        {"use_sliding_window": True, "max_window_layers": 0}, {"use_sliding_window": True, "layer_types": FULL * 11},
+        {"use_sliding_window": True, "layer_types": FULL * 10 + SLIDING, "max_window_layers": 28},
+        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0})),
+])  # fmt: skip
+def test_a_sliding_window_is_in_force_where_it_is_in_transformers(family, changes, tmp_path):
+    """60 tokens, a window of 16: the logits are those of transformers if and only if the config says that 60 can be read."""
+    theirs_of(family).save_pretrained(tmp_path)
+    reconfigure(tmp_path, **{"layer_types": ..., "use_sliding_window": ..., "max_window_layers": ...} | changes)
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), Transformer.from_pretrained(tmp_path)
+    assert ours.config.context in (16, 256)
+    apart = difference(theirs.float().eval(), ours)
+    assert apart < SINGLE if ours.config.context == 256 else apart > 100 * SINGLE
+
+
+def test_windows_that_are_left_out_or_beyond_the_context_are_transformers_own(tmp_path):
+    theirs_of("Mistral", max_position_embeddings=8192).save_pretrained(tmp_path)
+    for changes, context in (({"sliding_window": ...}, 4096), ({"sliding_window": 9000}, 8192)):
+        reconfigure(tmp_path, **changes)
         assert Transformer.from_pretrained(tmp_path).config.context == context
 
 
@@ -493,6 +519,10 @@ def test_a_broken_config_is_refused(one, text):
     ({"max_position_embeddings": "many"}, "max_position_embeddings"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"attention_bias": True}, "attention_bias True"),
+    ({"architectures": ["MistralForCausalLM"], "sliding_window": "many"}, "sliding_window 'many'"),
+    ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["linear_attention"]}, "layer_types ['linear_attention']"),
+    ({"architectures": ["Qwen3ForCausalLM"], "layer_types": 3}, "layer_types 3"),
+    ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ..., "max_window_layers": "2"}, "max_window_layers '2'"),
     ({"mlp_bias": True}, "mlp_bias True"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
     ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
@@ -616,6 +646,19 @@ def test_a_gguf_without_scaling_says_so_and_is_read(small_llama, tmp_path):
     assert difference(small_llama, Transformer.from_pretrained(path)) < SINGLE
 
 
+@pytest.mark.parametrize(("window", "context"), [(0, 256), (16, 16), (9000, 256)])
+def test_a_sliding_window_of_a_gguf_is_its_context(window, context, small_llama, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", small_llama, edit=lambda w: w.add_sliding_window(window))
+    assert Transformer.from_pretrained(path).config.context == context
+
+
+def test_weights_of_a_gguf_that_are_not_finite_are_refused(tmp_path):
+    theirs = theirs_of("Llama 2", num_hidden_layers=1)
+    with torch.no_grad():
+        theirs.model.layers[0].mlp.up_proj.weight[3, 5:7] = float("nan")
+    refused(write_gguf(tmp_path / "m.gguf", theirs), "blocks.0.up.weight has 2 entries of 6144 that are not finite")
+
+
 def test_a_gguf_of_another_architecture_or_without_weights_is_refused(tmp_path):
     for kind, said in (("gemma", "'gemma'"), ("llama", "token_embd.weight")):
         writer = gguf.GGUFWriter(tmp_path / "model.gguf", kind)
@@ -737,7 +780,8 @@ def test_a_prompt_in_the_plain_format_is_the_text_and_two_line_ends(tmp_path):
     assert plain.prompt("Hi", "Be kind!") == theirs.encode("Be kind!\n\nHi\n\n", add_special_tokens=False)
     assert plain.prompt("Hi") != Chat.from_pretrained(tmp_path).prompt("Hi")
     chat_config(tmp_path, chat_template=...)
-    assert Chat.from_pretrained(tmp_path).prompt("Hi") == plain.prompt("Hi")  # a model without a template
+    refused(tmp_path, "no chat template; give --chat-format plain", by=Chat.from_pretrained)  # not in its place unasked
+    assert Chat.from_pretrained(tmp_path, plain=True).prompt("Hi") == plain.prompt("Hi")
     with_begin = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # as Llama's and Mistral's have it
     begin = theirs.bos_token_id
     with_begin.post_processor = tokenizers.processors.TemplateProcessing(
@@ -778,11 +822,16 @@ def test_an_answer_is_decoded_without_special_tokens(tmp_path):
 def test_templates_that_fail_leave_the_message_out_or_reach_for_python_are_refused(tmp_path, template):
     write_chat(tmp_path, "{{ messages[0].content }}")
     chat_config(tmp_path, chat_template=template)
-    if template == "":  # of a model without a template
-        assert Chat.from_pretrained(tmp_path).prompt("Hi") == Chat.from_pretrained(tmp_path, plain=True).prompt("Hi")
-    else:
-        refused(tmp_path, "chat template", by=lambda path: Chat.from_pretrained(path).prompt("Hi"))
-        Chat.from_pretrained(tmp_path, plain=True).prompt("Hi")  # which does without it
+    refused(tmp_path, "chat template", by=lambda path: Chat.from_pretrained(path).prompt("Hi"))
+    Chat.from_pretrained(tmp_path, plain=True).prompt("Hi")  # which does without it
+
+
+def test_a_template_that_asks_for_the_date_gets_none(tmp_path):
+    """As Llama 3.1's does, so that a prompt's tokens do not depend on the day of the run; nor does another way lead to it."""
+    write_chat(tmp_path, "Today: {{ strftime_now('%d %b %Y') }}{{ now }}{{ datetime }}{{ time }}{{ date_string }}"
+                         ".\n{{ messages[0].content }}")  # fmt: skip
+    chat = Chat.from_pretrained(tmp_path)
+    assert chat.prompt("Hi") == chat.encode("Today: .\nHi")
 
 
 def test_a_template_that_refuses_some_messages_answers_others(tmp_path):

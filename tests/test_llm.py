@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ SHORT = ("--max-new-tokens 8 --samples 3 --held-out 3 --judged 2 --iterations 2 
          "--margin 0.02")  # fmt: skip
 
 
-def make_model(folder, seed=0, **more):
+def make_model(folder, seed=0, template=TEMPLATE, **more):
     """A Hugging Face directory with a tiny random model, a tokenizer of its own and a chat template."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,9 +48,9 @@ def make_model(folder, seed=0, **more):
     tokenizer.train_from_iterator(PROMPTS * 3, trainer)
     torch.manual_seed(seed)
     size = tokenizer.get_vocab_size()
-    shape = Config(size, layers=2, width=32, heads=2, kv_heads=1, hidden=64, tied=True, context=256, **more)
-    Transformer(shape).save_pretrained(folder)
-    Chat(tokenizer, TEMPLATE, {"eos_token": "<|end|>"}, tokenizer.token_to_id("<|end|>")).save(folder)
+    shape = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "hidden": 64, "tied": True, "context": 256}
+    Transformer(Config(size, **shape | more)).save_pretrained(folder)
+    Chat(tokenizer, template, {"eos_token": "<|end|>"}, tokenizer.token_to_id("<|end|>")).save(folder)
     return folder
 
 
@@ -61,11 +63,15 @@ def policy_of(directory, dtype=torch.float32, **more):
     return ChatPolicy(Transformer.from_pretrained(directory, dtype), Chat.from_pretrained(directory), 10, **more)
 
 
+def write_prompts(path, items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
 @pytest.fixture(scope="module")
 def prompts_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": x}) + "\n" for x in PROMPTS))
-    return path
+    return write_prompts(path, [{"prompt": x} for x in PROMPTS])
 
 
 # --- Scoring ---
@@ -119,6 +125,27 @@ def test_samples_do_not_depend_on_the_batch_and_are_recorded_as_they_are_scored(
     assert (scored - recorded.flatten()).abs().max() < FLOAT32 * 10
     assert {policy.finished(y) for two in ys for y in two} <= {True, False}
     assert all(policy.finished(y) == (y.tokens[-1] == policy.end) for two in ys for y in two)
+
+
+def test_a_text_is_scored_with_the_end_token_after_it(directory):
+    """As a gold response is: against the tokens of the text and the end token, read one after another."""
+    policy, y = policy_of(directory), "It is water."
+    words = [*policy.chat.encode(y), policy.end]
+    whole = torch.tensor([[*policy.chat.prompt(PROMPTS[0]), *words]])
+    with torch.no_grad():
+        of_next = policy.model(whole).log_softmax(-1)[0, -len(words) - 1 : -1]
+        expected = of_next[torch.arange(len(words)), torch.tensor(words)]
+        found = policy.log_prob(PROMPTS[:1], [y]).item()
+    assert found == pytest.approx(expected.sum().item(), abs=FLOAT32)
+    assert expected[-1] < -1  # so that a score without it would be another
+
+
+@pytest.mark.parametrize("work", [lambda policy, x: policy.log_prob([x], ["word " * 300]),
+                                  lambda policy, x: policy.sample([x + " word" * 250], 1),
+                                  lambda policy, x: policy.survey([x + " word" * 250], 1, 0)])  # fmt: skip
+def test_what_is_longer_than_the_models_context_is_not_read(work, directory):
+    with pytest.raises(ValueError, match="expected at most the model's context, 256"):
+        work(policy_of(directory), PROMPTS[0])
 
 
 def test_the_nucleus_is_the_same_however_many_tokens_it_takes():
@@ -448,6 +475,13 @@ def test_gold_responses_take_part_when_every_prompt_has_one(directory, tmp_path)
     ('{"prompt": "One?"}\n{"prompt": "One? "}\n', "line 2 is the prompt of line 1"),
     ('{"prompt": "  "}\n', "line 1 has an empty prompt"), ('{"text": "One?"}\n', "line 1 is no"), ("", "no line"),
     ('{"prompt": "One?", "gold": 3}\n', "line 1"),
+    ('{"prompt": "One?"}\n\n{"prompt": "a\u2028\x85b", "gold": 3}\nnot json\n', "line 3 has an empty prompt, or a gold"),
+    ('{"prompt": "One?"}\n{"prompt": "half \\ud800"}\n', "line 2 has half of a surrogate pair"),
+    ('{"prompt": "One?", "gold": "half \\udc00"}\n', "line 1 has half of a surrogate pair"),
+    ('{"prompt": "One?"}\n' + "[" * 100_000 + "\n", "line 2 is no"),
+    ('{"prompt": "One?"}\n' + '{"prompt": ' * 100_000 + "\n", "line 2 is no"),
+    ('{"prompt": "One?", "split": "Validation"}\n', "line 1 has split 'Validation'; expected train, validation or none"),
+    ('{"prompt": "One?", "split": ["train"]}\n', "line 1 has split ['train']"),
     ('{"prompt": "One?"}\n' + json.dumps({"prompt": "long " * 600}) + "\n", "are longer than"),
 ])  # fmt: skip
 def test_bad_prompts_are_refused_with_their_lines_before_anything_is_written(text, said, directory, tmp_path, capsys):
@@ -458,10 +492,47 @@ def test_bad_prompts_are_refused_with_their_lines_before_anything_is_written(tex
     assert not (tmp_path / "run").exists()
 
 
+def test_marks_blank_lines_and_signs_that_end_lines_elsewhere_are_no_fault_of_a_file(tmp_path):
+    """A byte order mark, white space, CR LF, and U+2028 and U+0085 inside a prompt."""
+    path, inside = tmp_path / "prompts.jsonl", "a\u2028b\x85c\u2029d\x1ce\x0cf"
+    lines = ["", json.dumps({"prompt": inside}, ensure_ascii=False), "  \t", '{"prompt": "Two?", "split": "train"}', "", ""]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).replace("\\f", "\\u000c").encode())
+    assert [item["prompt"] for item in train.read_prompts(path)] == [inside, "Two?"]
+
+
+def split(directory, path, **options):
+    """Prompts to train on and those held out, of `split_prompts`."""
+    config = train.LlmConfig(model=str(directory), prompts=str(path), max_new_tokens=8, **{"held_out": 3} | options)
+    parts = train.split_prompts(config, Chat.from_pretrained(directory), Transformer.from_pretrained(directory).config)
+    return [[item["prompt"] for item in part] for part in parts]
+
+
+def test_prompts_marked_validation_are_never_trained_on_however_many_are_held_out(directory, tmp_path):
+    items = [{"prompt": x, **({"split": "validation"} if i % 2 else {})} for i, x in enumerate(PROMPTS)]
+    path = write_prompts(tmp_path / "prompts.jsonl", items)
+    for held_out in (2, 3, 7):
+        training, validation = split(directory, path, held_out=held_out)
+        assert sorted(training) == sorted(PROMPTS[::2])
+        assert validation == PROMPTS[1::2][-held_out:]
+
+
+@pytest.mark.parametrize(("marked", "options", "said"), [
+    (7, {"held_out": 100_000}, "7 marked validation; expected --held-out 100000"), (7, {"held_out": 8}, "7 marked validation"),
+    (0, {"held_out": 100_000}, "15 in all; expected --held-out 100000"),
+    (0, {"held_out": 13}, "2 to train on beside 13 held out; expected at least --iterations 3"),
+    (0, {"train_prompts": 13}, "12 to train on; expected --train-prompts 13"),
+    (7, {"train_prompts": 9}, "8 to train on; expected --train-prompts 9"),
+])  # fmt: skip
+def test_more_prompts_than_there_are_cannot_be_asked_for(marked, options, said, directory, tmp_path):
+    items = [{"prompt": x, **({"split": "validation"} if i < marked else {})} for i, x in enumerate(PROMPTS)]
+    with pytest.raises(train.BadInput, match=re.escape(said)):
+        split(directory, write_prompts(tmp_path / "prompts.jsonl", items), **options)
+
+
 def test_some_gold_responses_and_not_all_are_refused(directory, tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     items = [{"prompt": x, **({"gold": "Yes."} if i % 2 else {})} for i, x in enumerate(PROMPTS)]
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    write_prompts(path, items)
     arguments = ["llm", "--model", str(directory), "--prompts", str(path), "--out", str(tmp_path / "run"), *SHORT.split()]
     assert "expected all or none" in refused(capsys, *arguments)
 
@@ -469,10 +540,129 @@ def test_some_gold_responses_and_not_all_are_refused(directory, tmp_path, capsys
 @pytest.mark.parametrize(("arguments", "said"), [
     ("--model nowhere", "nowhere is no checkpoint"), ("", "model is missing"), ("--model x --tau 0.05", "tau belongs to"),
     ("--model x --samples 1", "samples is 1"), ("--model x --rule scored", "belong together"),
+    *((f"--model x --{name}={value}", name.replace("-", "_") + f" is {value}") for name, value in
+      [(name, value) for name in ("margin", "replay") for value in ("2.0", "nan", "-0.1", "inf")]
+      + [(name, value) for name in ("eta", "lr", "temperature") for value in ("0.0", "nan", "inf", "-1.0")]
+      + [("temperature", "1e-40"), ("tau", "nan"), ("tau", "-0.1"), ("seed", "1000000001"), ("threads", "0")]),
+    ("--model x --top-p nan", "top_p is nan"), ("--model x --top-p 1.5", "top_p 1.5"),
+    ("--model x --max-usd nan --oracle openai:x", "max_usd is nan"), ("--model x --max-failed nan", "max_failed is nan"),
+    ("--model x --judge-timeout nan", "judge_timeout is nan"),
+    ("--model x --oracle openai:x --judge-prices nan,1", "prices are nan and 1.0"),
 ])  # fmt: skip
 def test_bad_options_are_refused_in_a_line(arguments, said, prompts_file, tmp_path, capsys):
     asked = ["llm", "--prompts", str(prompts_file), "--out", str(tmp_path / "run"), *arguments.split()]
     assert said in refused(capsys, *asked)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ("--max-new-tokens 100000000", "longer than the context or sliding window of"),
+    ("--low-rank 33", "low_rank is 33; expected at most 32, the width of"),
+    ("--held-out 100000", "15 in all; expected --held-out 100000 to be at most that"),
+])  # fmt: skip
+def test_what_a_model_or_a_file_has_not_is_refused_before_weights_are_read(options, said, directory, prompts_file, tmp_path,
+                                                                           capsys):  # fmt: skip
+    """The weights are not there."""
+    model = tmp_path / "model"
+    shutil.copytree(directory, model)
+    (model / "model.safetensors").write_bytes(b"")
+    paths = ["--model", model, "--prompts", prompts_file, "--out", tmp_path / "run"]
+    assert said in refused(capsys, "llm", *paths, *SHORT.split(), *options.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["context", "window", "gold"])
+def test_a_prompt_and_its_response_must_fit_what_the_model_reads(where, tmp_path, capsys):
+    """The longest prompt of 15 has n tokens and 8 more are sampled: n + 8 tokens do, n + 7 do not."""
+    model, path = make_model(tmp_path / "model"), tmp_path / "prompts.jsonl"
+    chat = Chat.from_pretrained(model)
+    longest, gold = max(len(chat.prompt(x)) for x in PROMPTS) + 8, {}
+    if where == "gold":
+        gold = {"gold": "rain and snow and wind"}
+        longest += len(chat.encode(gold["gold"])) + 1 - 8
+    write_prompts(path, [{"prompt": x, **gold} for x in PROMPTS])
+    config = json.loads((model / "config.json").read_text())
+    for most in (longest, longest - 1):
+        changes = {"architectures": ["MistralForCausalLM"], "sliding_window": most} if where == "window" else {
+            "max_position_embeddings": most}  # fmt: skip
+        (model / "config.json").write_text(json.dumps(config | changes))
+        arguments = ["llm", "--model", model, "--prompts", path, "--out", tmp_path / "run", *SHORT.split(), "--dry-run"]
+        if most == longest:
+            assert train.main([str(word) for word in arguments]) == 0
+        else:
+            said = refused(capsys, *arguments)
+            assert f"longer than the context or sliding window of {model}" in said
+            assert f"{most} tokens; the first is " in said
+
+
+def test_a_tokenizer_with_tokens_that_the_weights_have_not_is_refused(directory, prompts_file, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(directory, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    paths = ["--model", model, "--prompts", prompts_file, "--out", tmp_path / "run"]
+    assert "has 100 tokens and its tokenizer a token" in refused(capsys, "llm", *paths, *SHORT.split())
+
+
+def test_a_model_without_a_chat_template_is_asked_in_the_plain_format_or_not_at_all(prompts_file, tmp_path, capsys):
+    model = make_model(tmp_path / "model", template="")
+    paths = ["--model", model, "--prompts", prompts_file, "--out", tmp_path / "run"]
+    assert "no chat template; give --chat-format plain" in refused(capsys, "llm", *paths, *SHORT.split())
+    assert not (tmp_path / "run").exists()
+    assert run(model, prompts_file, tmp_path / "run", "--chat-format", "plain", "--iterations", "1") == 0
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_with_their_name(number, prompts_file, tmp_path, capsys):
+    model = make_model(tmp_path / "model")
+    weights = Transformer.from_pretrained(model)
+    with torch.no_grad():
+        weights.blocks[1].up.weight[3, 5:7] = number
+    weights.save_pretrained(model)
+    paths = ["--model", model, "--prompts", prompts_file, "--out", tmp_path / "run"]
+    assert "blocks.1.up.weight has 2 entries of 2048 that are not finite" in refused(capsys, "llm", *paths, *SHORT.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_cannot_write_a_prompt_is_refused(prompts_file, directory, tmp_path, capsys):
+    """Unigram pieces without one for the unknown."""
+    model = tmp_path / "model"
+    shutil.copytree(directory, model)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0), ("<|end|>", -1.0)]))
+    tokenizer.save(str(model / "tokenizer.json"))
+    paths = ["--model", model, "--prompts", prompts_file, "--out", tmp_path / "run"]
+    assert "the tokenizer has no tokens for" in refused(capsys, "llm", *paths, *SHORT.split())
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_saved_weights_can_be_read_by_whom_the_users_umask_lets(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        make_model(tmp_path / "model")
+        Transformer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model", shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert len(modes) > 6
+    assert set(modes.values()) == {0o666 & ~mask}
+
+
+def test_a_dry_run_with_the_synthetic_judge_says_what_would_be_done_and_does_nothing(directory, prompts_file, tmp_path, capsys):
+    """12 prompts of 3 samples, so 3 pairs each; 3 held out, 2 samples each: pi_2 against pi_1, pi_3 against pi_1 and pi_2."""
+    assert run(directory, prompts_file, tmp_path / "run", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "12 prompts in 2 parts, 3 samples of each, 36 comparisons" in said
+    assert "3 held out, 2 samples of each from 3 policies, 18 comparisons" in said
+    assert "no requests" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_on_a_terminal_a_run_names_what_it_is_doing_between_rows(directory, prompts_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    assert run(directory, prompts_file, tmp_path / "run", "--iterations", "1") == 0
+    said = capsys.readouterr().err
+    for phase in ("measuring pi_1", "sampling", "judging", "scoring pi_t", "training, step 1", "training, step 2"):
+        assert f"{phase}: " in said, phase
 
 
 def test_a_dry_run_counts_every_sample_of_every_survey(directory, prompts_file, tmp_path, capsys):
@@ -489,13 +679,23 @@ def test_what_a_model_writes_cannot_steer_the_terminal():
 
 def test_alarms_ring_when_and_only_when_something_is_wrong():
     first = {"mean_length": 40.0, "truncated": 0.5, "repeated": 0.1, "empty": 0.0}
-    fine = {**first, "kl_to_first": 2.0, "chosen_log_ratio": 0.3}
+    none = {f"pairs_{kind}": 0 for kind in train.KINDS}
+    fine = {**first, "kl_to_first": 2.0, "chosen_log_ratio": 0.3, **none, "pairs_student_student": 1}
     assert train.alarms(fine, first) == []
     for name, value, said in (("mean_length", 70.0, "1.8 times as long"), ("truncated", 0.7, "70% of the responses are cut"),
                               ("repeated", 0.3, "repetitive"), ("empty", 0.2, "empty"), ("kl_to_first", 31.0, "31 nats"),
-                              ("chosen_log_ratio", -2.0, "fallen by 2.0 nats")):  # fmt: skip
+                              ("chosen_log_ratio", -2.0, "fallen by 2.0 nats"), ("pairs_student_student", 0, "no pair"),
+                              *((name, math.nan, "nan") for name in (*first, "kl_to_first", "chosen_log_ratio"))):  # fmt: skip
         (alarm,) = train.alarms({**fine, name: value}, first)
         assert said in alarm
+    assert train.alarms({**fine, **none, "chosen_log_ratio": math.nan}, first) == train.alarms({**fine, **none}, first)
+
+
+def test_an_iteration_without_pairs_rings_an_alarm(directory, prompts_file, tmp_path):
+    out = tmp_path / "run"
+    assert run(directory, prompts_file, out, "--margin", "1", "--iterations", "1") == 0
+    (row,) = lines(out / "metrics.jsonl")
+    assert any("no pair" in alarm for alarm in row["alarms"])
 
 
 def test_the_kl_divergence_of_pi_1_from_itself_is_0_and_grows_when_the_policy_moves(directory):

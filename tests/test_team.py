@@ -26,12 +26,21 @@ from train import SharedJudge
 
 ROOT = Path(train.__file__).parent
 LONG = (*SHORT.split(), "--dtype", "float32", "--iterations", "4", "--at-once", "1", "--sample-batch", "7", "--batch-size", "9")
+NOTHING_LEFT = """# the run, then: is the process group closed, down to its threads?
+import os, sys
+import train
+code = train.main()
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+left = [name for name in names if "gloo" in name]
+sys.exit(code or (f"threads left: {left}" if left else 0))
+"""
 ADAM = 1e-5  # a weight after four iterations at learning rates up to 0.003: gradients of 1e-4 with sums in another order
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
+    """A Qwen2: its maps to queries, keys and values have biases, which are not 0."""
+    return make_model(tmp_path_factory.mktemp("model"), qkv_bias=True)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +53,11 @@ def prompts_file(tmp_path_factory):
 # --- Processes ---
 
 
-def torchrun(directory, prompts_file, out, *more):
+def torchrun(directory, prompts_file, out, *more, program="train.py"):
     """`torchrun --nproc-per-node 2 train.py llm ...`, started, on a port of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "llm",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, "llm",
                "--model", directory, "--prompts", prompts_file, "--out", out, *LONG, "--threads", "2", *more]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
@@ -126,7 +135,8 @@ def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(killed, 
 def test_two_processes_with_a_sharded_model_go_on_and_end_as_one_does(killed, alone, directory, prompts_file, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(killed[0], out)
-    process = torchrun(directory, prompts_file, out, "--resume", "--fsdp", "--checkpointing")
+    (tmp_path / "program.py").write_text(NOTHING_LEFT)  # a thread that is left can abort the process at its end
+    process = torchrun(directory, prompts_file, out, "--resume", "--fsdp", "--checkpointing", program=tmp_path / "program.py")
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert same(out, alone)
@@ -250,6 +260,22 @@ def test_a_reference_is_the_policy_as_it_was_and_nothing_of_it_is_trained(direct
         assert torch.equal(other.log_prob(PROMPTS[:1], ["Water."]), before)
 
 
+def test_a_copy_has_the_weights_that_the_model_has_not_been_given_yet(directory):
+    """After `load`, and after a step of training."""
+    policy, said = policy_of(directory, torch.bfloat16), (PROMPTS[:1], ["Water."])
+    scores, optimizer = [], torch.optim.SGD(policy.parameters(), lr=0.1)
+    for change in ("load", "step"):
+        if change == "load":
+            policy.load([weight * 1.5 for weight in policy.weights()])
+        else:
+            policy.log_prob(*said).sum().backward()
+            optimizer.step()
+        reference = copy.deepcopy(policy)  # before anything else tells the model
+        with torch.no_grad():
+            scores += [reference.log_prob(*said).item(), policy.log_prob(*said).item()]
+    assert scores[0] == scores[1] != scores[2] == scores[3]
+
+
 # --- Low-rank terms ---
 
 
@@ -282,13 +308,34 @@ def test_low_rank_terms_start_at_nothing_and_are_all_that_is_trained(dtype, dire
 
 def test_a_low_rank_term_adds_2_B_A_to_its_map_and_its_gradient_is_autograds(directory):
     policy = low_rank_policy(directory)
-    part = policy.model.blocks[0].gate
+    torch.manual_seed(0)
+    x, block = torch.randn(5, 32), policy.model.blocks[0]
+    plain = Transformer.from_pretrained(directory).blocks[0].attention
+    for part, bias in ((block.gate, 0.0), (block.attention.q, plain.q.bias), (block.attention.v, plain.v.bias)):
+        with torch.no_grad():
+            part.B.normal_()
+        assert (part(x) - x @ (part.weight + 2 * part.B @ part.A).T - bias).abs().max() < 1e-4
+        assert (part.merged() - (part.weight + 2 * part.B @ part.A)).abs().max() < 1e-6
+    assert plain.q.bias.abs().max() > 0.1  # it is there, and is not 0
+
+
+def test_a_model_with_low_rank_terms_is_saved_as_the_model_that_it_is(directory, tmp_path):
+    """Every term moved; the saved model's logits are the trained one's, biases and all, here and in transformers."""
+    transformers = pytest.importorskip("transformers")
+    model = low_rank_policy(directory).model
     torch.manual_seed(0)
     with torch.no_grad():
-        part.B.normal_()
-    x = torch.randn(5, 32)
-    assert (part(x) - x @ (part.weight + 2 * part.B @ part.A).T).abs().max() < 1e-4
-    assert (part.merged() - (part.weight + 2 * part.B @ part.A)).abs().max() < 1e-6
+        for name, weight in model.named_parameters():
+            if name.endswith(".B"):
+                weight.normal_(std=0.3)
+    model.save_pretrained(tmp_path / "saved")
+    tokens = torch.randint(0, 300, (2, 20))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours, plain = model(tokens), Transformer.from_pretrained(directory)(tokens)
+        assert (Transformer.from_pretrained(tmp_path / "saved")(tokens) - ours).abs().max() < 1e-4
+        assert (theirs(tokens).logits - ours).abs().max() < 1e-4
+        assert (ours - plain).abs().max() > 0.1
 
 
 def test_a_run_with_low_rank_terms_saves_whole_maps_and_small_checkpoints(directory, prompts_file, tmp_path):
