@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
@@ -28,7 +28,7 @@ from itertools import combinations
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import torch
 from torch import Tensor
@@ -57,7 +57,33 @@ def dig(body: Any, *path: str | int) -> Any:
     return body
 
 
-# --- Money -----------------------------------------------------------------------------------------------------------------
+# --- What is shown, and what is not ----------------------------------------------------------------
+
+
+def for_terminal(text: str) -> str:
+    """A text of others on one line, with U+FFFD for what could move the cursor or do worse."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
+
+
+@lru_cache
+def _spellings(key: str) -> re.Pattern[str]:
+    """Matches a key as it is, and as JSON (in JSON in JSON) or a URL may have escaped it."""
+    letters = [f"(?:{re.escape(letter)}|u00(?i:{ord(letter):02x})|%(?i:{ord(letter):02x}))" for letter in key]
+    return re.compile(r"\\{0,15}" + r"\\{0,15}".join(letters))
+
+
+def hidden(value: Any, key: str | None) -> Any:
+    """A text, or the texts in a result, without our key, should a server send it back. What is shorter than `SECRET`
+    characters is no key: such words stand for one where none is needed."""
+    if not key or len(key) < SECRET:
+        return value
+    if isinstance(value, str):
+        return _spellings(key).sub("[key]", value)
+    if isinstance(value, bytes):
+        return _spellings(key).sub("[key]", value.decode("latin-1")).encode("latin-1")
+    if isinstance(value, dict):
+        return {name: hidden(part, key) for name, part in value.items()}
+    return [hidden(part, key) for part in value] if isinstance(value, list) else value
 
 
 # --- What is asked ---------------------------------------------------------------------------------------------------------
@@ -88,19 +114,28 @@ PAIRWISE_FORM = 'Which response is better? Reply with one JSON object and nothin
 TEACHER = "Answer the user's request, well and briefly: in one or two plain sentences, without a preamble."
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\U000e0000-\U000e007f]")  # with the invisible "tag" characters
-TEMPLATE = re.compile(  # what chat templates are made of
-    r"<(?=[|\uff5c]|/?s>|bos>|eos>|</?SYS>|(?:start|end)_of_turn>)"
-    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])"
+PLAIN = """s d bos eos pad unk mask cls sep sop eop eot eom eod eoh eoa eosys blank box bot ent ground
+grounding human img image imgpad audio video sound obj object phrase point poly role system user
+assistant think thinking tool tools reponame filename"""  # special tokens named by a plain word
+BRACKETED = "INST SYS IMG CLS SEP PAD UNK BOS EOS EOT THINK ARGS AUDIO PREFIX MIDDLE SUFFIX TRANSCRIBE"
+TEMPLATE = re.compile(  # what the chat templates and special tokens of known families look like:
+    r"<(?=[|\uff5c]"  # <|im_end|>
+    rf"|/?(?:{'|'.join(PLAIN.split())}|[A-Z]{{2,}})>"  # </s>, <EOT>
+    r"|/?(?![A-Za-z]+>|h[1-6]>|[\d-]+>)\w[\w-]*(?::[\w-]+)?[|\uff5c]?>"  # <end_of_turn>, <unused1>
+    r"|\[\w+\]>|\]\w)"  # <[BOS_never_used]>, MiniMax's ]<]image[>[
+    rf"|\[(?=[|\uff5c]|/?(?:[gs]?MASK\d?|{'|'.join(BRACKETED.split())})\]"  # [|user|], [gMASK], [/INST]
+    r"|/?(?:[A-Z]+(?:_[A-Z\d]+)+|(?:unused|control)_?\d+)\]|e~\[)"  # [TOOL_CONTENT], MiniMax's [e~[
+    r"|\](?=~!?b[\[\]])"  # MiniMax's ]~b]
 )
 
 
 @lru_cache(1 << 12)
 def clean(text: str, most: int) -> str:
-    """Text fit to be sent: without control characters, lone surrogates and the special tokens of chat templates (they get a
-    space, lest a server read them as such), and cut after `most` characters."""
+    """Text fit to be sent: without control characters and lone surrogates, with a space within what looks like a special
+    token of a chat template (a server may read such a token in a text), and cut after `most` characters."""
     if not (text.isascii() and text.isprintable()):
         text = CONTROL.sub("", text.replace("\r\n", "\n")).encode("utf-8", "replace").decode()
-    if "<" in text or "[" in text:
+    if "<" in text or "[" in text or "]" in text:
         text = TEMPLATE.sub(lambda mark: mark[0] + " ", text)
     return text if len(text) <= most else f"{text[:most]} [cut: {len(text) - most} more characters]"
 
@@ -540,6 +575,8 @@ CREATE TABLE IF NOT EXISTS requests (
 CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);
 CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);
 """
+COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed, prompt_tokens,
+completion_tokens, dollars, seconds"""
 
 
 class Ledger:
@@ -549,34 +586,62 @@ class Ledger:
 
     def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
         self.path, self.run, self.read_only, self.lock = path or "memory", run, read_only, threading.RLock()
-        above = next((folder for folder in Path(path or ".").absolute().parents if folder.exists()), Path("/"))
-        if not above.is_dir():
-            raise Refused(f"{path} cannot be used as a cache of judgments: {above} is no folder; choose another file")
-        if read_only or (path and Path(path).exists()):
+        with self.refusing():
+            above = next((folder for folder in Path(path or ".").absolute().parents if folder.exists()), Path("/"))
+            if not above.is_dir():
+                raise Refused(f"{path} cannot be used as a cache of judgments: {above} is no folder; choose another file")
+            there = read_only or (path and Path(path).exists())
+        if there:
             _ = self.db  # Refused at once if it is none
 
     @cached_property
     def db(self) -> sqlite3.Connection:
         """The connection; made, with the file, when it is first needed. Refused if there can be none."""
-        with self.lock:
-            if "db" in self.__dict__:  # another thread was faster
-                return self.__dict__["db"]
-            try:
-                where = ":memory:" if self.path == "memory" else self._where(Path(self.path))
-                db = sqlite3.connect(where, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
-                if not self.read_only:
-                    _prepare(db)
-                db.execute("SELECT key, parsed, reply, outcome, dollars FROM requests LIMIT 1")
-            except (sqlite3.Error, OSError) as error:
-                raise Refused(f"{self.path} cannot be used as a cache of judgments ({error}); choose another file") from None
-            return db
+        with self.refusing():  # the lock too: another thread may be faster
+            return self.__dict__["db"] if "db" in self.__dict__ else self._open()
 
-    def _where(self, path: Path) -> str:
-        if not self.read_only:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path.resolve().as_uri()
-        log = Path(f"{path}-wal")  # somebody may be writing; else nothing shall be left beside the file
-        return path.resolve().as_uri() + ("?mode=ro" if log.exists() and log.stat().st_size else "?mode=ro&immutable=1")
+    def _open(self) -> sqlite3.Connection:
+        if self.path == "memory":
+            return _prepare(_connect(":memory:"))
+        path = Path(self.path)
+        if self.read_only:
+            return self._examined(path)
+        if path.exists():
+            self._examined(path).close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _prepare(_connect(path.resolve().as_uri()))
+
+    def _examined(self, path: Path) -> sqlite3.Connection:
+        """A connection that cannot write, to a sound ledger, or to an empty file if it is to be written; errors of SQLite if
+        it is something else or damaged. The file stays as it is, and nothing is left beside it."""
+        while True:
+            log = Path(f"{path}-wal")  # somebody may be writing, or was killed there
+            logged = log.exists() and log.stat().st_size > 0
+            db = _connect(path.resolve().as_uri() + ("?mode=ro" if logged else "?mode=ro&immutable=1"))
+            try:
+                if self.read_only or db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    db.execute(f"SELECT {COLUMNS} FROM requests LIMIT 1")
+                (found,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+                if found != "ok":
+                    raise sqlite3.DatabaseError(f"damaged: {found}")
+                return db
+            except BaseException as error:
+                db.close()
+                changed = logged != (log.exists() and log.stat().st_size > 0)
+                if not (changed and isinstance(error, sqlite3.DatabaseError)):  # else its last user just left, or came
+                    raise
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Around every use of the file, by one thread at a time: Refused, in a line, if it cannot be read or written."""
+        with self.lock:
+            try:
+                yield
+            except (sqlite3.DatabaseError, OSError) as error:
+                if isinstance(error, sqlite3.ProgrammingError):
+                    raise
+                told = for_terminal(str(error))[:200]
+                raise Refused(f"{self.path} cannot be used as a cache of judgments ({told}); {_remedy(error)}") from None
 
     def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
         """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered, oldest first, by key; a complete
@@ -588,7 +653,7 @@ class Ledger:
             query = f"""SELECT key, outcome, parsed, CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
                         FROM requests WHERE key IN ({",".join("?" * len(part))})
                         AND outcome IN ('complete', 'unreadable', 'filtered') ORDER BY id"""
-            with self.lock:
+            with self.refusing():
                 rows = self.db.execute(query, part).fetchall()
             for key, *reply in rows:
                 found.setdefault(key, []).append(tuple(reply))
@@ -596,9 +661,15 @@ class Ledger:
 
     def spent(self) -> float:
         """Dollars of this run, requests of unknown cost counted with the most they can have cost."""
-        with self.lock:
-            row = self.db.execute("SELECT dollars FROM spending WHERE run = ?", (self.run,)).fetchone()
-        return max(0.0, row[0]) if row else 0.0  # up to rounding
+        with self.refusing():
+            (dollars,) = self.db.execute("SELECT TOTAL(dollars) FROM spending WHERE run = ?", (self.run,)).fetchone()
+        return max(0.0, dollars)  # up to rounding
+
+    def models(self, teacher: bool) -> list[str]:
+        """The models whose replies to a teacher's, or else to a judge's, questions are here."""
+        sql = "SELECT DISTINCT model FROM requests WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"
+        with self.refusing():
+            return [model for (model,) in self.db.execute(sql, (teacher,))]
 
     def totals(self) -> dict[str, float]:
         """Requests sent in this run, how many of them were never answered, tokens, dollars known to be paid, and the most that
@@ -607,7 +678,7 @@ class Ledger:
                    COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(dollars), 0),
                    COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0) FROM requests WHERE run = ?"""
         names = ("requests", "unanswered", "prompt_tokens", "completion_tokens", "dollars", "dollars_unknown_at_most")
-        with self.lock:
+        with self.refusing():
             return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
 
     def reserve(self, row: dict[str, Any], known: int, limit: float, patience: float) -> int | str:
@@ -639,7 +710,7 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self.lock:
+        with self.refusing():
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -654,14 +725,30 @@ class Ledger:
         self.db.execute(sql, (self.run, dollars))
 
 
-def _prepare(db: sqlite3.Connection) -> None:
+def _remedy(error: Exception) -> str:
+    """How to mend what SQLite, or the system, met. What Python finds in a text has no code: damage."""
+    damage = sqlite3.SQLITE_CORRUPT if isinstance(error, sqlite3.Error) else 0
+    return {
+        sqlite3.SQLITE_FULL: "make room for it, and go on",
+        sqlite3.SQLITE_IOERR: "see to it that the disk works and has room, and go on",
+        sqlite3.SQLITE_BUSY: "another program holds it: wait for its end, or choose another file",
+        sqlite3.SQLITE_READONLY: "make it writable, or choose another file",
+        sqlite3.SQLITE_CORRUPT: "put back a copy of it, or choose another file",
+    }.get(getattr(error, "sqlite_errorcode", damage) & 0xFF, "choose another file")
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
+
+
+def _prepare(db: sqlite3.Connection) -> sqlite3.Connection:
     """Make the tables. Another process may be about to, and SQLite does not wait by itself to change the journal's mode."""
     for wait in (0.01, 0.1, 0.5, 1.0, 2.0, None):
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")
             db.executescript(SCHEMA)
-            return
+            return db
         except sqlite3.OperationalError as error:
             if wait is None or "locked" not in str(error):
                 raise
@@ -688,6 +775,8 @@ LARGEST = 1 << 20  # bytes of a reply that are read
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; what wants more is not waited for
 LONGEST_BACKOFF = 60.0  # seconds between two attempts where the server does not say
 NO_KEY = "none"  # sent where there is no key, to servers of one's own
+SECRET = 8  # least characters of a key
+PATIENCE = 10.0  # seconds in which a server must say which models it has
 NEGOTIABLE = {"response_format": ("response_format", "json_schema"), "logprobs": ("logprobs",), "temperature": ("temperature",)}
 
 
@@ -731,6 +820,10 @@ class Endpoint:
             raise ValueError(f"max_usd is {max_usd}, but the price of {model!r} is not known; give prices too")
         self.client = (client or make_client(url)).with_options(timeout=timeout, max_retries=0) if live else None  # we count
         self.url = str(self.client.base_url).rstrip("/") if live else "no network"
+        if not model.isprintable():
+            raise Refused(f"the model's name is {for_terminal(model)[:100]!r}; expected one that can be shown")
+        if live and self._hidden(model) != model:
+            raise Refused(f"the model's name is {self._hidden(model)!r}, and holds OPENAI_API_KEY; expected one without")
         self.ledger = cache if isinstance(cache, Ledger) else Ledger(cache, run, read_only=not live)
         self.instead: dict[str, str | None] = {}  # settings the endpoint does not know: their other name, or None to leave out
         self.counts: Counter[str] = Counter()
@@ -799,11 +892,8 @@ class Endpoint:
                     bar.update()
                     self._check_failures(failed, len(distinct))
                     bar.set_postfix_str(f"{self.spent()}, {failed} failed", refresh=False)
-            except (Stopped, sqlite3.Error) as error:
-                first = self._first_error or error
-                if isinstance(first, sqlite3.Error):
-                    first = Stopped(f"{self.ledger.path} cannot be written ({first}); make room for it, and go on")
-                raise first from None
+            except Stopped as error:
+                raise self._first_error or error from None
             except KeyboardInterrupt:
                 tqdm.write("interrupted: waiting for the replies under way, which may be paid for")
                 raise
@@ -824,7 +914,8 @@ class Endpoint:
         """What the replies in the ledger say, oldest first, as (result, whether it is complete). Those that could not be read,
         or whose parsed form is NULL, are read anew."""
         replies = self.ledger.replies(distinct)
-        return {key: [_reread(distinct[key], *reply) for reply in replies[key]] for key in replies}
+        with self.ledger.refusing():
+            return {key: [_reread(distinct[key], *reply) for reply in replies[key]] for key in replies}
 
     def _settled(self, results: list[tuple[Any, bool]]) -> tuple[Any, bool] | None:
         """The answer if there is no need to ask again: the first complete one; the fullest of those that we have if we may not
@@ -924,49 +1015,34 @@ class Endpoint:
         return result, reply
 
     def _hidden(self, value: Any) -> Any:
-        """A text, or the texts in a result, without our key, should a server send it back."""
-        key = self.client.api_key
-        if not key or key == NO_KEY:
-            return value
-        if isinstance(value, str):
-            return value.replace(key, "[key]")
-        if isinstance(value, bytes):
-            return value.replace(key.encode(), b"[key]")
-        if isinstance(value, dict):
-            return {name: self._hidden(part) for name, part in value.items()}
-        return [self._hidden(part) for part in value] if isinstance(value, list) else value
+        return hidden(value, self.client.api_key)
 
     def _send(self, idempotency_key: str, question: Question) -> Reply:
         """One HTTP request. A server that honours the idempotency key does not charge again for what was lost on the way."""
         import httpx2
         import openai
 
-        body = {**self._body(question), "messages": question.messages}
-        received, deadline = bytearray(), time.monotonic() + self.timeout
+        body = {"model": self.model, **self._body(question), "messages": question.messages}
+        headers = {"Idempotency-Key": idempotency_key}
         try:
-            with self.client.chat.completions.with_streaming_response.create(  # extra_body takes the place of messages; to
-                # hand them over as such costs a third more time, for conversions of types that they do not have
-                model=self.model, messages=[], extra_headers={"Idempotency-Key": idempotency_key}, extra_body=body,
-            ) as response:  # fmt: skip
-                for part in response.iter_bytes():
-                    received += part
-                    if len(received) > LARGEST:
-                        return Reply("unreadable", "a reply that is too long", bytes(received[:LARGEST]))
-                    if time.monotonic() > deadline:
-                        return Reply("lost", "no reply in time")
+            received = _received(self.client.post, "/chat/completions", self.timeout, headers, body=body)
         except openai.APIStatusError as error:
             return self._refusal(error, body)
-        except (openai.APITimeoutError, httpx2.TimeoutException):
+        except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
             return Reply("lost", "no reply in time")
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
             return Reply("lost", f"no connection, or a broken one ({type(error.__cause__ or error).__name__})")
-        return Reply("replied", "a reply that cannot be read", bytes(received))
+        if len(received) > LARGEST:
+            return Reply("unreadable", "a reply that is too long", received[:LARGEST])
+        return Reply("replied", "a reply that cannot be read", received)
 
     def _refusal(self, error: Any, body: dict[str, Any]) -> Reply:
         """What an HTTP error status asks of us."""
         status, headers = error.status_code, error.response.headers
-        message = self._hidden(" ".join(str(error.message).split()))[:300]
+        message = for_terminal(self._hidden(str(error.message)))[:300]
         told = f"{getattr(error, 'param', '')} {getattr(error, 'code', '')} {message}"
+        if 300 <= status < 400:
+            return Reply("permanent", f"{self.model} at {self.url} {_redirect(error, self.client.api_key)}")
         if status in (400, 422, 500, 501) and self._negotiated(told, body):
             return Reply("negotiated", "a setting that the endpoint does not know")
         if status == 400 and re.search("content_(filter|policy)", told):
@@ -1046,28 +1122,74 @@ def _is_url(text: str) -> bool:
         return False
 
 
-def only_model(url: str | None) -> str:
-    """The name of the model that a server offers. Refused if it cannot be asked or offers several."""
+def _received(send: Callable[..., Any], path: str, timeout: float, headers: Any = None, **body: Any) -> bytes:
+    """The body of the reply to one request, with at most a part more than `LARGEST` bytes. No redirect is followed, whatever
+    the client does else. Raises openai's errors; httpx2's while the body comes; TimeoutError if it comes too slowly."""
+    import httpx2
     import openai
 
+    options = {"headers": headers or {}, "timeout": timeout, "max_retries": 0, "follow_redirects": False,
+               "security": {"bearer_auth": True}}  # fmt: skip
+    received, deadline = bytearray(), time.monotonic() + timeout
+    response = send(path, cast_to=httpx2.Response, options=options, stream=True, stream_cls=openai.Stream, **body)
+    with closing(response):
+        for part in response.iter_bytes():
+            received += part
+            if len(received) > LARGEST:
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    return bytes(received)
+
+
+def _redirect(error: Any, key: str) -> str:
+    """What is told of a reply that is a redirect. Of its target only what can be no secret."""
     try:
-        listed = make_client(url).with_options(timeout=10.0).models.with_raw_response.list().content
-    except openai.OpenAIError as error:
-        raise Refused(f"{url} does not say which models it has ({type(error).__name__}); name one") from None
+        target = urlsplit(urljoin(str(error.response.url), error.response.headers.get("location", "")))
+        target = target._replace(netloc=target.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    except ValueError:
+        target = "an address that is none"
+    shown = for_terminal(hidden(target, key))[:200]
+    return f"redirects to {shown} (HTTP {error.status_code}), and no redirect is followed; if it is to be asked, give its URL"
+
+
+def only_model(url: str | None) -> str:
+    """The name of the model that a server offers. Refused if it does not say so in `PATIENCE` seconds, or offers several."""
+    import httpx2
+    import openai
+
+    if url is None and not os.environ.get("OPENAI_BASE_URL"):
+        raise Refused("the model's name is missing, and OpenAI has many; name one, openai:MODEL")
+    client = make_client(url)
+    where = str(client.base_url).rstrip("/")
+    try:
+        listed = _received(client.get, "/models", PATIENCE)
+    except openai.APIStatusError as error:
+        moved = 300 <= error.status_code < 400
+        reason = _redirect(error, client.api_key) if moved else f"answers HTTP {error.status_code}"
+        raise Refused(f"{where} {reason}{'' if moved else '; name the model: openai:MODEL'}") from None
+    except (openai.OpenAIError, httpx2.HTTPError, TimeoutError) as error:
+        late = isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError))
+        reason = f"within {PATIENCE:g} s" if late else f"({type(error).__name__})"
+        raise Refused(f"{where} does not say {reason} which models it has; check the URL, or name the model: openai:MODEL") from None
     models = dig(_json(listed), "data")
-    return only([str(dig(model, "id")) for model in models if dig(model, "id")] if isinstance(models, list) else [], str(url))
+    names = [str(dig(model, "id")) for model in models if dig(model, "id")] if isinstance(models, list) else []
+    name = only(hidden(names, client.api_key), where)
+    if name not in names:
+        raise Refused(f"{where} calls its model {name!r}, after the key; name the model: openai:MODEL")
+    return name
 
 
 def recorded_models(cache: str | Path, kind: str) -> list[str]:
     """The models whose replies to a judge's or a teacher's questions are in a ledger. Refused if it cannot be read."""
-    sql = "SELECT DISTINCT model FROM requests WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"
-    return [model for (model,) in Ledger(cache, read_only=True).db.execute(sql, (kind == "teacher",))]
+    return Ledger(cache, read_only=True).models(kind == "teacher")
 
 
-def only(names: list[str], where: str) -> str:
-    """The only one of the names; Refused if there are none or several."""
+def only(names: list[str], where: str, how: str = "name one: openai:MODEL") -> str:
+    """The only one of the names; Refused, with how to mend it, if there are none or several."""
     if len(names) != 1:
-        raise Refused(f"{where} has {len(names)} models{': ' * bool(names)}{', '.join(names[:5])}; name one")
+        told = ", ".join(for_terminal(name)[:100] for name in names[:5])
+        raise Refused(f"{where} has {len(names)} models{': ' * bool(names)}{told}; {how}")
     return names[0]
 
 
@@ -1107,7 +1229,10 @@ def _reread(question: Question, outcome: str, parsed: str | None, reply: str | b
     if outcome == "filtered":
         return None, True
     if outcome == "complete" and parsed is not None:
-        return json.loads(parsed), True
+        try:
+            return json.loads(parsed), True
+        except (ValueError, TypeError, RecursionError):
+            raise sqlite3.DatabaseError("damaged: what was read of a reply is no JSON") from None
     return _read(question, reply.encode() if isinstance(reply, str) else reply or b"")
 
 

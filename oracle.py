@@ -9,12 +9,15 @@ How far a judge can be trusted, `python oracle.py agreement FILE.jsonl` tells.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -506,10 +509,11 @@ def agreement(items: Sequence[dict[str, Any]], P: Sequence[float], flip_rate: fl
 
 def read_labels(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a file of people's labels: {"prompt", "a", "b", "label": a, b or tie, and optionally "judge": P(a > b)}.
-    ValueError naming the first bad line."""
+    Blank lines and a mark of the byte order do not count. ValueError naming the first bad line."""
     items = []
-    text = Path(path).read_text(encoding="utf-8").rstrip("\n")
-    for number, line in enumerate(text.split("\n") if text else [], 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             item = json.loads(line)
             good = all(isinstance(item[name], str) for name in ("prompt", "a", "b")) and item["label"] in ("a", "b", "tie")
@@ -571,34 +575,52 @@ def compare_with_people(file: str, options: Any) -> None:
     try:
         items = read_labels(file)
         columns = [[item[name] for item in items] for name in ("prompt", "a", "b")]
-        synthetic = RegisterJudge().prefer(*columns) if options.oracle == "synthetic" else None
+        synthetic = RegisterJudge().prefer(*columns).tolist() if options.oracle == "synthetic" else None
     except (ValueError, OSError) as error:
         raise runs.BadInput(str(error)) from error
-    recorded = [item.get("judge") for item in items]
-    flip_rate = None
-    if options.oracle == "recorded" and not any(p is not None for p in recorded):
+    recorded = [math.nan if (p := item.get("judge")) is None else p for item in items]
+    if options.oracle == "recorded" and all(map(math.isnan, recorded)):
         raise runs.BadInput(f"{file} has no answers of a judge; name one, by --oracle or --judge-url")
-    if options.oracle in ("recorded", "synthetic"):
-        P = synthetic if synthetic is not None else torch.tensor([math.nan if p is None else p for p in recorded])
-        if options.dry_run:
-            print("nobody is to be asked")
-            return
-    else:
+    judge = None
+    if options.oracle not in ("recorded", "synthetic"):
         judge = OpenAIJudge(runs.open_judge(options), options.judge_form)
         print(f"judge: {judge.endpoint}\nto be asked: {judge.endpoint.plan(judge.questions(*columns))}")
-        if options.dry_run:
-            return
-        P = judge.prefer(*columns)
-        flip_rate = judge.report()["flip_rate"]
-        print("asked: " + ", ".join(f"{name} {value}" for name, value in judge.endpoint.report().items()))
-    found = agreement(items, P.tolist(), flip_rate)
+    elif options.dry_run:
+        print("nobody is to be asked")
+    if options.dry_run:
+        return
+    with _writing(options.figure):
+        os.makedirs(os.path.dirname(options.figure) or ".", exist_ok=True)
+    P = judge.prefer(*columns).tolist() if judge else synthetic or recorded
+    if judge:
+        _tell_costs(judge.endpoint.report())
+    found = agreement(items, P, judge.report()["flip_rate"] if judge else None)
     for name, value in found.items():
         print(f"{name:20} {'-' if value is None else f'{value:.3f}' if isinstance(value, float) else value}")
-    with runs.plt.style.context(runs.STYLE):
-        figure = agreement_figure(found, items, P.tolist())
+    with runs.plt.style.context(runs.STYLE), _writing(options.figure):
+        figure = agreement_figure(found, items, P)
         figure.savefig(options.figure)
         runs.plt.close(figure)
     print(f"figure: {options.figure}")
+
+
+@contextmanager
+def _writing(figure: str) -> Iterator[None]:
+    """Around what writes the figure, and makes its folder: BadInput if that cannot be done."""
+    import runs
+
+    try:
+        if os.path.isdir(figure):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        yield
+    except OSError as error:
+        raise runs.BadInput(f"{figure} cannot be written ({error.strerror}); choose another --figure or --out") from error
+
+
+def _tell_costs(report: dict[str, float | None]) -> None:
+    """Print what was asked and paid; a price that is not known is None in the report."""
+    told = [f"{name} {value}" for name, value in report.items() if value is not None]
+    print("asked: " + ", ".join(told + ["price not known"] * (report["dollars"] is None)))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ class JudgeOptions:
 
 def check_source(name: str, source: str) -> None:
     """ValueError unless it is synthetic, openai[:MODEL] or replay:CACHE."""
-    kind, _, rest = source.partition(":")
+    kind, colon, rest = source.partition(":")
+    if kind == "openai" and colon and not rest.strip():
+        raise ValueError(f"{name} is {source!r}; the model's name is missing: expected openai:MODEL")
     if not (source == "synthetic" or kind == "openai" or (kind == "replay" and rest)):
         raise ValueError(f"{name} is {source!r}; expected synthetic, openai:MODEL or replay:CACHE")
 
@@ -149,7 +151,9 @@ def open_endpoint(options: Any, source: str, model: str | None, url: str | None,
     how, _, rest = source.partition(":")
     common = {"max_failed": options.max_failed, "run": str(Path(options.out).resolve())}
     if how == "replay":
-        return Endpoint(model or only(recorded_models(rest, kind), rest), cache=rest, live=False, **common)
+        how = "name one: --judge-model NAME" if kind == "judge" else "give a cache of one teacher"
+        name = model or only(recorded_models(rest, kind), rest, how)
+        return Endpoint(name, cache=rest, live=False, **common)
     cache: Any = options.judge_cache or f"{options.out}/judgments.sqlite"
     if options.dry_run:
         cache = Ledger(cache, common["run"], read_only=True) if os.path.exists(cache) else None
@@ -167,16 +171,20 @@ def open_endpoint(options: Any, source: str, model: str | None, url: str | None,
 class AgreementOptions(JudgeOptions):
     """agreement: how far a judge agrees with people, on comparisons in a file."""
 
-    figure: str = setting("agreement.png", "file to draw in")
-    out: str = setting("runs/agreement", "folder for the judge's cache")
+    figure: str | None = setting(None, "file to draw in (default: agreement.png in --out)")
+    out: str = setting("runs/agreement", "folder for the figure and the judge's cache")
 
     def __post_init__(self) -> None:
         """Settle who judges: the answers recorded in the file if nobody is named. ValueError on a bad option."""
         named = self.oracle or self.judge_url or self.judge_model
         self.check_judge()
         self.oracle = self.oracle if named else "recorded"
-        if not os.path.isdir(os.path.dirname(self.figure) or "."):
+        if self.figure is not None and not os.path.isdir(os.path.dirname(self.figure) or "."):
             raise ValueError(f"figure is {self.figure}; expected a file in a folder that exists")
+        self.figure = self.figure or os.path.join(self.out, "agreement.png")
+        kind, known = os.path.splitext(self.figure)[1][1:], plt.Figure().canvas.get_supported_filetypes()
+        if kind.lower() not in known:
+            raise ValueError(f"figure is {self.figure}; expected a name that ends with one of .{', .'.join(sorted(known))}")
 
 
 def parse_agreement(argv: list[str]) -> tuple[str, AgreementOptions]:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import dno
 from checkpoints import BadCheckpoint, Chat, read_checkpoint
-from judge import Plan, Stopped
+from judge import Plan, Stopped, for_terminal
 from model import (
     ANSWER,
     END,
@@ -1895,11 +1895,6 @@ def show_before_and_after(validation: ChatValidation) -> None:
         print(f"\n{validation.prompts[place]}")
         for name, samples in (("pi_1", validation.samples[0]), (f"pi_{len(validation.samples)}", validation.samples[-1])):
             print(f"  {name}: {for_terminal(samples[place])[:300]}")
-
-
-def for_terminal(text: str) -> str:
-    """A model's text on one line, with U+FFFD for what could move the cursor or do worse."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------------

@@ -51,19 +51,22 @@ def outside(messages: list[dict]) -> str:
 class Judge:
     """Answers as the prompts ask it to. gullible: it obeys any "idN_score: S" or "verdict: A" that stands outside the marks.
     filters: requests with this word are refused by a content filter. status: [HTTP status, message, code, header] of every
-    reply. refuses: settings it does not know. echo: it sends the caller's key back wherever it can. drip: seconds that a
-    dripping reply takes. most: faults that a question meets before it gets its answer."""
+    reply; at /elsewhere, where it may redirect to, all is well. refuses: settings it does not know. echo: it sends the
+    caller's key back wherever it can; spelling: "plain", "solidus" (as \\/ and \\") or "unicode" (all as \\u0000). models:
+    [HTTP status, body, header] at /v1/models, "KEY" being the caller's; None: no reply. drip: seconds that a dripping reply
+    takes. most: faults that a question meets before it gets its answer."""
 
     def __init__(self) -> None:
         self.settings = {"latency": 0.0, "faults": [], "mode": "none", "seed": 0, "rate": 0.0, "most": 3, "usage": True,
                          "logprobs": True, "refuses": [], "gullible": False, "echo": False, "status": None, "filters": None,
-                         "idempotent": True, "first_bias": 0.0, "drip": 6.0}  # fmt: skip
-        self.requests = self.turn = self.flying = self.peak = self.outlasted = 0
+                         "idempotent": True, "first_bias": 0.0, "drip": 6.0, "spelling": "plain",
+                         "models": [200, '{"data": [{"id": "local-judge", "object": "model"}]}', ""]}  # fmt: skip
+        self.listings = self.strays = self.requests = self.turn = self.flying = self.peak = self.outlasted = 0
         self.paid: dict[str, int] = {}  # complete replies charged, by question
         self.answered: dict[str, int] = {}  # replies sent to the end, by question, free of faults
         self.tokens, self.kept, self.met = [0, 0], {}, {}
         self.told = [0, 0]  # tokens whose charge was told in a reply that went out whole
-        self.last: dict = {}  # the settings of the last request
+        self.last, self.last_path = {}, ""  # the settings of the last request, and where it was sent
         self.by_fault: dict[str, int] = {}
         self.headers: list[str] = []
 
@@ -165,13 +168,24 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
     whole = json.dumps(reply).encode()
     if fault == "not-utf-8":
         whole = whole.replace(b'"assistant"', b'"\xff\xfe"', 1).replace(b"because", b"\xe9\xe8", 1)
+    whole = spelt(judge, whole)
     return whole[: len(whole) // 2] if fault == "truncated-json" else whole
+
+
+def spelt(judge: Judge, body: bytes) -> bytes:
+    """JSON in which the caller's key is written in another way that means the same."""
+    for key in (header.removeprefix("Bearer ") for header in judge.headers):
+        other = {"plain": key.replace('"', '\\"'), "solidus": key.replace("/", "\\/").replace('"', '\\"'),
+                 "unicode": "".join(f"\\u{ord(letter):04x}" for letter in key)}[judge.settings["spelling"]]  # fmt: skip
+        body = body.replace(json.dumps(key)[1:-1].encode(), other.encode())
+    return body
 
 
 async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamWriter) -> None:
     """Answer one request for a completion."""
     settings, question = judge.settings, hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
     judge.requests += 1
+    judge.last_path = head.split()[1].decode()
     judge.last = {name: value for name, value in body.items() if name != "messages"}
     idempotency = re.search(rb"idempotency-key: (\S+)", head, re.IGNORECASE)
     key = idempotency[1].decode() if idempotency and settings["idempotent"] else None
@@ -179,7 +193,7 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
     echo = " ".join(judge.headers) if settings["echo"] else ""
     if settings["status"]:
         status, message, code, header = settings["status"]
-        return send(writer, status, error(f"{message} {echo}", code=code), header.encode())
+        return send(writer, status, spelt(judge, error(f"{message} {echo}", code=code)), header.encode())
     if settings["filters"] and settings["filters"] in body["messages"][-1]["content"]:
         return send(writer, 400, error("The response was filtered", code="content_filter"))
     known = {*body, body.get("response_format", {}).get("type")}
@@ -190,7 +204,7 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
     judge.by_fault[str(fault)] = judge.by_fault.get(str(fault), 0) + 1
     if fault in UNPAID:
         headers = {"429-retry-after": b"retry-after-ms: 30\r\n"}.get(fault, b"")
-        return send(writer, int(fault[:3]), error(f"busy {echo}"), headers)
+        return send(writer, int(fault[:3]), spelt(judge, error(f"busy {echo}")), headers)
     reply = judge.kept.get(key) or completion(judge, body, fault)
     if key not in judge.kept:
         judge.paid[question] = judge.paid.get(question, 0) + 1
@@ -223,6 +237,15 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
         if fault is None or fault in HARMLESS:
             judge.answered[question] = judge.answered.get(question, 0) + 1
     return None
+
+
+async def list_models(judge: Judge, head: bytes, writer: asyncio.StreamWriter) -> None:
+    """Say which models there are, or nothing for as long as anybody would wait."""
+    if judge.settings["models"] is None:
+        await asyncio.sleep(3600)
+    status, body, header = judge.settings["models"]
+    key = re.search(r"authorization: Bearer ([^\r]*)", head.decode("latin-1"), re.IGNORECASE)
+    send(writer, status, body.replace("KEY", json.dumps(key[1])[1:-1] if key else "").encode(), header.encode())
 
 
 def charged(judge: Judge, body: dict) -> tuple[int, int]:
@@ -263,7 +286,12 @@ async def main() -> None:
                     stats = {name: value for name, value in vars(judge).items() if name not in hidden}
                     send(writer, 200, json.dumps(stats).encode())
                 elif head.startswith(b"GET /v1/models"):
-                    send(writer, 200, b'{"object": "list", "data": [{"id": "local-judge", "object": "model"}]}')
+                    judge.listings += 1
+                    await list_models(judge, head, writer)
+                elif b" /elsewhere" in head.partition(b"\r\n")[0]:
+                    judge.strays += 1
+                    verdict = {"finish_reason": "stop", "message": {"role": "assistant", "content": '{"verdict": "A"}'}}
+                    send(writer, 200, json.dumps({"choices": [verdict], "data": [{"id": "stray"}]}).encode())
                 elif head.startswith(b"POST /control"):
                     if body.pop("reset", False):
                         judge.__init__()
@@ -303,9 +331,10 @@ class Served:
         urllib.request.urlopen(urllib.request.Request(self.root + "/control", json.dumps(settings).encode())).read()
 
     def stats(self) -> dict:
-        """requests: all that came; paid: replies charged, by question; answered: sent whole and free of faults, by question;
-        tokens: charged; told: of them, those told in a whole reply; by_fault; peak: most requests at once; last: settings of
-        the last request; outlasted: dripping replies whose reader stayed to the end."""
+        """requests: all that came, but for models (listings) and elsewhere (strays); paid: replies charged, by question;
+        answered: sent whole and free of faults, by question; tokens: charged; told: of them, those told in a whole reply;
+        by_fault; peak: most requests at once; last: settings of the last request; outlasted: dripping replies whose reader
+        stayed to the end."""
         return json.loads(urllib.request.urlopen(self.root + "/stats").read())
 
 

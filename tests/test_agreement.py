@@ -355,6 +355,15 @@ def test_labels_are_read_with_what_the_judge_said_if_it_is_there(tmp_path):
     assert read_labels(written(tmp_path / "labels.jsonl", *lines)) == lines
 
 
+def test_blank_lines_and_a_mark_of_the_byte_order_do_not_count(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(GOOD).encode() + b"\r\n \n\n" + json.dumps(GOOD).encode())
+    assert read_labels(path) == [GOOD, GOOD]
+    path.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(GOOD).encode() + b"\n\n{")
+    with pytest.raises(ValueError, match="line 4 is"):
+        read_labels(path)
+
+
 def test_a_text_may_hold_any_character_that_json_allows_in_a_line(tmp_path):
     """Among them U+2028, which is a line break to Unicode and none to JSON."""
     line = {**GOOD, "a": "one\u2028two\x85three"}
@@ -362,7 +371,7 @@ def test_a_text_may_hold_any_character_that_json_allows_in_a_line(tmp_path):
 
 
 BAD_LINES = {
-    "no JSON": "{", "an empty line": "", "a list": "[]", "a number": "1", "another label": {**GOOD, "label": "A"},
+    "no JSON": "{", "deep lists": "[" * 100_000, "a list": "[]", "a number": "1", "another label": {**GOOD, "label": "A"},
     "labels in a list": {**GOOD, "label": ["a"]}, "a number as text": {**GOOD, "a": 3}, "a judge of 2": {**GOOD, "judge": 2},
     "a judge that is a text": {**GOOD, "judge": "a"}, "a judge that is NaN": {**GOOD, "judge": NAN},
     **{f"no {name}": {key: value for key, value in GOOD.items() if key != name} for name in GOOD},
@@ -418,8 +427,35 @@ def test_recorded_answers_are_compared_without_asking_anybody(capsys, tmp_path, 
     lines = [line if math.isnan(p) else {**line, "judge": p} for line, p in ITEMS]
     assert command(written(tmp_path / "labels.jsonl", *lines)) == 0
     assert table(capsys) == pytest.approx(BY_HAND, abs=PRINTED)
-    assert is_figure(tmp_path / "agreement.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"labels.jsonl", "agreement.png"}
+    assert is_figure(tmp_path / "runs" / "agreement" / "agreement.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"labels.jsonl", "runs"}
+
+
+def test_the_figure_is_drawn_in_the_folder_or_file_that_was_named(tmp_path):
+    labels = written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0})
+    assert command(labels, "--out", "there") == command(labels, "--figure", "here.PNG") == 0
+    assert is_figure(tmp_path / "there" / "agreement.png")
+    assert is_figure(tmp_path / "here.PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"labels.jsonl", "there", "here.PNG"}
+
+
+@pytest.mark.parametrize("options", [("--figure", "folder.png"), ("--out", "labels.jsonl"), ("--out", "/proc/none")])
+def test_where_no_figure_can_be_nobody_is_asked(options, server, capsys, tmp_path):
+    server.control()
+    (tmp_path / "folder.png").mkdir()
+    labels = written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0})
+    assert "cannot be written" in refused(capsys, "agreement", labels, *options)
+    assert "cannot be" in refused(capsys, "agreement", labels, *options, *asking(server))
+    assert server.stats()["requests"] == 0
+
+
+def test_where_the_price_is_not_known_no_dollars_are_told(server, capsys, tmp_path):
+    server.control()
+    assert command(written(tmp_path / "labels.jsonl", *LABELS), "--judge-url", server.url) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("asked: "))
+    assert line.endswith("failed 0, price not known")
+    assert "dollars" not in line
+    assert "None" not in line
 
 
 def test_the_agreement_with_labels_drawn_from_the_judge_itself_is_the_mean_of_the_larger_probability(capsys, tmp_path):
@@ -466,7 +502,7 @@ def test_a_judge_of_pairs_is_asked_in_both_orders_and_the_flip_rate_told(server,
     assert said["agreement"] == pytest.approx(18 / 20, abs=PRINTED)
     assert server.stats()["requests"] == 20
     assert set(server.stats()["paid"].values()) == {1}
-    assert is_figure(tmp_path / "agreement.png")
+    assert is_figure(tmp_path / "runs" / "agreement" / "agreement.png")
 
 
 def test_asked_again_it_answers_from_its_cache_and_also_without_server_and_key(server, capsys, tmp_path, monkeypatch):
@@ -535,7 +571,7 @@ def test_too_many_failures_are_exit_code_1_and_the_limit_of_dollars_130_with_one
         assert command(labels, *asking(server, "--judge-form", "pairwise", "--out", f"exits-{code}", *more)) == code
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert message in line
-        assert not (tmp_path / "agreement.png").exists()
+        assert not list(tmp_path.rglob("*.png"))
     tokens = server.stats()["tokens"]
     assert 0 < tokens[0] * 10e-6 + tokens[1] * 30e-6 <= 0.03
 
@@ -558,6 +594,8 @@ def refused(capsys, *arguments):
         ("disagreement labels.jsonl", "expected agreement FILE.jsonl"),
         ("agreement labels.jsonl --margin 1", "unrecognized arguments: --margin"),
         ("agreement labels.jsonl --oracle gpt-4", "oracle is 'gpt-4'"),
+        ("agreement labels.jsonl --oracle openai:", "oracle is 'openai:'; the model's name is missing"),
+        ("agreement labels.jsonl --oracle openai", "the model's name is missing, and OpenAI has many"),
         ("agreement labels.jsonl --max-usd 3", "belong to a language model"),
         ("agreement labels.jsonl --oracle openai:local-judge --max-usd 3", "the price of 'local-judge' is not known"),
         ("agreement labels.jsonl --oracle replay:nothing.sqlite", "nothing.sqlite cannot be used as a cache"),
@@ -565,6 +603,8 @@ def refused(capsys, *arguments):
         ("agreement missing.jsonl", "missing.jsonl"),
         ("agreement broken.jsonl", "broken.jsonl, line 2 is '{'"),
         ("agreement labels.jsonl --figure missing/agreement.png", "missing/agreement.png"),
+        ("agreement labels.jsonl --figure agreement.xyz", "agreement.xyz; expected a name that ends with one of"),
+        ("agreement labels.jsonl --figure agreement", "expected a name that ends with one of"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path):

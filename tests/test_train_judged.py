@@ -30,7 +30,7 @@ import train
 from oracle import CLASSES, OpenAIJudge, classify, teacher_answer
 from runs import Endpoint
 
-KEY = "sk-seldom-2718281828"  # to be found nowhere
+KEY = 'sk-seldom/2718"281828'  # to be found nowhere, with two letters that JSON may escape
 PRICES = (10, 30)  # dollars per million tokens of prompt and completion
 K, PROMPTS, JUDGED, MARGIN = 5, 8, 2, 0.4
 TINY = "text --sft-steps 100 --sft-lr 0.01 --iterations 3 --prompts 8 --survey 4 --width 32 --layers 1 --threads 1".split()
@@ -602,6 +602,24 @@ def test_a_replay_with_another_seed_stops_with_one_line_that_names_the_cache(rec
     assert cache.read_bytes() == before
 
 
+@pytest.mark.parametrize("page", [0, 1, 3, -1])
+@pytest.mark.parametrize("how", ["live", "live --dry-run", "replay"])
+def test_a_run_with_a_damaged_cache_ends_in_one_line_and_leaves_it_alone(recorded, server, how, page, capsys, tmp_path):
+    cache = recorded("scored")
+    content = bytearray(cache.read_bytes())
+    at = page % (len(content) // 4096) * 4096
+    content[at : at + 4096] = b"\xa5" * 4096
+    cache.write_bytes(content)
+    server.control()
+    arguments = [*TINY, "--oracle", f"replay:{cache}"] if how == "replay" else judged(server, "--judge-cache", cache)
+    line = refused(capsys, *arguments, *how.split()[1:], "--out", tmp_path / "run")
+    assert f"{cache} cannot be used as a cache of judgments" in line
+    assert cache.read_bytes() == content
+    assert list(cache.parent.iterdir()) == [cache]
+    assert server.stats()["requests"] == 0
+    assert not (tmp_path / "run").exists()
+
+
 # --- Judgments that cannot be had ---
 
 
@@ -707,6 +725,9 @@ def test_what_a_content_filter_refused_is_not_asked_again(server, tmp_path):
 CASES = [
     ("--oracle gpt-4", "oracle is 'gpt-4'; expected synthetic, openai:MODEL or replay:CACHE"),
     ("--oracle replay:", "oracle is 'replay:'"),
+    ("--oracle openai:", "oracle is 'openai:'; the model's name is missing: expected openai:MODEL"),
+    ("--oracle openai", "the model's name is missing, and OpenAI has many; name one, openai:MODEL"),
+    ("--teacher openai:", "teacher is 'openai:'; the model's name is missing"),
     ("--oracle replay:nothing.sqlite", "nothing.sqlite cannot be used as a cache"),
     ("--teacher human", "teacher is 'human'"),
     ("--judge-url URL --judge-prices 10", "prices are '10'; expected dollars per million tokens"),
@@ -783,18 +804,24 @@ def test_a_folder_that_holds_something_else_is_left_alone(server, capsys, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("status", "hint"), [([401, "Incorrect key", "invalid_api_key", ""], "check OPENAI_API_KEY"),
-                         ([404, "No such model", "model_not_found", ""], "check the model's name and the URL")]
-)  # fmt: skip
+    ("status", "parts"),
+    [
+        ([401, "Incorrect key", "invalid_api_key", ""], ("Incorrect key", "check OPENAI_API_KEY")),
+        ([404, "No such model", "model_not_found", ""], ("No such model", "check the model's name and the URL")),
+        ([302, "Moved", None, "location: ROOT/elsewhere\r\n"], ("redirects to ROOT/elsewhere (", "give its URL")),
+        ([307, "Moved", None, "location: ROOT/elsewhere\r\n"], ("redirects to ROOT/elsewhere (", "give its URL")),
+    ],
+)
 def test_a_refusal_of_the_server_is_one_line_and_exit_code_2_and_the_run_goes_on_when_it_is_mended(
-    server, status, hint, capsys, tmp_path
+    server, status, parts, capsys, tmp_path
 ):
-    server.control(status=status)
+    server.control(status=[*status[:3], status[3].replace("ROOT", server.root)])
     arguments = judged(server, "--out", tmp_path / "run", preset=SHORT)
     line = refused(capsys, *arguments)
-    assert f"local-judge at {server.url} answers HTTP {status[0]}" in line
-    assert status[1] in line
-    assert hint in line
+    assert f"local-judge at {server.url}" in line
+    assert f"HTTP {status[0]}" in line
+    assert all(part.replace("ROOT", server.root) in line for part in parts)
+    assert server.stats()["strays"] == 0
     server.control()
     assert train.main([*arguments, "--resume"]) == 0
 
@@ -806,6 +833,11 @@ KEYED = {  # how the server behaves, further arguments, the exit code
     "a teacher": ({}, "--teacher openai:local-judge", 0),
     "a wrong key": ({"status": [401, "Incorrect key", "invalid_api_key", ""]}, "", 2),
     "too many faults": ({"faults": ["not-json"], "mode": "always"}, "", 1),
+    "as JSON may escape it": ({"spelling": "solidus"}, "--teacher openai:local-judge", 0),
+    "a wrong key, escaped": ({"spelling": "unicode", "status": [401, "Incorrect key", "invalid_api_key", ""]}, "", 2),
+    "faults, escaped": ({"spelling": "unicode", "faults": ["two-answers"], "mode": "always"}, "", 1),
+    "its model": ({"models": [200, '{"data": [{"id": "KEY"}]}', ""]}, "", 2),
+    "its models": ({"models": [200, '{"data": [{"id": "a"}, {"id": "of KEY"}]}', ""]}, "", 2),
 }
 
 
@@ -815,7 +847,12 @@ def test_the_key_is_in_no_file_and_in_nothing_said_even_if_the_server_repeats_it
     server.control(echo=True, **behaviour)
     assert train.main(judged(server, *more.split(), "--out", tmp_path / "run", preset=SHORT)) == code
     said = capsys.readouterr()
-    assert KEY not in said.out + said.err
+    assert KEY not in unescaped(said.out + said.err)
     files = everything_in(tmp_path)
-    assert files
-    assert [path for path, content in files.items() if KEY.encode() in content] == []
+    assert bool(files) == ("models" not in behaviour)
+    assert [path for path, content in files.items() if KEY in unescaped(content.decode("latin-1"))] == []
+
+
+def unescaped(text):
+    """A text without the escapes of JSON within JSON, however deep."""
+    return re.sub(r"\\+u00([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text).replace("\\", "")
