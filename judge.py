@@ -1171,7 +1171,8 @@ def only_model(url: str | None) -> str:
     except (openai.OpenAIError, httpx2.HTTPError, TimeoutError) as error:
         late = isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError))
         reason = f"within {PATIENCE:g} s" if late else f"({type(error).__name__})"
-        raise Refused(f"{where} does not say {reason} which models it has; check the URL, or name the model: openai:MODEL") from None
+        mend = "check the URL, or name the model: openai:MODEL"
+        raise Refused(f"{where} does not say {reason} which models it has; {mend}") from None
     models = dig(_json(listed), "data")
     names = [str(dig(model, "id")) for model in models if dig(model, "id")] if isinstance(models, list) else []
     name = only(hidden(names, client.api_key), where)

@@ -15,14 +15,18 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports below
 
 import numpy as np
 import torch
@@ -565,7 +569,12 @@ def main(argv: list[str]) -> int:
     """`python oracle.py agreement FILE.jsonl [--option value ...]`: `agreement` as table and figure. Exit codes: train.py's."""
     import runs
 
-    return runs.guarded("oracle.py", lambda: compare_with_people(*runs.parse_agreement(argv)))
+    def work() -> None:
+        file, options = runs.parse_agreement(argv)
+        with nullcontext() if options.dry_run else runs.claimed(options.out, resume=None):
+            compare_with_people(file, options)
+
+    return runs.guarded("oracle.py", work)
 
 
 def compare_with_people(file: str, options: Any) -> None:
@@ -626,5 +635,8 @@ def _tell_costs(report: dict[str, float | None]) -> None:
 if __name__ == "__main__":
     import matplotlib
 
+    import runs
+
+    runs.hear_ctrl_c()
     matplotlib.use("Agg")  # figures go to files, also where there is a screen
     sys.exit(main(sys.argv[1:]))

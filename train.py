@@ -11,11 +11,13 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import combinations
@@ -24,6 +26,9 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports below
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -80,8 +85,12 @@ from runs import (
     BadInput,
     JudgeOptions,
     Run,
+    changed,
     check_device,
+    check_ranges,
+    claimed,
     guarded,
+    hear_ctrl_c,
     join_team,
     leave_team,
     open_endpoint,
@@ -96,16 +105,8 @@ MOVING = {"eta": 0.25, "tau": 0.125, "move_reference_every": 6}  # a table's las
 BETA = 0.05  # temperature of the reward maximiser that is shown for comparison
 
 MOST = 10**9  # of counts and seeds: what torch and the machine take ends below it
+TEMPERATURES = (0.01, 100)  # of sampling
 THREADS = (1, 1024)  # of many more the OpenMP library ends the process
-
-
-def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
-    """ValueError naming the first field that is not in its range [least, most], as NaN never is; a
-    field of None is left out."""
-    for name, (least, most) in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{name} is {value}; expected at least {least} and at most {most}")
 
 
 # --- Preset "game" ----------------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class GameConfig:
     """game: Algorithm 1 (or 3) with a transformer policy on an enumerable intransitive game; every number reported is exact."""
 
     game: str | None = setting(None, "FILE.npz with P [X, Y, Y] and optionally rho [X]; the default game when left out")
-    num_prompts: int = setting(8, "X, prompts of the default game")
+    num_prompts: int | None = setting(None, "X, prompts of the default game (8 when left out)")
     vocabulary: int | None = setting(None, "V, words, Y = V^L (6 in the default game; without it, FILE gets a table)")
     length: int | None = setting(None, "L, words of a response (3 in the default game)")
     algorithm: int = setting(1, "1: DNO; 3: regularised DNO (appendix A)", choices=(1, 3))
@@ -142,21 +143,30 @@ class GameConfig:
     def __post_init__(self) -> None:
         """Fill in the defaults that depend on other fields, and check every number. ValueError naming the field."""
         if self.game is None:
-            self.vocabulary, self.length = self.vocabulary or 6, self.length or 3
+            for name, value in (("num_prompts", 8), ("vocabulary", 6), ("length", 3)):
+                setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+        elif self.num_prompts is not None:
+            raise ValueError("num-prompts belongs to the default game; the game in a file has its own, so leave it out")
         if (self.vocabulary is None) != (self.length is None):
             raise ValueError("vocabulary and length go together: give both (a transformer) or neither (a table)")
+        if self.vocabulary is None and changed(self, "layers", "width"):
+            raise ValueError(f"{changed(self, 'layers', 'width')} belong to a transformer, and without --vocabulary and "
+                             "--length the game in a file gets a table; give these, or leave the others out")  # fmt: skip
         if self.algorithm == 1 and (self.tau or self.move_reference_every or self.option != "I"):
             raise ValueError("tau, option and move-reference-every belong to Algorithm 3; add --algorithm 3")
         self.eta = self.eta if self.eta is not None else {1: 1.0, 3: MOVING["eta"]}[self.algorithm]
         self.tau = self.tau if self.tau is not None else {1: 0.0, 3: self.eta / 2}[self.algorithm]
         self.out = self.out or f"runs/game-{self.seed}"
-        counts = ("num_prompts", "iterations", "steps", "pairs", "layers", "width", "vocabulary", "length")
-        check_ranges(self, **dict.fromkeys(counts, (1, MOST)), move_reference_every=(0, MOST),
-                     tolerance=(0, MOST), seed=(0, MOST), threads=THREADS)  # fmt: skip
+        check_ranges(self, num_prompts=(1, 10_000), vocabulary=(1, 5_000), length=(1, 12), iterations=(1, 10**5),
+                     steps=(1, 10**6), pairs=(1, 10**7), layers=(1, 100), width=(1, 4096), seed=(0, 10**9),
+                     threads=THREADS, tolerance=(0, 10), move_reference_every=(0, 10**5))  # fmt: skip
         dno.check_positive(eta=self.eta, lr=self.lr)
+        check_ranges(self, eta=(0, 10**6), lr=(0, 10))
         dno.check_regularization(self.tau, self.eta)
         if self.vocabulary and self.vocabulary**self.length > 5_000:
             raise ValueError(f"{self.vocabulary}^{self.length} responses are too many for a table P; expected at most 5,000")
+        if self.game is None and (entries := self.num_prompts * self.vocabulary ** (2 * self.length)) > 10**9:
+            raise ValueError(f"num_prompts is {self.num_prompts}, which makes P of {entries:,} entries; expected at most 10^9")
         self.transformer(1)  # checks its shape
 
     def transformer(self, X: int) -> Config:
@@ -301,13 +311,20 @@ def restore(run: Run, game: Game, policy: dno.Policy, optimizer: torch.optim.Opt
             generator: torch.Generator) -> tuple[dno.Iteration, list[Tensor]]:  # fmt: skip
     """Put the last three back into the state of the run's checkpoint; the iteration to go on after, and the policies so far.
     BadInput if the checkpoint is not one of this run."""
-    with run.restoring():
-        if run.state["game"] != fingerprint(game):
-            raise ValueError("the game is another than when it started")
-        policy.load_state_dict(run.state["policy"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        generator.set_state(run.state["generator"].cpu())
-        return dno.Iteration(**run.state["after"]), list(run.state["policies"])
+    run.expect(run.state, {"game": str, "policy": policy.state_dict(), "optimizer": like(optimizer),
+                           "generator": Tensor, "policies": Tensor,
+                           "after": dict.fromkeys(dno.Iteration.__dataclass_fields__, object)})  # fmt: skip
+    if run.state["game"] != fingerprint(game):
+        raise run.foreign("the game is another than when it started")
+    policy.load_state_dict(run.state["policy"])
+    optimizer.load_state_dict(run.state["optimizer"])
+    generator.set_state(run.state["generator"].cpu())
+    return dno.Iteration(**run.state["after"]), list(run.state["policies"])
+
+
+def like(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the state of such an optimizer is to look like, however many steps it has taken."""
+    return {"state": dict, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: dno.Solution, run: Run) -> Tensor:
@@ -465,7 +482,6 @@ RULES = {
     "spin": lambda margin: dno.gold_against_students,
     "scored": lambda margin: dno.scored_pairs,
 }  # fmt: skip
-TEMPERATURES = (1e-6, 1e6)  # float32 logits divided by less can overflow
 TRAINED = 8  # of a prompt's samples in algorithms 1 and 3; all of them are opponents
 KINDS = ("teacher_student", "student_teacher", "student_student")
 CLASSES_KEPT = (dno.Round, dno.Groups, dno.Pairs, dno.Best, Response)  # what checkpoints of text runs hold beside tensors
@@ -530,8 +546,6 @@ class TextConfig(JudgeOptions):
             self.practice(stage)
             if stage.algorithm in (1, 3) and stage.samples < 2:
                 raise ValueError(f"samples is {stage.samples}; expected at least 2, each other's opponents")
-            if stage.move_reference_every < 0:
-                raise ValueError(f"move-reference-every is {stage.move_reference_every}; expected at least 0")
         if self.option != "I" and self.algorithm != 4:
             raise ValueError("option II belongs to Algorithm 4; add --algorithm 4")
         if (self.rule == "scored") != (self.judgments == "scores") or (self.rule == "scored" and self.oracle == "synthetic"):
@@ -540,14 +554,28 @@ class TextConfig(JudgeOptions):
             raise ValueError("judgments scores need a judge that gives scores; leave --judge-form out")
         if algorithms == (2,) and (self.tau or self.move_reference_every):
             raise ValueError("tau and move-reference-every belong to Algorithms 3 and 4; choose one of them by --algorithm")
-        if self.algorithm in (1, 3) and self.rule != "large-margin":
-            raise ValueError(f"rule {self.rule} belongs to Algorithms 2 and 4; Algorithms 1 and 3 train on all pairs")
-        counts = ("sft_steps", "layers", "max_new_tokens", "survey", "judged")
-        check_ranges(self, **dict.fromkeys(counts, (1, MOST)), prompts=(1, 72), vocabulary=(256, MOST),
-                     width=(8, MOST), temperature=TEMPERATURES, seed=(0, MOST), margin=(0, 1),
-                     threads=THREADS)  # fmt: skip
+        self.check_idle()
+        check_ranges(self, iterations=(1, 10**5), samples=(1, 10_000), prompts_per_step=(1, 10_000), margin=(0, 1),
+                     prompts=(1, 72), sft_steps=(1, 10**6), vocabulary=(256, 10**5), layers=(1, 100), width=(8, 4096),
+                     max_new_tokens=(1, 4096), survey=(1, 10_000), judged=(1, 10_000), seed=(0, 10**9),
+                     move_reference_every=(0, 10**5), threads=THREADS)  # fmt: skip
         dno.check_positive(sft_lr=self.sft_lr)
+        check_ranges(self, eta=(0, 10**6), lr=(0, 10), sft_lr=(0, 10), temperature=TEMPERATURES)
         self.transformer(2)  # checks its shape
+
+    def check_idle(self) -> None:
+        """ValueError naming what is given and would be of no use."""
+        ranking = changed(self, "rule", "margin", "judgments", "replay")
+        if self.algorithm in (1, 3) and ranking:
+            raise ValueError(f"{ranking} belongs to Algorithms 2 and 4; Algorithms 1 and 3 train on all pairs")
+        if self.rule not in ("large-margin", "teacher") and changed(self, "margin"):
+            raise ValueError(f"margin belongs to the rules large-margin and teacher, and rule is {self.rule}")
+        if self.oracle == "synthetic" and changed(self, "judged"):
+            raise ValueError("judged belongs to a judge that is a language model; add --oracle openai:MODEL")
+        teacher = changed(self, "teacher_url", "teacher_prices")
+        if teacher and not self.teacher.startswith("openai"):
+            raise ValueError(f"{teacher} belongs to a language model, and teacher is {self.teacher}; "
+                             "add --teacher openai:MODEL")  # fmt: skip
 
     def algorithms(self) -> tuple[int, ...]:
         """Which to run one after the other; with a judge that costs money only one, if it is not said which Algorithm 2."""
@@ -844,10 +872,10 @@ def fine_tune(config: TextConfig, policy: TextPolicy, pairs: list[tuple[str, str
     prompts, responses = policy.prompt_tokens([x for x, _ in pairs]), policy.response_tokens([y for _, y in pairs])
     first = 0
     if run.state:
-        with run.restoring():
-            policy.load_state_dict(run.state["policy"])
-            optimizer.load_state_dict(run.state["optimizer"])
-            first = run.state["sft_steps"]
+        run.expect(run.state, {"policy": policy.state_dict(), "optimizer": like(optimizer), "sft_steps": int})
+        policy.load_state_dict(run.state["policy"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        first = run.state["sft_steps"]
     for step in tqdm(range(first, steps), "fine-tuning", steps, initial=first, unit="step", disable=None, leave=False):
         chosen = random.Random(config.seed * 1_000_003 + step).sample(range(len(pairs)), 128)
         parts = [prompts[i] for i in chosen], [responses[i] for i in chosen]
@@ -940,14 +968,16 @@ def train_stage(number: int, stage: SimpleNamespace, config: TextConfig, policy:
     done = sum(earlier.iterations for earlier in config.stages()[:number])
     validation.restore(None)
     if run.state and run.state.get("stage") == number:
-        with run.restoring():
-            policy.load_state_dict(run.state["policy"])
-            optimizer.load_state_dict(run.state["optimizer"])
-            pi_ref = copy.deepcopy(policy)
-            if run.state["pi_ref"]:
-                pi_ref.load_state_dict(run.state["pi_ref"])
-            after = replace(run.state["round"], pi_ref=pi_ref)
-            validation.restore(run.state["validation"])
+        found = {name: type(value) for name, value in validation.state().items()}
+        run.expect(run.state, {"policy": policy.state_dict(), "optimizer": like(optimizer), "round": dno.Round,
+                               "pi_ref": dict | None, "validation": found})  # fmt: skip
+        policy.load_state_dict(run.state["policy"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        pi_ref = copy.deepcopy(policy)
+        if run.state["pi_ref"]:
+            pi_ref.load_state_dict(run.state["pi_ref"])
+        after = replace(run.state["round"], pi_ref=pi_ref)
+        validation.restore(run.state["validation"])
     remember = lambda t, phase, *call: run.remember([number, t], phase, *call)  # noqa: E731
     loop = loop_of(stage, config, policy, judging, validation, optimizer=optimizer, after=after, remember=remember)
     print(f"\nAlgorithm {stage.algorithm}, eta {stage.eta:g}" + (f", tau {stage.tau:g}" if stage.tau else "") + ":")
@@ -990,8 +1020,8 @@ def fine_tuned(config: TextConfig, run: Run) -> TextPolicy:
         fine_tune(config, policy, corpus, run)
         run.keep("policies/base.pt", policy.state_dict())
     else:
-        with run.restoring():
-            policy.load_state_dict(base)
+        run.expect({"pi_1": base}, {"pi_1": policy.state_dict()})
+        policy.load_state_dict(base)
     return policy
 
 
@@ -1117,13 +1147,18 @@ class AblationsConfig:
     def __post_init__(self) -> None:
         """Check every number. ValueError naming the field."""
         self.out = self.out or f"runs/ablations-{self.seed}"
-        counts = ("iterations", "tuning_iterations", "tuning_seeds", "prompts_per_step")
-        check_ranges(self, **dict.fromkeys(counts, (1, MOST)), seeds=(2, MOST),  # one seed has no interval
-                     threads=THREADS, jobs=THREADS)  # fmt: skip
+        check_ranges(self, iterations=(1, 10**5), seeds=(2, 1000), tuning_iterations=(1, 10**5), tuning_seeds=(1, 1000),
+                     prompts_per_step=(1, 10_000), threads=THREADS, jobs=THREADS)  # fmt: skip
         if self.eta is not None:
             dno.check_positive(eta=self.eta)
-        least = min(eta for settings in settings_to_try(self).values() for _, eta in settings)
-        dno.check_regularization(self.tau or 0.0, least)
+            check_ranges(self, eta=(0, 10**6))
+        if self.tau is not None and self.algorithm == 2:
+            raise ValueError("tau belongs to the regularised methods, variants of Algorithms 3 and 4; leave it out")
+        if self.algorithm == 3 and changed(self, "margin"):
+            raise ValueError("margin belongs to variants of Algorithms 2 and 4; leave it out")
+        for label, settings in settings_to_try(self).items():
+            for _, eta in settings if METHODS[label][0] != 2 and self.tau is not None else ():
+                dno.check_regularization(self.tau, eta)
         self.world()
 
     def world(self) -> TextConfig:
@@ -1285,7 +1320,9 @@ def results(config: AblationsConfig, run: Run, jobs: list[tuple[str, float, floa
     files = {job: Path("jobs") / ("-".join(map(str, job)).replace(" ", "_") + ".json") for job in jobs}
     missing = [job for job in jobs if not (run.out / files[job]).exists()]
     with ProcessPoolExecutor(config.jobs, get_context("spawn"), initializer=end_with_parent) as pool:
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers begin deaf to Ctrl-C, of which this process tells them
         running = {pool.submit(run_method, config, *job): job for job in missing}
+        signal.signal(signal.SIGINT, heard)
         try:
             for done in tqdm(as_completed(running), what, len(missing), unit="run", disable=None, leave=False):
                 run.write(str(files[running[done]]), json.dumps(done.result()))
@@ -1430,7 +1467,7 @@ class LlmConfig(JudgeOptions):
     judgments: str = setting("probabilities", "rank by {0, 1} samples of P, as in Algorithm 2; by P; or by a judge's points",
                              ("outcomes", "probabilities", "scores"))  # fmt: skip
     samples: int = setting(5, "K, responses a prompt, as in the paper")
-    temperature: float = setting(0.7, "in [1e-6, 1e6], of sampling, the paper's")
+    temperature: float = setting(0.7, "in [0.01, 100], of sampling, the paper's")
     top_p: float = setting(0.95, "in (0, 1], of sampling, the paper's")
     max_new_tokens: int = setting(64, "after which a response is cut off; prompt and response fit the model's context")
     max_prompt_tokens: int = setting(512, "longer prompts are refused")
@@ -1803,9 +1840,10 @@ def train_llm(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: li
     best on validation. The numbers of pi_1."""
     optimizer, after, gold = dno.adam(policy), None, config.algorithm in (2, 4) and "gold" in training[0]
     if run.state:
-        with run.restoring():
-            after = take_training(run.state, policy, optimizer)
-            validation.samples, validation.numbers = run.state["samples"], run.state["numbers"]
+        run.expect(run.state, {"policy": list(policy.parameters()), "optimizer": like(optimizer), "round": dno.Round,
+                               "pi_ref": list | None, "samples": list, "numbers": list})  # fmt: skip
+        after = take_training(run.state, policy, optimizer)
+        validation.samples, validation.numbers = run.state["samples"], run.state["numbers"]
     progress = tqdm(total=config.iterations, initial=after.t if after else 0, desc="measuring pi_1", unit="iteration",
                     disable=True if policy.team.rank else None, leave=False)  # fmt: skip
     remember = followed(run, progress, optimizer)
@@ -1913,7 +1951,12 @@ def main(argv: list[str] | None = None) -> int:
             raise BadInput(str(error)) from error
         if preset != "llm" and dist.is_torchelastic_launched():
             raise BadInput(f"preset {preset} runs in one process; start it by python train.py {preset}, without torchrun")
-        PRESETS[preset][1](config)
+        dry = getattr(config, "dry_run", False)  # which writes nothing
+        with nullcontext() if dry else claimed(config.out, config.resume):
+            try:
+                PRESETS[preset][1](config)
+            except dno.NotFinite as error:
+                raise Stopped(f"{error}; a smaller --lr may help") from error
 
     code = 1  # of an error that is not foreseen
     try:
@@ -1924,5 +1967,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hear_ctrl_c()
     plt.switch_backend("Agg")  # figures go to files, also where there is a screen
     sys.exit(main())

@@ -130,8 +130,8 @@ def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm
     arguments = [*SMALL, *algorithm, "--iterations", "40", "--steps", "12"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*arguments, "--out", str(whole)]) == 0
-    for lines in (3, 25):
-        run = start(*arguments, "--out", cut, "--resume")
+    for lines, more in ((3, []), (25, ["--resume"])):
+        run = start(*arguments, "--out", cut, *more)
         while run.poll() is None and (not (cut / "metrics.jsonl").exists() or len(rows_so_far(cut)) < lines):
             time.sleep(0.01)
         assert run.poll() is None, run.stderr.read()
@@ -226,12 +226,27 @@ def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
         ("--iterations 0", "iterations is 0; expected at least 1"),
         ("--steps 0", "steps is 0"),
         ("--lr inf", "lr is inf"),
+        ("--lr 1e300", "lr is 1e+300; expected at least 0 and at most 10"),
+        ("--eta 1e300", "eta is 1e+300; expected at least 0 and at most 1,000,000"),
+        ("--tolerance nan", "tolerance is nan; expected at least 0"),
+        ("--tolerance inf", "tolerance is inf"),
+        ("--seed 100000000000000000000", "at most 1,000,000,000"),
+        ("--threads 100000000000", "threads is 100000000000; expected at least 1 and at most 1,024"),
+        ("--pairs 1000000000000", "pairs is 1000000000000"),
+        ("--iterations 10000000000", "iterations is 10000000000"),
+        ("--layers 100000000", "layers is 100000000"),
+        ("--width 100000000", "width is 100000000"),
+        ("--vocabulary 0", "vocabulary is 0; expected at least 1"),
+        ("--length 1000000000", "length is 1000000000; expected at least 1 and at most 12"),
+        ("--num-prompts 1000000000", "num_prompts is 1000000000"),
+        ("--num-prompts 9999 --length 4", "which makes P of 16,794,395,394,304 entries"),
+        ("--algorithm 3 --tau nan", "tau is nan"),
+        ("--game x.npz --num-prompts 3", "num-prompts belongs to the default game"),
+        ("--game x.npz --width 32 --layers 3", "layers, width belong to a transformer"),
         ("--seed -1", "seed"),
         ("--seed 10000000000", "seed is 10000000000"),
-        ("--tolerance nan", "tolerance is nan"),
         ("--tolerance inf", "tolerance is inf"),
-        ("--algorithm 3 --tau nan", "tau is nan"),
-        ("--threads 1000000000", "threads is 1000000000; expected at least 1 and at most 1024"),
+        ("--threads 1000000000", "threads is 1000000000; expected at least 1 and at most 1,024"),
         ("--device tpu9", "device 'tpu9' cannot be used"),
         ("--device meta", "device 'meta' cannot be used"),
         ("--dtype float8", "invalid choice: 'float8'"),
@@ -262,9 +277,9 @@ def test_a_game_file_that_changed_since_the_start_is_refused(capsys, tmp_path):
 def test_a_game_of_ones_own_runs_with_a_table_and_with_a_transformer(tmp_path):
     P, rho = random_feature_game(3, 8, seed=0).P, random_rho(3, 0)
     np.savez(tmp_path / "game.npz", P=P, rho=rho)
-    for extra, parameters in (([], 24), (["--vocabulary", "2", "--length", "3"], None)):
+    for extra, parameters in (([], 24), ("--vocabulary 2 --length 3 --width 16".split(), None)):
         out = tmp_path / f"run{len(extra)}"
-        assert train.main([*"--iterations 3 --steps 5 --pairs 64 --width 16 --game".split(), str(tmp_path / "game.npz"),
+        assert train.main([*"--iterations 3 --steps 5 --pairs 64 --game".split(), str(tmp_path / "game.npz"),
                            *extra, "--out", str(out)]) == 0  # fmt: skip
         tables = np.load(out / "tables.npz")
         assert np.array_equal(tables["P"], P.numpy())

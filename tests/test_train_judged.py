@@ -733,7 +733,7 @@ CASES = [
     ("--judge-url URL --judge-prices 10", "prices are '10'; expected dollars per million tokens"),
     ("--judge-url URL --judge-prices=-1,2", "prices are -1.0 and 2.0"),
     ("--judge-url URL --judge-prices nan,2", "prices are nan and 2.0"),
-    ("--judge-url URL --max-failed 2", "max_failed is 2.0; expected 0 to 1"),
+    ("--judge-url URL --max-failed 2", "max_failed is 2.0; expected at least 0 and at most 1"),
     ("--judge-url URL --max-failed nan", "max_failed is nan"),
     ("--judge-url URL --judge-concurrency 0", "judge_concurrency is 0"),
     ("--judge-url URL --judge-timeout 0", "judge_timeout is 0"),

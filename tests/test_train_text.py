@@ -255,7 +255,7 @@ def on_disk(out):
     at = f"{state['sft_steps']} steps" if "sft_steps" in state else f"{[state['stage'], state['round'].t]}"
     policies = " ".join(sorted(path.stem for path in (out / "policies").iterdir()))
     parts = " ".join(path.name for path in out.rglob("*.part"))
-    reached = f"{' '.join(str(part) for part in phases if part != 'key')} of {phases.get('key')}"
+    reached = f"{' '.join(str(part) for part in phases if part not in ('key', 'mark'))} of {phases.get('key')}"
     lines = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
     return f"{at} | {reached} | {lines} | {policies} | {parts}"
 
@@ -316,6 +316,7 @@ def assert_same_run(whole, cut):
 def test_killed_in_every_phase_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(finished, tmp_path):
     """One run, killed seven times; what was sampled and judged before a kill is not sampled and judged again."""
     cut = tmp_path / "cut"
+    cut.mkdir()  # there has to be a folder to resume in
     arguments = [*TINY, "--out", str(cut), "--resume"]
     codes, calls = kill(tmp_path, [(arguments, *point[:3]) for point in POINTS.values()])
     assert codes == [-signal.SIGKILL] * 7 + [0]
@@ -376,13 +377,32 @@ def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
         ("text --width 30", "width 30"),
         ("text --vocabulary 255", "vocabulary is 255; expected at least 256"),
         ("text --sft-lr inf", "sft_lr is inf"),
-        ("text --margin nan", "margin is nan"),
+        ("text --sft-lr 1e300", "sft_lr is 1e+300; expected at least 0 and at most 10"),
+        ("text --algorithm 2 --lr 1e300", "lr is 1e+300"),
+        ("text --algorithm 2 --eta 1e300", "eta is 1e+300"),
+        ("text --algorithm 2 --temperature 1e-300", "temperature is 1e-300; expected at least 0.01"),
+        ("text --algorithm 2 --top-p nan", "top_p is nan"),
+        ("text --algorithm 2 --samples 100000000000", "samples is 100000000000; expected at least 1 and at most 10,000"),
         ("text --replay nan", "replay nan"),
+        ("text --margin nan", "margin is nan"),
+        ("text --survey 100000000000", "survey is 100000000000"),
+        ("text --max-new-tokens 100000000", "max_new_tokens is 100000000"),
+        ("text --layers 100000000", "layers is 100000000"),
+        ("text --width 1000000000", "width is 1000000000"),
+        ("text --threads 100000000000", "threads is 100000000000"),
+        ("text --algorithm 3 --margin 0.1", "margin belongs to Algorithms 2 and 4"),
+        ("text --algorithm 1 --replay 0.1", "replay belongs to Algorithms 2 and 4"),
+        ("text --algorithm 3 --judgments probabilities", "judgments belongs to Algorithms 2 and 4"),
+        ("text --algorithm 2 --rule spin --margin 0.1", "margin belongs to the rules large-margin and teacher"),
+        ("text --judged 5", "judged belongs to a judge that is a language model"),
+        ("text --judge-concurrency 4", "judge-concurrency belong to a language model"),
+        ("text --judge-timeout nan", "judge-timeout belong to a language model"),
+        ("text --max-failed 0.5", "max-failed belong to a language model"),
+        ("text --teacher-url http://localhost:1", "teacher-url belongs to a language model, and teacher is synthetic"),
+        ("text --teacher-prices 1,2", "teacher-prices belongs to a language model"),
         ("text --algorithm 2 --temperature nan", "temperature is nan"),
-        ("text --algorithm 2 --temperature 1e-40", "temperature is 1e-40; expected at least 1e-06"),
         ("text --algorithm 2 --lr nan", "learning_rate is nan"),
         ("text --algorithm 4 --tau nan", "tau is nan"),
-        ("text --threads 2000", "threads is 2000"),
         ("text --seed -1", "seed is -1"),
         ("text --device tpu9", "device 'tpu9' cannot be used"),
         ("text --game x.npz", "unrecognized arguments: --game x.npz"),
@@ -390,10 +410,16 @@ def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
         ("ablations --tau 1 --eta 0.5", "tau is 1.0 and eta 0.5"),
         ("ablations --algorithm 1", "invalid choice: 1"),
         ("ablations --jobs 0", "jobs is 0"),
-        ("ablations --tau nan", "tau is nan"),
-        ("ablations --tau 0.3", "tau is 0.3 and eta 0.25"),
-        ("ablations --margin nan", "margin is nan"),
+        ("ablations --jobs 100000000000", "jobs is 100000000000; expected at least 1 and at most 1,024"),
+        ("ablations --threads 100000000000", "threads is 100000000000"),
         ("ablations --eta nan", "eta is nan"),
+        ("ablations --eta 1e300", "eta is 1e+300"),
+        ("ablations --margin nan", "margin is nan"),
+        ("ablations --tau nan", "tau is nan"),
+        ("ablations --tau -1", "tau is -1.0"),
+        ("ablations --tau 1", "tau is 1.0 and eta 0.25; expected 0 <= tau <= eta"),
+        ("ablations --tau 0.1 --algorithm 2", "tau belongs to the regularised methods"),
+        ("ablations --margin 0.1 --algorithm 3", "margin belongs to variants of Algorithms 2 and 4"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, message, capsys, tmp_path, monkeypatch):
@@ -423,6 +449,26 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(finished, name, capsys, 
         assert everything_in(out) == before
     torch.save([torch.zeros(3)], out / name)
     assert f"{name} is not a checkpoint of a run" in refused(capsys, *TINY, "--out", out, "--resume")
+
+
+@pytest.mark.parametrize("name", [STATE, PHASES])
+def test_a_checkpoint_of_a_run_with_other_settings_is_refused(finished, name, capsys, tmp_path):
+    """It fits in every shape; only the mark of the settings tells it apart."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished, out)
+    assert train.main([*TINY, "--seed", "1", "--sft-steps", "1", "--iterations", "1", "--out", str(other)]) == 0
+    shutil.copy(other / name, out / name)
+    before = everything_in(out)
+    assert f"{name} is not of this run" in refused(capsys, *TINY, "--out", out, "--resume")
+    assert everything_in(out) == before
+
+
+def test_an_error_of_ours_in_taking_up_a_run_is_not_blamed_on_its_checkpoint(finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    monkeypatch.setattr(train.Validation, "restore", lambda self, state: state and self.shapes)
+    with pytest.raises(AttributeError, match="shapes"):
+        train.main([*TINY, "--out", str(out), "--resume"])
 
 
 def with_foreign_checkpoint(finished, out):
