@@ -245,7 +245,6 @@ def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
         ("--game x.npz --width 32 --layers 3", "layers, width belong to a transformer"),
         ("--seed -1", "seed"),
         ("--seed 10000000000", "seed is 10000000000"),
-        ("--tolerance inf", "tolerance is inf"),
         ("--threads 1000000000", "threads is 1000000000; expected at least 1 and at most 1,024"),
         ("--device tpu9", "device 'tpu9' cannot be used"),
         ("--device meta", "device 'meta' cannot be used"),
