@@ -57,24 +57,29 @@ def dig(body: Any, *path: str | int) -> Any:
     return body
 
 
-# --- What is shown, and what is not ----------------------------------------------------------------
+# --- What is shown, and what is not --------------------------------------------------------------
 
 
 def for_terminal(text: str) -> str:
     """A text of others on one line, with U+FFFD for what could move the cursor or do worse."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
+    return "".join(
+        letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split())
+    )
 
 
 @lru_cache
 def _spellings(key: str) -> re.Pattern[str]:
     """Matches a key as it is, and as JSON (in JSON in JSON) or a URL may have escaped it."""
-    letters = [f"(?:{re.escape(letter)}|u00(?i:{ord(letter):02x})|%(?i:{ord(letter):02x}))" for letter in key]
+    letters = [
+        f"(?:{re.escape(letter)}|u00(?i:{ord(letter):02x})|%(?i:{ord(letter):02x}))"
+        for letter in key
+    ]
     return re.compile(r"\\{0,15}" + r"\\{0,15}".join(letters))
 
 
 def hidden(value: Any, key: str | None) -> Any:
-    """A text, or the texts in a result, without our key, should a server send it back. What is shorter than `SECRET`
-    characters is no key: such words stand for one where none is needed."""
+    """A text, or the texts in a result, without our key, should a server send it back. What is
+    shorter than `SECRET` characters is no key: such words stand for one where none is needed."""
     if not key or len(key) < SECRET:
         return value
     if isinstance(value, str):
@@ -114,16 +119,18 @@ PAIRWISE_FORM = 'Which response is better? Reply with one JSON object and nothin
 TEACHER = "Answer the user's request, well and briefly: in one or two plain sentences, without a preamble."
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\U000e0000-\U000e007f]")  # with the invisible "tag" characters
-PLAIN = """s d bos eos pad unk mask cls sep sop eop eot eom eod eoh eoa eosys blank box bot ent ground
-grounding human img image imgpad audio video sound obj object phrase point poly role system user
-assistant think thinking tool tools reponame filename"""  # special tokens named by a plain word
-BRACKETED = "INST SYS IMG CLS SEP PAD UNK BOS EOS EOT THINK ARGS AUDIO PREFIX MIDDLE SUFFIX TRANSCRIBE"
+PLAIN = """s d bos eos pad unk mask cls sep sop eop eot eom eod eoh eoa eosys blank box bot ent
+ground grounding human img image imgpad audio video sound obj object phrase point poly role
+system user assistant think thinking tool tools reponame filename"""  # special tokens named by a plain word
+BRACKETED = (
+    "INST SYS IMG CLS SEP PAD UNK BOS EOS EOT THINK ARGS AUDIO PREFIX MIDDLE SUFFIX TRANSCRIBE"
+)
 TEMPLATE = re.compile(  # what the chat templates and special tokens of known families look like:
     r"<(?=[|\uff5c]"  # <|im_end|>
     rf"|/?(?:{'|'.join(PLAIN.split())}|[A-Z]{{2,}})>"  # </s>, <EOT>
     r"|/?(?![A-Za-z]+>|h[1-6]>|[\d-]+>)\w[\w-]*(?::[\w-]+)?[|\uff5c]?>"  # <end_of_turn>, <unused1>
     r"|\[\w+\]>|\]\w)"  # <[BOS_never_used]>, MiniMax's ]<]image[>[
-    rf"|\[(?=[|\uff5c]|/?(?:[gs]?MASK\d?|{'|'.join(BRACKETED.split())})\]"  # [|user|], [gMASK], [/INST]
+    rf"|\[(?=[|\uff5c]|/?(?:[gs]?MASK\d?|{'|'.join(BRACKETED.split())})\]"  # [|user|], [gMASK]
     r"|/?(?:[A-Z]+(?:_[A-Z\d]+)+|(?:unused|control)_?\d+)\]|e~\[)"  # [TOOL_CONTENT], MiniMax's [e~[
     r"|\](?=~!?b[\[\]])"  # MiniMax's ]~b]
 )
@@ -131,8 +138,9 @@ TEMPLATE = re.compile(  # what the chat templates and special tokens of known fa
 
 @lru_cache(1 << 12)
 def clean(text: str, most: int) -> str:
-    """Text fit to be sent: without control characters and lone surrogates, with a space within what looks like a special
-    token of a chat template (a server may read such a token in a text), and cut after `most` characters."""
+    """Text fit to be sent: without control characters and lone surrogates, with a space within what
+    looks like a special token of a chat template (a server may read such a token in a text), and
+    cut after `most` characters."""
     if not (text.isascii() and text.isprintable()):
         text = CONTROL.sub("", text.replace("\r\n", "\n")).encode("utf-8", "replace").decode()
     if "<" in text or "[" in text or "]" in text:
@@ -575,8 +583,8 @@ CREATE TABLE IF NOT EXISTS requests (
 CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);
 CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);
 """
-COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed, prompt_tokens,
-completion_tokens, dollars, seconds"""
+COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed,
+prompt_tokens, completion_tokens, dollars, seconds"""
 
 
 class Ledger:
@@ -587,9 +595,15 @@ class Ledger:
     def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
         self.path, self.run, self.read_only, self.lock = path or "memory", run, read_only, threading.RLock()
         with self.refusing():
-            above = next((folder for folder in Path(path or ".").absolute().parents if folder.exists()), Path("/"))
+            above = next(
+                (folder for folder in Path(path or ".").absolute().parents if folder.exists()),
+                Path("/"),
+            )
             if not above.is_dir():
-                raise Refused(f"{path} cannot be used as a cache of judgments: {above} is no folder; choose another file")
+                raise Refused(
+                    f"{path} cannot be used as a cache of judgments: {above} is no folder; "
+                    "choose another file"
+                )
             there = read_only or (path and Path(path).exists())
         if there:
             _ = self.db  # Refused at once if it is none
@@ -612,12 +626,15 @@ class Ledger:
         return _prepare(_connect(path.resolve().as_uri()))
 
     def _examined(self, path: Path) -> sqlite3.Connection:
-        """A connection that cannot write, to a sound ledger, or to an empty file if it is to be written; errors of SQLite if
-        it is something else or damaged. The file stays as it is, and nothing is left beside it."""
+        """A connection that cannot write, to a sound ledger, or to an empty file if it is to be
+        written; errors of SQLite if it is something else or damaged. The file stays as it is, and
+        nothing is left beside it."""
         while True:
             log = Path(f"{path}-wal")  # somebody may be writing, or was killed there
             logged = log.exists() and log.stat().st_size > 0
-            db = _connect(path.resolve().as_uri() + ("?mode=ro" if logged else "?mode=ro&immutable=1"))
+            db = _connect(
+                path.resolve().as_uri() + ("?mode=ro" if logged else "?mode=ro&immutable=1")
+            )
             try:
                 if self.read_only or db.execute("SELECT 1 FROM sqlite_master").fetchone():
                     db.execute(f"SELECT {COLUMNS} FROM requests LIMIT 1")
@@ -628,12 +645,15 @@ class Ledger:
             except BaseException as error:
                 db.close()
                 changed = logged != (log.exists() and log.stat().st_size > 0)
-                if not (changed and isinstance(error, sqlite3.DatabaseError)):  # else its last user just left, or came
+                if not (
+                    changed and isinstance(error, sqlite3.DatabaseError)
+                ):  # else its last user just left, or came
                     raise
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Around every use of the file, by one thread at a time: Refused, in a line, if it cannot be read or written."""
+        """Around every use of the file, by one thread at a time: Refused, in a line, if it cannot
+        be read or written."""
         with self.lock:
             try:
                 yield
@@ -641,7 +661,9 @@ class Ledger:
                 if isinstance(error, sqlite3.ProgrammingError):
                     raise
                 told = for_terminal(str(error))[:200]
-                raise Refused(f"{self.path} cannot be used as a cache of judgments ({told}); {_remedy(error)}") from None
+                raise Refused(
+                    f"{self.path} cannot be used as a cache of judgments ({told}); {_remedy(error)}"
+                ) from None
 
     def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
         """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered, oldest first, by key; a complete
@@ -662,12 +684,15 @@ class Ledger:
     def spent(self) -> float:
         """Dollars of this run, requests of unknown cost counted with the most they can have cost."""
         with self.refusing():
-            (dollars,) = self.db.execute("SELECT TOTAL(dollars) FROM spending WHERE run = ?", (self.run,)).fetchone()
+            (dollars,) = self.db.execute(
+                "SELECT TOTAL(dollars) FROM spending WHERE run = ?", (self.run,)
+            ).fetchone()
         return max(0.0, dollars)  # up to rounding
 
     def models(self, teacher: bool) -> list[str]:
         """The models whose replies to a teacher's, or else to a judge's, questions are here."""
-        sql = "SELECT DISTINCT model FROM requests WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"
+        sql = """SELECT DISTINCT model FROM requests
+                 WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"""
         with self.refusing():
             return [model for (model,) in self.db.execute(sql, (teacher,))]
 
@@ -726,7 +751,8 @@ class Ledger:
 
 
 def _remedy(error: Exception) -> str:
-    """How to mend what SQLite, or the system, met. What Python finds in a text has no code: damage."""
+    """How to mend what SQLite, or the system, met. What Python finds in a text has no code:
+    damage."""
     damage = sqlite3.SQLITE_CORRUPT if isinstance(error, sqlite3.Error) else 0
     return {
         sqlite3.SQLITE_FULL: "make room for it, and go on",
@@ -821,9 +847,14 @@ class Endpoint:
         self.client = (client or make_client(url)).with_options(timeout=timeout, max_retries=0) if live else None  # we count
         self.url = str(self.client.base_url).rstrip("/") if live else "no network"
         if not model.isprintable():
-            raise Refused(f"the model's name is {for_terminal(model)[:100]!r}; expected one that can be shown")
+            raise Refused(
+                f"the model's name is {for_terminal(model)[:100]!r}; expected one that can be shown"
+            )
         if live and self._hidden(model) != model:
-            raise Refused(f"the model's name is {self._hidden(model)!r}, and holds OPENAI_API_KEY; expected one without")
+            raise Refused(
+                f"the model's name is {self._hidden(model)!r}, and holds OPENAI_API_KEY; "
+                "expected one without"
+            )
         self.ledger = cache if isinstance(cache, Ledger) else Ledger(cache, run, read_only=not live)
         self.instead: dict[str, str | None] = {}  # settings the endpoint does not know: their other name, or None to leave out
         self.counts: Counter[str] = Counter()
@@ -915,7 +946,9 @@ class Endpoint:
         or whose parsed form is NULL, are read anew."""
         replies = self.ledger.replies(distinct)
         with self.ledger.refusing():
-            return {key: [_reread(distinct[key], *reply) for reply in replies[key]] for key in replies}
+            return {
+                key: [_reread(distinct[key], *reply) for reply in replies[key]] for key in replies
+            }
 
     def _settled(self, results: list[tuple[Any, bool]]) -> tuple[Any, bool] | None:
         """The answer if there is no need to ask again: the first complete one; the fullest of those that we have if we may not
@@ -1025,13 +1058,18 @@ class Endpoint:
         body = {"model": self.model, **self._body(question), "messages": question.messages}
         headers = {"Idempotency-Key": idempotency_key}
         try:
-            received = _received(self.client.post, "/chat/completions", self.timeout, headers, body=body)
+            received = _received(
+                self.client.post, "/chat/completions", self.timeout, headers, body=body
+            )
         except openai.APIStatusError as error:
             return self._refusal(error, body)
         except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
             return Reply("lost", "no reply in time")
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            return Reply("lost", f"no connection, or a broken one ({type(error.__cause__ or error).__name__})")
+            return Reply(
+                "lost",
+                f"no connection, or a broken one ({type(error.__cause__ or error).__name__})",
+            )
         if len(received) > LARGEST:
             return Reply("unreadable", "a reply that is too long", received[:LARGEST])
         return Reply("replied", "a reply that cannot be read", received)
@@ -1042,7 +1080,9 @@ class Endpoint:
         message = for_terminal(self._hidden(str(error.message)))[:300]
         told = f"{getattr(error, 'param', '')} {getattr(error, 'code', '')} {message}"
         if 300 <= status < 400:
-            return Reply("permanent", f"{self.model} at {self.url} {_redirect(error, self.client.api_key)}")
+            return Reply(
+                "permanent", f"{self.model} at {self.url} {_redirect(error, self.client.api_key)}"
+            )
         if status in (400, 422, 500, 501) and self._negotiated(told, body):
             return Reply("negotiated", "a setting that the endpoint does not know")
         if status == 400 and re.search("content_(filter|policy)", told):
@@ -1122,16 +1162,26 @@ def _is_url(text: str) -> bool:
         return False
 
 
-def _received(send: Callable[..., Any], path: str, timeout: float, headers: Any = None, **body: Any) -> bytes:
-    """The body of the reply to one request, with at most a part more than `LARGEST` bytes. No redirect is followed, whatever
-    the client does else. Raises openai's errors; httpx2's while the body comes; TimeoutError if it comes too slowly."""
+def _received(
+    send: Callable[..., Any], path: str, timeout: float, headers: Any = None, **body: Any
+) -> bytes:
+    """The body of the reply to one request, with at most a part more than `LARGEST` bytes. No
+    redirect is followed, whatever the client does else. Raises openai's errors; httpx2's while the
+    body comes; TimeoutError if it comes too slowly."""
     import httpx2
     import openai
 
-    options = {"headers": headers or {}, "timeout": timeout, "max_retries": 0, "follow_redirects": False,
-               "security": {"bearer_auth": True}}  # fmt: skip
+    options = {"headers": headers or {}, "timeout": timeout, "max_retries": 0}
+    options |= {"follow_redirects": False, "security": {"bearer_auth": True}}
     received, deadline = bytearray(), time.monotonic() + timeout
-    response = send(path, cast_to=httpx2.Response, options=options, stream=True, stream_cls=openai.Stream, **body)
+    response = send(
+        path,
+        cast_to=httpx2.Response,
+        options=options,
+        stream=True,
+        stream_cls=openai.Stream,
+        **body,
+    )
     with closing(response):
         for part in response.iter_bytes():
             received += part
@@ -1145,16 +1195,22 @@ def _received(send: Callable[..., Any], path: str, timeout: float, headers: Any 
 def _redirect(error: Any, key: str) -> str:
     """What is told of a reply that is a redirect. Of its target only what can be no secret."""
     try:
-        target = urlsplit(urljoin(str(error.response.url), error.response.headers.get("location", "")))
-        target = target._replace(netloc=target.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        target = urlsplit(
+            urljoin(str(error.response.url), error.response.headers.get("location", ""))
+        )
+        target = target._replace(
+            netloc=target.netloc.rpartition("@")[2], query="", fragment=""
+        ).geturl()
     except ValueError:
         target = "an address that is none"
     shown = for_terminal(hidden(target, key))[:200]
-    return f"redirects to {shown} (HTTP {error.status_code}), and no redirect is followed; if it is to be asked, give its URL"
+    how = "no redirect is followed; if it is to be asked, give its URL"
+    return f"redirects to {shown} (HTTP {error.status_code}), and {how}"
 
 
 def only_model(url: str | None) -> str:
-    """The name of the model that a server offers. Refused if it does not say so in `PATIENCE` seconds, or offers several."""
+    """The name of the model that a server offers. Refused if it does not say so in `PATIENCE`
+    seconds, or offers several."""
     import httpx2
     import openai
 
@@ -1167,17 +1223,27 @@ def only_model(url: str | None) -> str:
     except openai.APIStatusError as error:
         moved = 300 <= error.status_code < 400
         reason = _redirect(error, client.api_key) if moved else f"answers HTTP {error.status_code}"
-        raise Refused(f"{where} {reason}{'' if moved else '; name the model: openai:MODEL'}") from None
+        raise Refused(
+            f"{where} {reason}{'' if moved else '; name the model: openai:MODEL'}"
+        ) from None
     except (openai.OpenAIError, httpx2.HTTPError, TimeoutError) as error:
         late = isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError))
         reason = f"within {PATIENCE:g} s" if late else f"({type(error).__name__})"
-        mend = "check the URL, or name the model: openai:MODEL"
-        raise Refused(f"{where} does not say {reason} which models it has; {mend}") from None
+        raise Refused(
+            f"{where} does not say {reason} which models it has; check the URL, or name the model: "
+            "openai:MODEL"
+        ) from None
     models = dig(_json(listed), "data")
-    names = [str(dig(model, "id")) for model in models if dig(model, "id")] if isinstance(models, list) else []
+    names = (
+        [str(dig(model, "id")) for model in models if dig(model, "id")]
+        if isinstance(models, list)
+        else []
+    )
     name = only(hidden(names, client.api_key), where)
     if name not in names:
-        raise Refused(f"{where} calls its model {name!r}, after the key; name the model: openai:MODEL")
+        raise Refused(
+            f"{where} calls its model {name!r}, after the key; name the model: openai:MODEL"
+        )
     return name
 
 

@@ -584,7 +584,9 @@ def compare_with_people(file: str, options: Any) -> None:
     try:
         items = read_labels(file)
         columns = [[item[name] for item in items] for name in ("prompt", "a", "b")]
-        synthetic = RegisterJudge().prefer(*columns).tolist() if options.oracle == "synthetic" else None
+        synthetic = (
+            RegisterJudge().prefer(*columns).tolist() if options.oracle == "synthetic" else None
+        )
     except (ValueError, OSError) as error:
         raise runs.BadInput(str(error)) from error
     recorded = [math.nan if (p := item.get("judge")) is None else p for item in items]
@@ -623,7 +625,9 @@ def _writing(figure: str) -> Iterator[None]:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         yield
     except OSError as error:
-        raise runs.BadInput(f"{figure} cannot be written ({error.strerror}); choose another --figure or --out") from error
+        raise runs.BadInput(
+            f"{figure} cannot be written ({error.strerror}); choose another --figure or --out"
+        ) from error
 
 
 def _tell_costs(report: dict[str, float | None]) -> None:

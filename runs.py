@@ -149,7 +149,9 @@ def check_source(name: str, source: str) -> None:
     """ValueError unless it is synthetic, openai[:MODEL] or replay:CACHE."""
     kind, colon, rest = source.partition(":")
     if kind == "openai" and colon and not rest.strip():
-        raise ValueError(f"{name} is {source!r}; the model's name is missing: expected openai:MODEL")
+        raise ValueError(
+            f"{name} is {source!r}; the model's name is missing: expected openai:MODEL"
+        )
     if not (source == "synthetic" or kind == "openai" or (kind == "replay" and rest)):
         raise ValueError(f"{name} is {source!r}; expected synthetic, openai:MODEL or replay:CACHE")
 
@@ -205,9 +207,15 @@ class AgreementOptions(JudgeOptions):
         if self.figure is not None and not os.path.isdir(os.path.dirname(self.figure) or "."):
             raise ValueError(f"figure is {self.figure}; expected a file in a folder that exists")
         self.figure = self.figure or os.path.join(self.out, "agreement.png")
-        kind, known = os.path.splitext(self.figure)[1][1:], plt.Figure().canvas.get_supported_filetypes()
+        kind, known = (
+            os.path.splitext(self.figure)[1][1:],
+            plt.Figure().canvas.get_supported_filetypes(),
+        )
         if kind.lower() not in known:
-            raise ValueError(f"figure is {self.figure}; expected a name that ends with one of .{', .'.join(sorted(known))}")
+            raise ValueError(
+                f"figure is {self.figure}; expected a name that ends with one of "
+                f".{', .'.join(sorted(known))}"
+            )
 
 
 def parse_agreement(argv: list[str]) -> tuple[str, AgreementOptions]:

@@ -49,24 +49,32 @@ def outside(messages: list[dict]) -> str:
 
 
 class Judge:
-    """Answers as the prompts ask it to. gullible: it obeys any "idN_score: S" or "verdict: A" that stands outside the marks.
-    filters: requests with this word are refused by a content filter. status: [HTTP status, message, code, header] of every
-    reply; at /elsewhere, where it may redirect to, all is well. refuses: settings it does not know. echo: it sends the
-    caller's key back wherever it can; spelling: "plain", "solidus" (as \\/ and \\") or "unicode" (all as \\u0000). models:
-    [HTTP status, body, header] at /v1/models, "KEY" being the caller's; None: no reply. drip: seconds that a dripping reply
-    takes. most: faults that a question meets before it gets its answer."""
+    """Answers as the prompts ask it to. gullible: it obeys any "idN_score: S" or "verdict: A" that
+    stands outside the marks. filters: requests with this word are refused by a content filter.
+    status: [HTTP status, message, code, header] of every reply; at /elsewhere, where it may
+    redirect to, all is well. refuses: settings it does not know. echo: it sends the caller's key
+    back wherever it can; spelling: "plain", "solidus" (as \\/ and \\") or "unicode" (all as
+    \\u0000). models: [HTTP status, body, header] at /v1/models, "KEY" being the caller's; None: no
+    reply. drip: seconds that a dripping reply takes. most: faults that a question meets before it
+    gets its answer."""
 
     def __init__(self) -> None:
         self.settings = {"latency": 0.0, "faults": [], "mode": "none", "seed": 0, "rate": 0.0, "most": 3, "usage": True,
                          "logprobs": True, "refuses": [], "gullible": False, "echo": False, "status": None, "filters": None,
                          "idempotent": True, "first_bias": 0.0, "drip": 6.0, "spelling": "plain",
-                         "models": [200, '{"data": [{"id": "local-judge", "object": "model"}]}', ""]}  # fmt: skip
-        self.listings = self.strays = self.requests = self.turn = self.flying = self.peak = self.outlasted = 0
+                         "models": [200,
+                                    '{"data": [{"id": "local-judge", "object": "model"}]}', ""]}  # fmt: skip
+        self.listings = self.strays = self.requests = self.turn = self.flying = self.peak = (
+            self.outlasted
+        ) = 0
         self.paid: dict[str, int] = {}  # complete replies charged, by question
         self.answered: dict[str, int] = {}  # replies sent to the end, by question, free of faults
         self.tokens, self.kept, self.met = [0, 0], {}, {}
         self.told = [0, 0]  # tokens whose charge was told in a reply that went out whole
-        self.last, self.last_path = {}, ""  # the settings of the last request, and where it was sent
+        self.last, self.last_path = (
+            {},
+            "",
+        )  # the settings of the last request, and where it was sent
         self.by_fault: dict[str, int] = {}
         self.headers: list[str] = []
 
@@ -175,8 +183,11 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
 def spelt(judge: Judge, body: bytes) -> bytes:
     """JSON in which the caller's key is written in another way that means the same."""
     for key in (header.removeprefix("Bearer ") for header in judge.headers):
-        other = {"plain": key.replace('"', '\\"'), "solidus": key.replace("/", "\\/").replace('"', '\\"'),
-                 "unicode": "".join(f"\\u{ord(letter):04x}" for letter in key)}[judge.settings["spelling"]]  # fmt: skip
+        other = {
+            "plain": key.replace('"', '\\"'),
+            "solidus": key.replace("/", "\\/").replace('"', '\\"'),
+            "unicode": "".join(f"\\u{ord(letter):04x}" for letter in key),
+        }[judge.settings["spelling"]]
         body = body.replace(json.dumps(key)[1:-1].encode(), other.encode())
     return body
 
@@ -193,7 +204,9 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
     echo = " ".join(judge.headers) if settings["echo"] else ""
     if settings["status"]:
         status, message, code, header = settings["status"]
-        return send(writer, status, spelt(judge, error(f"{message} {echo}", code=code)), header.encode())
+        return send(
+            writer, status, spelt(judge, error(f"{message} {echo}", code=code)), header.encode()
+        )
     if settings["filters"] and settings["filters"] in body["messages"][-1]["content"]:
         return send(writer, 400, error("The response was filtered", code="content_filter"))
     known = {*body, body.get("response_format", {}).get("type")}
@@ -245,7 +258,12 @@ async def list_models(judge: Judge, head: bytes, writer: asyncio.StreamWriter) -
         await asyncio.sleep(3600)
     status, body, header = judge.settings["models"]
     key = re.search(r"authorization: Bearer ([^\r]*)", head.decode("latin-1"), re.IGNORECASE)
-    send(writer, status, body.replace("KEY", json.dumps(key[1])[1:-1] if key else "").encode(), header.encode())
+    send(
+        writer,
+        status,
+        body.replace("KEY", json.dumps(key[1])[1:-1] if key else "").encode(),
+        header.encode(),
+    )
 
 
 def charged(judge: Judge, body: dict) -> tuple[int, int]:
@@ -290,8 +308,15 @@ async def main() -> None:
                     await list_models(judge, head, writer)
                 elif b" /elsewhere" in head.partition(b"\r\n")[0]:
                     judge.strays += 1
-                    verdict = {"finish_reason": "stop", "message": {"role": "assistant", "content": '{"verdict": "A"}'}}
-                    send(writer, 200, json.dumps({"choices": [verdict], "data": [{"id": "stray"}]}).encode())
+                    verdict = {
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": '{"verdict": "A"}'},
+                    }
+                    send(
+                        writer,
+                        200,
+                        json.dumps({"choices": [verdict], "data": [{"id": "stray"}]}).encode(),
+                    )
                 elif head.startswith(b"POST /control"):
                     if body.pop("reset", False):
                         judge.__init__()
@@ -331,10 +356,10 @@ class Served:
         urllib.request.urlopen(urllib.request.Request(self.root + "/control", json.dumps(settings).encode())).read()
 
     def stats(self) -> dict:
-        """requests: all that came, but for models (listings) and elsewhere (strays); paid: replies charged, by question;
-        answered: sent whole and free of faults, by question; tokens: charged; told: of them, those told in a whole reply;
-        by_fault; peak: most requests at once; last: settings of the last request; outlasted: dripping replies whose reader
-        stayed to the end."""
+        """requests: all that came, but for models (listings) and elsewhere (strays); paid: replies
+        charged, by question; answered: sent whole and free of faults, by question; tokens: charged;
+        told: of them, those told in a whole reply; by_fault; peak: most requests at once; last:
+        settings of the last request; outlasted: dripping replies whose reader stayed to the end."""
         return json.loads(urllib.request.urlopen(self.root + "/stats").read())
 
 

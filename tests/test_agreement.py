@@ -357,7 +357,9 @@ def test_labels_are_read_with_what_the_judge_said_if_it_is_there(tmp_path):
 
 def test_blank_lines_and_a_mark_of_the_byte_order_do_not_count(tmp_path):
     path = tmp_path / "labels.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(GOOD).encode() + b"\r\n \n\n" + json.dumps(GOOD).encode())
+    path.write_bytes(
+        b"\xef\xbb\xbf\r\n" + json.dumps(GOOD).encode() + b"\r\n \n\n" + json.dumps(GOOD).encode()
+    )
     assert read_labels(path) == [GOOD, GOOD]
     path.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(GOOD).encode() + b"\n\n{")
     with pytest.raises(ValueError, match="line 4 is"):
@@ -371,7 +373,8 @@ def test_a_text_may_hold_any_character_that_json_allows_in_a_line(tmp_path):
 
 
 BAD_LINES = {
-    "no JSON": "{", "deep lists": "[" * 100_000, "a list": "[]", "a number": "1", "another label": {**GOOD, "label": "A"},
+    "no JSON": "{", "deep lists": "[" * 100_000,
+    "a list": "[]", "a number": "1", "another label": {**GOOD, "label": "A"},
     "labels in a list": {**GOOD, "label": ["a"]}, "a number as text": {**GOOD, "a": 3}, "a judge of 2": {**GOOD, "judge": 2},
     "a judge that is a text": {**GOOD, "judge": "a"}, "a judge that is NaN": {**GOOD, "judge": NAN},
     **{f"no {name}": {key: value for key, value in GOOD.items() if key != name} for name in GOOD},
@@ -439,7 +442,9 @@ def test_the_figure_is_drawn_in_the_folder_or_file_that_was_named(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"labels.jsonl", "there", "here.PNG"}
 
 
-@pytest.mark.parametrize("options", [("--figure", "folder.png"), ("--out", "labels.jsonl"), ("--out", "/proc/none")])
+@pytest.mark.parametrize(
+    "options", [("--figure", "folder.png"), ("--out", "labels.jsonl"), ("--out", "/proc/none")]
+)
 def test_where_no_figure_can_be_nobody_is_asked(options, server, capsys, tmp_path):
     server.control()
     (tmp_path / "folder.png").mkdir()
@@ -594,16 +599,31 @@ def refused(capsys, *arguments):
         ("disagreement labels.jsonl", "expected agreement FILE.jsonl"),
         ("agreement labels.jsonl --margin 1", "unrecognized arguments: --margin"),
         ("agreement labels.jsonl --oracle gpt-4", "oracle is 'gpt-4'"),
-        ("agreement labels.jsonl --oracle openai:", "oracle is 'openai:'; the model's name is missing"),
-        ("agreement labels.jsonl --oracle openai", "the model's name is missing, and OpenAI has many"),
+        (
+            "agreement labels.jsonl --oracle openai:",
+            "oracle is 'openai:'; the model's name is missing",
+        ),
+        (
+            "agreement labels.jsonl --oracle openai",
+            "the model's name is missing, and OpenAI has many",
+        ),
         ("agreement labels.jsonl --max-usd 3", "belong to a language model"),
-        ("agreement labels.jsonl --oracle openai:local-judge --max-usd 3", "the price of 'local-judge' is not known"),
-        ("agreement labels.jsonl --oracle replay:nothing.sqlite", "nothing.sqlite cannot be used as a cache"),
+        (
+            "agreement labels.jsonl --oracle openai:local-judge --max-usd 3",
+            "the price of 'local-judge' is not known",
+        ),
+        (
+            "agreement labels.jsonl --oracle replay:nothing.sqlite",
+            "nothing.sqlite cannot be used as a cache",
+        ),
         ("agreement labels.jsonl --oracle synthetic", "prompt 'x' is not of this world"),
         ("agreement missing.jsonl", "missing.jsonl"),
         ("agreement broken.jsonl", "broken.jsonl, line 2 is '{'"),
         ("agreement labels.jsonl --figure missing/agreement.png", "missing/agreement.png"),
-        ("agreement labels.jsonl --figure agreement.xyz", "agreement.xyz; expected a name that ends with one of"),
+        (
+            "agreement labels.jsonl --figure agreement.xyz",
+            "agreement.xyz; expected a name that ends with one of",
+        ),
         ("agreement labels.jsonl --figure agreement", "expected a name that ends with one of"),
     ],
 )

@@ -263,9 +263,12 @@ REDIRECTS = [301, 302, 303, 307, 308]
 @pytest.mark.parametrize("ones_own", [True, False], ids=["a client of ones own", "no client"])
 @pytest.mark.parametrize("status", REDIRECTS)
 def test_no_redirect_is_followed_and_one_line_names_its_target(status, ones_own, server, asking):
-    """The reply there would be a label, to a request without the question (302) or to all that we send (307)."""
+    """The reply there would be a label, to a request without the question (302) or to all that we
+    send (307)."""
     place = server.root.replace("//", "//me:hunter2@") + "/elsewhere/v1"
-    server.control(status=(status, "moved", None, f"location: {place}/chat?key=hunter2#hunter2\r\n"))
+    server.control(
+        status=(status, "moved", None, f"location: {place}/chat?key=hunter2#hunter2\r\n")
+    )
     endpoint = asking() if ones_own else asking(client=None, url=server.url)
     with refused() as error:
         OpenAIJudge(endpoint, "pairwise").prefer(*pairs(3))
@@ -277,7 +280,8 @@ def test_no_redirect_is_followed_and_one_line_names_its_target(status, ones_own,
 @pytest.mark.parametrize(
     ("location", "target"),
     [
-        ("/elsewhere/x", "ROOT/elsewhere/x"), ("//other/x", "http://other/x"), ("", "ROOT/v1/chat/completions"),
+        ("/elsewhere/x", "ROOT/elsewhere/x"), ("//other/x", "http://other/x"),
+        ("", "ROOT/v1/chat/completions"),
         ("http://[::1/x", "an address that is none"), ("http://h/\x1b[2J", "http://h/"),
     ],
 )  # fmt: skip
@@ -503,9 +507,14 @@ def test_openai_is_not_asked_without_a_key_and_ones_own_server_is(server, asking
 
 def test_a_client_for_azure_may_be_handed_over(server, asking):
     """It puts the model into the path, and the key into a header of its own."""
-    client = openai.AzureOpenAI(api_key=SECRET, azure_endpoint=server.root, api_version="2024-10-21")
+    client = openai.AzureOpenAI(
+        api_key=SECRET, azure_endpoint=server.root, api_version="2024-10-21"
+    )
     assert asking(client=client).ask(golds(3)[0]) == golds(3)[1]
-    assert server.stats()["last_path"] == "/openai/deployments/judge/chat/completions?api-version=2024-10-21"
+    assert (
+        server.stats()["last_path"]
+        == "/openai/deployments/judge/chat/completions?api-version=2024-10-21"
+    )
 
 
 def test_the_only_model_of_a_server_need_not_be_named(server):
@@ -594,7 +603,9 @@ def test_a_models_name_that_cannot_be_shown_is_refused_and_shown_without_it(name
 
 @pytest.mark.parametrize("others", ["", ', {"id": "other"}'], ids=["alone", "beside another"])
 @pytest.mark.parametrize("name", ["KEY", "models/KEY-1"])
-def test_a_model_that_is_named_after_the_key_is_refused_without_it(name, others, server, tmp_path, monkeypatch):
+def test_a_model_that_is_named_after_the_key_is_refused_without_it(
+    name, others, server, tmp_path, monkeypatch
+):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     server.control(models=[200, f'{{"data": [{{"id": "{name}"}}{others}]}}', ""])
     with refused() as error:
@@ -607,12 +618,16 @@ def test_a_model_that_is_named_after_the_key_is_refused_without_it(name, others,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_word_that_stands_for_a_key_where_none_is_needed_is_not_hidden(server, asking, monkeypatch):
+def test_a_word_that_stands_for_a_key_where_none_is_needed_is_not_hidden(
+    server, asking, monkeypatch
+):
     """A server of one's own is often given the key "none", "EMPTY" or "x"."""
     monkeypatch.setenv("OPENAI_API_KEY", "Gold")
     server.control(models=[200, '{"data": [{"id": "Gold-7b"}]}', ""])
     questions = [teacher_question("Gold?", 16, 0)]
-    assert asking(model=only_model(server.url), client=None, url=server.url).ask(questions) == ["A gold answer to Gold?"]
+    assert asking(model=only_model(server.url), client=None, url=server.url).ask(questions) == [
+        "A gold answer to Gold?"
+    ]
 
 
 @pytest.mark.parametrize("settings", [{"attempts": 0}, {"concurrency": 0}, {"timeout": 0}, {"timeout": math.inf},
@@ -905,7 +920,8 @@ def test_a_reply_that_can_no_longer_be_read_is_asked_for_again(reply, server, as
 JUNK = {
     "text": b"Dear diary,\n" * 100, "binary": bytes(range(256)) * 40,
     "another table": "CREATE TABLE requests (made, otherwise)",
-    "another database": "CREATE TABLE notes (text); CREATE TABLE spending (run TEXT PRIMARY KEY, dollars REAL)",
+    "another database":
+        "CREATE TABLE notes (text); CREATE TABLE spending (run TEXT PRIMARY KEY, dollars REAL)",
 }  # fmt: skip
 
 
@@ -935,10 +951,13 @@ def sound(tmp_path_factory):
     file = tmp_path_factory.mktemp("sound") / "cache.sqlite"
     endpoint = Endpoint("judge", "http://127.0.0.1:1/v1", file, price=PRICE)
     for question, answer in zip(*golds(N), strict=True):
-        row = {"key": endpoint.key(question), "model": "judge", "url": "", "bound": 1.0, "sent": 0.0,
-               "question": json.dumps({"version": question.version, "padding": "x" * 700})}  # fmt: skip
+        told = json.dumps({"version": question.version, "padding": "x" * 700})
+        row = {"key": endpoint.key(question), "model": "judge", "url": "", "question": told}
+        row |= {"bound": 1.0, "sent": 0.0}
         number = endpoint.ledger.reserve(row, 0, math.inf, 1.0)
-        endpoint.ledger.complete(number, 1.0, outcome="complete", parsed=json.dumps(answer), dollars=0.01)
+        endpoint.ledger.complete(
+            number, 1.0, outcome="complete", parsed=json.dumps(answer), dollars=0.01
+        )
     endpoint.ledger.db.close()
     content = file.read_bytes()
     size = int.from_bytes(content[16:18], "big")  # as the format has it
@@ -957,7 +976,9 @@ USES = {
     "spent": lambda ledger, keys: ledger.spent(),
     "totals": lambda ledger, keys: ledger.totals(),
     "models": lambda ledger, keys: ledger.models(True),
-    "reserve": lambda ledger, keys: ledger.reserve({"key": keys[0], "sent": 0.0, "bound": 1.0}, 0, 1.0, 1.0),
+    "reserve": lambda ledger, keys: ledger.reserve(
+        {"key": keys[0], "sent": 0.0, "bound": 1.0}, 0, 1.0, 1.0
+    ),
     "complete": lambda ledger, keys: ledger.complete(N // 2, 1.0, dollars=1.0),
 }
 
@@ -972,8 +993,11 @@ def damaged(file, pages, numbers, kind):
 
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_ledger_with_a_damaged_page_is_refused_when_it_is_opened_and_left_alone(kind, live, sound, asking, tmp_path):
-    """Each tenth page and the first ones, which hold the schema, the roots of tables and index, and the spending."""
+def test_a_ledger_with_a_damaged_page_is_refused_when_it_is_opened_and_left_alone(
+    kind, live, sound, asking, tmp_path
+):
+    """Each tenth page and the first ones, which hold the schema, the roots of tables and index, and
+    the spending."""
     file = tmp_path / "cache.sqlite"
     for number in {*range(6), *range(0, len(sound), 10), len(sound) - 1}:
         before = damaged(file, sound, {number}, kind)
@@ -986,8 +1010,11 @@ def test_a_ledger_with_a_damaged_page_is_refused_when_it_is_opened_and_left_alon
 
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGE if kind != "half a page"])
 @pytest.mark.parametrize("use", USES)
-def test_a_ledger_that_is_damaged_while_it_is_used_is_refused_and_left_alone(use, kind, sound, asking, tmp_path):
-    """Of its pages only the first one is as it was. Of half a page what is asked for may be the sound half."""
+def test_a_ledger_that_is_damaged_while_it_is_used_is_refused_and_left_alone(
+    use, kind, sound, asking, tmp_path
+):
+    """Of its pages only the first one is as it was. Of half a page what is asked for may be the
+    sound half."""
     file = tmp_path / "cache.sqlite"
     damaged(file, sound, set(), kind)
     endpoint = asking()
@@ -1002,7 +1029,9 @@ def test_a_ledger_that_is_damaged_while_it_is_used_is_refused_and_left_alone(use
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("use", ["ask", "plan"])
 @pytest.mark.parametrize("parsed", ["'{'", "''", "x'22ff22'", "CAST(x'22ff22' AS TEXT)"])
-def test_a_ledger_of_which_a_text_is_damaged_is_refused(parsed, use, live, sound, server, asking, tmp_path):
+def test_a_ledger_of_which_a_text_is_damaged_is_refused(
+    parsed, use, live, sound, server, asking, tmp_path
+):
     file = tmp_path / "cache.sqlite"
     damaged(file, sound, set(), "zeros")
     change(file, f"UPDATE requests SET parsed = {parsed} WHERE id = {N - 1}")
@@ -1020,7 +1049,9 @@ def test_a_ledger_of_which_a_text_is_damaged_is_refused(parsed, use, live, sound
         ("max_page_count = 1", "database or disk is full", "make room for it"),
     ],
 )
-def test_a_ledger_that_cannot_be_written_is_refused_with_the_reason_and_a_remedy(pragma, reason, remedy, asking, tmp_path):
+def test_a_ledger_that_cannot_be_written_is_refused_with_the_reason_and_a_remedy(
+    pragma, reason, remedy, asking, tmp_path
+):
     """Nothing has been sent by then. Another program holds it all the time."""
     questions, endpoint = golds(300)[0], asking()
     endpoint.ledger.db.execute(f"PRAGMA {pragma}")
@@ -1028,10 +1059,15 @@ def test_a_ledger_that_cannot_be_written_is_refused_with_the_reason_and_a_remedy
         other.execute("BEGIN IMMEDIATE" if "busy" in pragma else "SELECT 1")
         with refused() as error:
             endpoint.ask(questions)
-    assert f"{endpoint.ledger.path} cannot be used as a cache of judgments ({reason}); {remedy}" in str(error.value)
+    assert (
+        f"{endpoint.ledger.path} cannot be used as a cache of judgments ({reason}); {remedy}"
+        in str(error.value)
+    )
 
 
-@pytest.mark.parametrize("place", ["", "file/cache.sqlite", "x" * 300], ids=["a folder", "below a file", "a long name"])
+@pytest.mark.parametrize(
+    "place", ["", "file/cache.sqlite", "x" * 300], ids=["a folder", "below a file", "a long name"]
+)
 @pytest.mark.parametrize("live", [True, False])
 def test_a_place_where_no_file_can_be_is_refused_in_a_line(place, live, asking, tmp_path):
     (tmp_path / "file").touch()
@@ -1387,7 +1423,9 @@ def chatter(running, tmp_path_factory):
 
 def unescaped(text):
     """A text without the escapes of JSON within JSON, however deep."""
-    return re.sub(r"\\+u00([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text).replace("\\", "")
+    return re.sub(r"\\+u00([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text).replace(
+        "\\", ""
+    )
 
 
 @pytest.mark.parametrize("kind", SCENES)
@@ -1397,7 +1435,12 @@ def test_the_key_is_in_no_file_log_or_traceback_though_the_server_repeats_it(kin
     files = list((folder / kind).iterdir())
     assert len([file for file in files if file.suffix == ".sqlite"]) == len(SCENES[kind])
     assert any(file.name.endswith("-wal") for file in files)
-    assert sorted(file.name for file in files if SECRET in unescaped(file.read_bytes().decode("latin-1"))) == []
+    assert (
+        sorted(
+            file.name for file in files if SECRET in unescaped(file.read_bytes().decode("latin-1"))
+        )
+        == []
+    )
     assert any(b"[key]" in file.read_bytes() for file in files), "the server did repeat it"
 
 

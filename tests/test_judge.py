@@ -91,23 +91,44 @@ def off(P, expected):
 # --- Prompts: texts are data ---
 
 FAMILIES = {  # special tokens of their tokenizers and chat templates
-    "BERT, T5": "[CLS] [SEP] [PAD] [UNK] [MASK] [unused12] <pad> <unk> <mask> <extra_id_0> <2en> <0x0A> <special0>",
-    "Llama": "[INST] [/INST] <<SYS>> <</SYS>> <s> </s> <|eot_id|> <|python_tag|> <|header_start|> <PRE> <SUF> <EOT>",
-    "Mistral": "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] "
-    "[/TOOL_RESULTS] [TOOL_CONTENT] [IMG] [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [control_8] [THINK] "
-    "[/THINK] [ARGS] [CALL_ID] [BEGIN_AUDIO]",
-    "Gemma": "<bos> <eos> <start_of_turn> <end_of_turn> <unused1> <start_of_image> <image_soft_token> "
-    "<|turn> <turn|> <loc0000>",
-    "Qwen": "<|im_start|> <|im_end|> <|endoftext|> <tool_call> </tool_call> <tool_response> <think> </think> <tools>",
-    "DeepSeek": "<\uff5cUser\uff5c> <\uff5cbegin\u2581of\u2581sentence\uff5c> <\uff5ctool\u2581calls\u2581end\uff5c> <|EOT|>",
-    "GLM": "[gMASK] [sMASK] <sop> <eop> <|user|> <|observation|> <arg_key> <|begin_of_image|>",
-    "Cohere": "<BOS_TOKEN> <EOS_TOKEN> <|START_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <UNK> <MASK_TOKEN>",
-    "InternLM, Baichuan": "<eoh> <eoa> <eosys> [UNUSED_TOKEN_145] <reserved_106> <TOKENS_UNUSED_0>",
-    "MiniCPM, MiniMax": "<\u7528\u6237> <AI> ]~b] ]~!b[ [e~[ ]<]image[>[",
-    "EXAONE, Granite": "[|system|] [|endofturn|] <|start_of_role|> <filename> <reponame> <gh_stars> <jupyter_code>",
-    "Seed, Kimi, Ling": "<seed:bos> <[BOS_never_used_51bce0c785ca2f68081bfa7d91973934]> [BOS] [EOT] "
-    "<|im_middle|> <role> </role>",
-    "vision": "<end_of_utterance> <image> <fake_token_around_image> <global-img> <row_1_col_2> <video> <|image_pad|> <box>",
+    "BERT, T5":
+        "[CLS] [SEP] [PAD] [UNK] [MASK] [unused12] <pad> <unk> <mask> <extra_id_0> "
+        "<2en> <0x0A> <special0>",
+    "Llama":
+        "[INST] [/INST] <<SYS>> <</SYS>> <s> </s> <|eot_id|> <|python_tag|> "
+        "<|header_start|> <PRE> <SUF> <EOT>",
+    "Mistral":
+        "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] "
+        "[/TOOL_RESULTS] [TOOL_CONTENT] [IMG] [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] "
+        "[SUFFIX] [control_8] [THINK] [/THINK] [ARGS] [CALL_ID] [BEGIN_AUDIO]",
+    "Gemma":
+        "<bos> <eos> <start_of_turn> <end_of_turn> <unused1> <start_of_image> "
+        "<image_soft_token> <|turn> <turn|> <loc0000>",
+    "Qwen":
+        "<|im_start|> <|im_end|> <|endoftext|> <tool_call> </tool_call> <tool_response> "
+        "<think> </think> <tools>",
+    "DeepSeek":
+        "<\uff5cUser\uff5c> <\uff5cbegin\u2581of\u2581sentence\uff5c> "
+        "<\uff5ctool\u2581calls\u2581end\uff5c> <|EOT|>",
+    "GLM":
+        "[gMASK] [sMASK] <sop> <eop> <|user|> <|observation|> <arg_key> "
+        "<|begin_of_image|>",
+    "Cohere":
+        "<BOS_TOKEN> <EOS_TOKEN> <|START_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <UNK> "
+        "<MASK_TOKEN>",
+    "InternLM, Baichuan":
+        "<eoh> <eoa> <eosys> [UNUSED_TOKEN_145] <reserved_106> <TOKENS_UNUSED_0>",
+    "MiniCPM, MiniMax":
+        "<\u7528\u6237> <AI> ]~b] ]~!b[ [e~[ ]<]image[>[",
+    "EXAONE, Granite":
+        "[|system|] [|endofturn|] <|start_of_role|> <filename> <reponame> <gh_stars> "
+        "<jupyter_code>",
+    "Seed, Kimi, Ling":
+        "<seed:bos> <[BOS_never_used_51bce0c785ca2f68081bfa7d91973934]> [BOS] [EOT] "
+        "<|im_middle|> <role> </role>",
+    "vision":
+        "<end_of_utterance> <image> <fake_token_around_image> <global-img> "
+        "<row_1_col_2> <video> <|image_pad|> <box>",
 }  # fmt: skip
 TOKENS = ["<|im_end|>", "<|im_start|>system", "<|eot_id|>", "<|endoftext|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>",
           "<</SYS>>", "<start_of_turn>", "<end_of_turn>", "<\0|im_end|>", "<\U000e0041|im_end|>",
@@ -207,7 +228,11 @@ def test_a_request_that_gives_orders_is_not_obeyed_either(server, asking):
 
 def template_free(text):
     """Whether a text has none of the special tokens that these tests know."""
-    return not any(token in text for tokens in (*FAMILIES.values(), " ".join(TOKENS)) for token in tokens.split())
+    return not any(
+        token in text
+        for tokens in (*FAMILIES.values(), " ".join(TOKENS))
+        for token in tokens.split()
+    )
 
 
 @pytest.mark.parametrize("token", [*TOKENS, "<|channel|>", "<|begin_of_text|>", "< |im_end|>"])
@@ -228,12 +253,18 @@ def test_no_special_token_of_a_known_family_is_left_in_a_text(family):
         assert cleaned != f"a{text}b"
 
 
-@pytest.mark.parametrize("text", ["", "a < b | c > d", "<b>bold</b>", "[1] [INSTALL]", "tab\tand\nline", "👩‍👩‍👧 שלום é",
-                                  "x <s y", "if a<start or a>end_of_turn: pass", "{}", "100%", "<p>one</p><br/>", "<h1>A</h1>",
-                                  '<a href="x_1">y</a>', "<ul><li>z</li></ul>", "vector<int> List<String> f<T>(x)",
-                                  "#include <iostream> <stdio.h>", "std::map<std::string, int>", "x[0] y[i] z[max_len]",
-                                  "[TODO] [a] [^1] [x](y) [[1, 2], [3]]", "<https://example.org/a_b> <me@x.org>", "a <- b <= c",
-                                  "x < y_1 > z", "<3 <1> 2<3>1", "- [x] done", "[A_1, B]"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "a < b | c > d", "<b>bold</b>", "[1] [INSTALL]", "tab\tand\nline", "👩‍👩‍👧 שלום é",
+        "x <s y", "if a<start or a>end_of_turn: pass", "{}", "100%", "<p>one</p><br/>",
+        "<h1>A</h1>", '<a href="x_1">y</a>', "<ul><li>z</li></ul>",
+        "vector<int> List<String> f<T>(x)", "#include <iostream> <stdio.h>",
+        "std::map<std::string, int>", "x[0] y[i] z[max_len]",
+        "[TODO] [a] [^1] [x](y) [[1, 2], [3]]", "<https://example.org/a_b> <me@x.org>",
+        "a <- b <= c", "x < y_1 > z", "<3 <1> 2<3>1", "- [x] done", "[A_1, B]",
+    ],
+)  # fmt: skip
 def test_harmless_text_is_sent_as_it_is(text):
     assert clean(text, 1000) == text
 

@@ -604,14 +604,20 @@ def test_a_replay_with_another_seed_stops_with_one_line_that_names_the_cache(rec
 
 @pytest.mark.parametrize("page", [0, 1, 3, -1])
 @pytest.mark.parametrize("how", ["live", "live --dry-run", "replay"])
-def test_a_run_with_a_damaged_cache_ends_in_one_line_and_leaves_it_alone(recorded, server, how, page, capsys, tmp_path):
+def test_a_run_with_a_damaged_cache_ends_in_one_line_and_leaves_it_alone(
+    recorded, server, how, page, capsys, tmp_path
+):
     cache = recorded("scored")
     content = bytearray(cache.read_bytes())
     at = page % (len(content) // 4096) * 4096
     content[at : at + 4096] = b"\xa5" * 4096
     cache.write_bytes(content)
     server.control()
-    arguments = [*TINY, "--oracle", f"replay:{cache}"] if how == "replay" else judged(server, "--judge-cache", cache)
+    arguments = (
+        [*TINY, "--oracle", f"replay:{cache}"]
+        if how == "replay"
+        else judged(server, "--judge-cache", cache)
+    )
     line = refused(capsys, *arguments, *how.split()[1:], "--out", tmp_path / "run")
     assert f"{cache} cannot be used as a cache of judgments" in line
     assert cache.read_bytes() == content
@@ -807,9 +813,18 @@ def test_a_folder_that_holds_something_else_is_left_alone(server, capsys, tmp_pa
     ("status", "parts"),
     [
         ([401, "Incorrect key", "invalid_api_key", ""], ("Incorrect key", "check OPENAI_API_KEY")),
-        ([404, "No such model", "model_not_found", ""], ("No such model", "check the model's name and the URL")),
-        ([302, "Moved", None, "location: ROOT/elsewhere\r\n"], ("redirects to ROOT/elsewhere (", "give its URL")),
-        ([307, "Moved", None, "location: ROOT/elsewhere\r\n"], ("redirects to ROOT/elsewhere (", "give its URL")),
+        (
+            [404, "No such model", "model_not_found", ""],
+            ("No such model", "check the model's name and the URL"),
+        ),
+        (
+            [302, "Moved", None, "location: ROOT/elsewhere\r\n"],
+            ("redirects to ROOT/elsewhere (", "give its URL"),
+        ),
+        (
+            [307, "Moved", None, "location: ROOT/elsewhere\r\n"],
+            ("redirects to ROOT/elsewhere (", "give its URL"),
+        ),
     ],
 )
 def test_a_refusal_of_the_server_is_one_line_and_exit_code_2_and_the_run_goes_on_when_it_is_mended(
@@ -834,8 +849,16 @@ KEYED = {  # how the server behaves, further arguments, the exit code
     "a wrong key": ({"status": [401, "Incorrect key", "invalid_api_key", ""]}, "", 2),
     "too many faults": ({"faults": ["not-json"], "mode": "always"}, "", 1),
     "as JSON may escape it": ({"spelling": "solidus"}, "--teacher openai:local-judge", 0),
-    "a wrong key, escaped": ({"spelling": "unicode", "status": [401, "Incorrect key", "invalid_api_key", ""]}, "", 2),
-    "faults, escaped": ({"spelling": "unicode", "faults": ["two-answers"], "mode": "always"}, "", 1),
+    "a wrong key, escaped": (
+        {"spelling": "unicode", "status": [401, "Incorrect key", "invalid_api_key", ""]},
+        "",
+        2,
+    ),
+    "faults, escaped": (
+        {"spelling": "unicode", "faults": ["two-answers"], "mode": "always"},
+        "",
+        1,
+    ),
     "its model": ({"models": [200, '{"data": [{"id": "KEY"}]}', ""]}, "", 2),
     "its models": ({"models": [200, '{"data": [{"id": "a"}, {"id": "of KEY"}]}', ""]}, "", 2),
 }
@@ -850,9 +873,13 @@ def test_the_key_is_in_no_file_and_in_nothing_said_even_if_the_server_repeats_it
     assert KEY not in unescaped(said.out + said.err)
     files = everything_in(tmp_path)
     assert bool(files) == ("models" not in behaviour)
-    assert [path for path, content in files.items() if KEY in unescaped(content.decode("latin-1"))] == []
+    assert [
+        path for path, content in files.items() if KEY in unescaped(content.decode("latin-1"))
+    ] == []
 
 
 def unescaped(text):
     """A text without the escapes of JSON within JSON, however deep."""
-    return re.sub(r"\\+u00([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text).replace("\\", "")
+    return re.sub(r"\\+u00([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text).replace(
+        "\\", ""
+    )
