@@ -121,7 +121,8 @@ TEACHER = "Answer the user's request, well and briefly: in one or two plain sent
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\U000e0000-\U000e007f]")  # with the invisible "tag" characters
 PLAIN = """s d bos eos pad unk mask cls sep sop eop eot eom eod eoh eoa eosys blank box bot ent
 ground grounding human img image imgpad audio video sound obj object phrase point poly role
-system user assistant think thinking tool tools reponame filename"""  # special tokens named by a plain word
+system user assistant think thinking
+tool tools reponame filename"""  # special tokens named by a plain word
 BRACKETED = (
     "INST SYS IMG CLS SEP PAD UNK BOS EOS EOT THINK ARGS AUDIO PREFIX MIDDLE SUFFIX TRANSCRIBE"
 )

@@ -63,10 +63,9 @@ class Judge:
                          "logprobs": True, "refuses": [], "gullible": False, "echo": False, "status": None, "filters": None,
                          "idempotent": True, "first_bias": 0.0, "drip": 6.0, "spelling": "plain",
                          "models": [200,
-                                    '{"data": [{"id": "local-judge", "object": "model"}]}', ""]}  # fmt: skip
-        self.listings = self.strays = self.requests = self.turn = self.flying = self.peak = (
-            self.outlasted
-        ) = 0
+                                    '{"data": [{"id": "local-judge"}]}', ""]}  # fmt: skip
+        self.requests = self.turn = self.flying = self.peak = self.outlasted = 0
+        self.listings = self.strays = 0
         self.paid: dict[str, int] = {}  # complete replies charged, by question
         self.answered: dict[str, int] = {}  # replies sent to the end, by question, free of faults
         self.tokens, self.kept, self.met = [0, 0], {}, {}

@@ -135,7 +135,7 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("judge.py", "if self.spent() + row[\"bound\"] > limit:", "if self.spent() > limit:"),
     ("judge.py", "return \"busy\"", "pass"),
     ("judge.py", "self._spend(columns[\"dollars\"] - bound)", "self._spend(columns[\"dollars\"])"),
-    ("judge.py", "WHERE run = ?\", (self.run,)).fetchone()\n        return max", "\").fetchone()\n        return max"),
+    ("judge.py", "FROM spending WHERE run = ?\", (self.run,)", "FROM spending\""),
     ("judge.py", "result = self._hidden(result)", "pass"),
     ("judge.py", "range(0, len(keys), 500)", "range(0, min(len(keys), 500), 500)"),
     ("judge.py", "\"follow_redirects\": False", "\"follow_redirects\": True"),
