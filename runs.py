@@ -296,14 +296,11 @@ def join_team(device: str, threads: int) -> str:
     return device
 
 
-def leave_team(together: bool) -> None:
-    """Close what `join_team` opened, first waiting for the others if they come here too; one that
-    broke off cannot wait. A group's threads end with the last reference to it. One that outlived the
-    interpreter would abort the process when it let go of a tensor."""
+def leave_team() -> None:
+    """Close what `join_team` opened. A group's threads end with the last reference to it; one that
+    outlived the interpreter would abort the process when it let go of a tensor."""
     if not dist.is_initialized():
         return
-    if together:
-        dist.barrier()
     gc.collect()  # modules and their hooks, which refer to each other
     for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
         getattr(mesh, "_pg_registry", {}).clear()  # DTensor's caches keep the mesh for good

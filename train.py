@@ -1957,13 +1957,13 @@ def main(argv: list[str] | None = None) -> int:
                 PRESETS[preset][1](config)
             except dno.NotFinite as error:
                 raise Stopped(f"{error}; a smaller --lr may help") from error
+            if dist.is_initialized():
+                dist.barrier()  # the work of all is done, or those who wait here hear of it
 
-    code = 1  # of an error that is not foreseen
     try:
-        code = guarded("train.py", work)
+        return guarded("train.py", work)
     finally:
-        leave_team(together=code == 0)
-    return code
+        leave_team()
 
 
 if __name__ == "__main__":
