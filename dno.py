@@ -31,6 +31,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,14 +43,30 @@ from torch import Tensor
 
 TOLERANCE = 1e-6  # on sums that must be 1; float32 rows of a few thousand entries stay well inside it
 NASH_TOLERANCE = 1e-8  # the duality gap that a policy returned as Nash may have
+SOLVE_TOLERANCE = 1e-10  # relative residual of linear equations; elimination leaves below 1e-14
+FLOAT32 = torch.finfo(torch.float32)
 
 # --- Section 2: preferences, win rates, Nash --------------------------------------------------------------------------------
+
+
+def real_tensor(value: Any, name: str) -> Tensor:
+    """value as a tensor of real numbers. A tensor stays as it is. What else torch.as_tensor takes
+    is converted, Python numbers to float64. ValueError naming what is neither, or is complex."""
+    kind, expected = type(value).__name__, "expected a tensor of real numbers"
+    try:
+        table = torch.as_tensor(value, dtype=None if hasattr(value, "dtype") else torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        hint = "pass its .P" if hasattr(value, "P") else "pass a tensor, or rows of equal length"
+        raise ValueError(f"{name} is of type {kind}; {expected}: {hint}") from error
+    if table.is_complex():
+        raise ValueError(f"{name} is {table.dtype}; {expected}: pass its real part, {name}.real")
+    return table
 
 
 def check_preferences(P: Tensor) -> Tensor:
     """Return P [X, Y, Y] if it is a preference function (section 2.2): entries in [0, 1] and P + P^T = 1, so that the
     diagonal is 1/2. Raises ValueError naming the first entry (x, y, y') that breaks this, and its value."""
-    P = torch.as_tensor(P)
+    P = real_tensor(P, "P")
     if P.ndim != 3 or P.shape[1] != P.shape[2] or P.numel() == 0 or not P.is_floating_point():
         raise ValueError(f"P is {P.dtype} of shape {list(P.shape)}; expected floating point of shape [X, Y, Y]")
     low, high = P.aminmax()
@@ -65,6 +82,7 @@ def check_preferences(P: Tensor) -> Tensor:
 
 def check_policy(pi: Tensor, shape: torch.Size, name: str = "pi") -> Tensor:
     """Return pi if it has the given shape and its rows are distributions; ValueError naming the first row that is not."""
+    pi = real_tensor(pi, name)
     if pi.shape != shape:
         raise ValueError(f"{name} has shape {list(pi.shape)}; expected {list(shape)}")
     bad = ~((pi >= 0).all(-1) & ((pi.sum(-1) - 1).abs() <= TOLERANCE))
@@ -75,10 +93,21 @@ def check_policy(pi: Tensor, shape: torch.Size, name: str = "pi") -> Tensor:
 
 
 def check_positive(**values: float) -> None:
-    """Raise ValueError naming the first value that is not a finite number above 0."""
+    """Raise ValueError naming the first value that is not a finite number above 0. Nor may its
+    inverse overflow or vanish in float32: from an infinite r / eta come policies of NaN."""
     for name, value in values.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} is {value}; expected a finite number above 0")
+        if not (isinstance(value, Real) and FLOAT32.tiny <= value <= 1 / FLOAT32.tiny):
+            bounds = f"{FLOAT32.tiny:.1e} to {1 / FLOAT32.tiny:.1e}"
+            expected = f"expected a finite number above 0, from {bounds}"
+            raise ValueError(f"{name} is {value!r}; {expected}")
+
+
+def check_whole(least: int, **values: int) -> None:
+    """Raise ValueError naming the first value that is not a whole number of at least `least`."""
+    for name, value in values.items():
+        if not (isinstance(value, Integral) and value >= least):
+            expected = f"expected a whole number of at least {least}"
+            raise ValueError(f"{name} is {value!r}; {expected}")
 
 
 def prompt_mean(values: Tensor, rho: Tensor | None = None) -> Tensor:
@@ -103,7 +132,7 @@ def expected_win_rate(P: Tensor, pi: Tensor) -> Tensor:
 def win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, rho: Tensor | None = None) -> float:
     """P(pi > pi') = E_{x~rho, y~pi, y'~pi'} P(y > y' | x), in [0, 1] (section 2). ValueError on a bad argument."""
     r = expected_win_rate(P, pi_prime)
-    return float(prompt_mean((check_policy(pi, P.shape[:2]) * r).sum(-1), rho))
+    return float(prompt_mean((check_policy(pi, r.shape) * r).sum(-1), rho))
 
 
 def gap_of_rewards(r: Tensor, rho: Tensor | None = None) -> Tensor:
@@ -152,6 +181,23 @@ def cross_entropy(z: Tensor, margin: Tensor) -> Tensor:
     return -z * F.logsigmoid(margin) - (1 - z) * F.logsigmoid(-margin)
 
 
+def solve_linear(A: Tensor, b: Tensor) -> Tensor:
+    """The x [X, Y] of A x = b for every A [X, Y, Y] and b [X, Y], float64. By numpy, one matrix
+    after another: torch's solver of several hangs or errs on some CPUs that run several threads.
+    RuntimeError unless |A x - b| is small beside |A| |x| + |b|, by largest entry (A: row sum)."""
+    try:
+        found = np.linalg.solve(A.cpu().numpy(), b.cpu().numpy()[..., None])
+    except np.linalg.LinAlgError as error:
+        raise RuntimeError("linear equations are singular; expected one solution") from error
+    x = torch.from_numpy(found).to(A)
+    size = A.abs().sum(-1).amax(-1) * x.abs().amax((-2, -1)) + b.abs().amax(-1)
+    residual = (A @ x - b.unsqueeze(-1)).abs().amax((-2, -1)) / size.clamp(min=FLOAT32.tiny)
+    if not residual.max() <= SOLVE_TOLERANCE:  # so, too, if there is a NaN
+        expected = f"expected at most {SOLVE_TOLERANCE:.0e}"
+        raise RuntimeError(f"linear equations left a residual of {residual.max():.1e}; {expected}")
+    return x.squeeze(-1)
+
+
 def newton(residual: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], u: Tensor, tolerance: float) -> Tensor:
     """A root of residual, each row of [X, Y] by itself: Newton's method from u, halving a step until it does not lengthen the
     residual, which reaches a root from anywhere if jacobian(u) [X, Y, Y] is nowhere singular. RuntimeError without success."""
@@ -159,7 +205,7 @@ def newton(residual: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Te
     for _ in range(200):
         if f.abs().max() <= tolerance:
             return u
-        step, size = torch.linalg.solve(jacobian(u), f), torch.ones_like(u[:, :1])
+        step, size = solve_linear(jacobian(u), f), torch.ones_like(u[:, :1])
         while (longer := (new := residual(u - size * step)).norm(dim=-1, keepdim=True) > f.norm(dim=-1, keepdim=True)).any():
             size = torch.where(longer, size / 2, size)
         u, f = u - size * step, new
@@ -193,14 +239,15 @@ def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
 def pair_weights(like: Tensor, mu1: Tensor | None, mu2: Tensor | None) -> Tensor:
     """mu1(y) mu2(y'), [X, Y, Y], for tables of the shape of like [X, Y], uniform when None. ValueError on a bad table."""
     uniform = torch.full_like(like, 1 / like.shape[1])
-    mu1, mu2 = (uniform if mu is None else check_policy(mu, like.shape, "mu") for mu in (mu1, mu2))
+    mus = (uniform if mu is None else check_policy(mu, like.shape, "mu") for mu in (mu1, mu2))
+    mu1, mu2 = (mu.to(like) for mu in mus)
     return mu1.unsqueeze(-1) * mu2.unsqueeze(-2)
 
 
 def bradley_terry_fit(P: Tensor, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
     """Eq. (1) on infinitely many comparisons of y1 ~ mu1, y2 ~ mu2 (each [X, Y], uniform when None) labelled by P: the reward
     argmax_r E log sigma(r(y+) - r(y-)), [X, Y], of mean 0. ValueError on a bad P, or if no finite unique reward exists."""
-    P = check_preferences(P)
+    P = check_preferences(P).double()
     return fit_scores(P, pair_weights(P[..., 0], mu1, mu2))
 
 
@@ -243,8 +290,10 @@ def concentrability(pi_star: Tensor, pi: Tensor, mu1: Tensor, mu2: Tensor, rho: 
     """C_t of Theorem 1: E_x E_{y1~pi_star, y2~pi}[(d(y1) - d(y2))^2] over the same under y1 ~ mu1, y2 ~ mu2, where
     d = log(pi_star / pi); all [X, Y], pi_star and pi of full support. By how much pairs of mu1, mu2 show less of the difference
     between pi_star and pi than pairs of these two would. NaN if pi_star = pi (0/0); ValueError where d is undefined."""
-    for name, table in {"pi_star": pi_star, "pi": pi, "mu1": mu1, "mu2": mu2}.items():
-        check_policy(table, pi_star.shape, name)
+    pi_star = real_tensor(pi_star, "pi_star")
+    named = {"pi_star": pi_star, "pi": pi, "mu1": mu1, "mu2": mu2}.items()
+    tables = (check_policy(table, pi_star.shape, name) for name, table in named)
+    pi_star, pi, mu1, mu2 = (table.to(pi_star) for table in tables)
     if not ((pi_star > 0) & (pi > 0)).all():
         raise ValueError("pi_star or pi has an entry 0; expected full support, or log(pi_star / pi) is undefined")
     d = (pi_star / pi).log()
@@ -291,7 +340,8 @@ class Regression:
     mu2: str | Tensor = "on-policy"
 
     def __post_init__(self) -> None:
-        check_positive(steps=self.steps, pairs=self.pairs, learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
+        check_whole(1, steps=self.steps, pairs=self.pairs)
+        check_positive(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
         for mu in (self.mu1, self.mu2):
             if isinstance(mu, str) and mu not in MU:
                 raise ValueError(f"mu is {mu!r}; expected one of {', '.join(MU)}, or a table [X, Y]")
@@ -328,9 +378,8 @@ def adam(policy: Policy | SampledPolicy, momentum: float = 0.9) -> torch.optim.A
 def draw_tuples(rho: Tensor | None, mu1: Tensor, mu2: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """D_t: n tuples x ~ rho, y1 ~ mu1(.|x), y2 ~ mu2(.|x), each [n] int64, drawn on the CPU, where the generator lives."""
     X, Y = mu1.shape
-    if rho is not None:
-        check_policy(rho, mu1.shape[:1], "rho")
-    x = torch.multinomial(torch.ones(X) if rho is None else rho.cpu(), n, replacement=True, generator=generator)
+    rho = torch.ones(X) if rho is None else check_policy(rho, mu1.shape[:1], "rho").cpu()
+    x = torch.multinomial(rho, n, replacement=True, generator=generator)
 
     def draw(mu: Tensor) -> Tensor:  # the rows' distribution functions laid end to end, inverted by one binary search
         cdf = mu.cpu().double().cumsum(-1)
@@ -343,8 +392,9 @@ def draw_tuples(rho: Tensor | None, mu1: Tensor, mu2: Tensor, n: int, generator:
 
 def _mus(settings: Regression, pi_t: Tensor, pi_star: Tensor) -> tuple[Tensor, ...]:
     """The tables mu_{1,t}, mu_{2,t}."""
-    chosen = (MU[mu](pi_t, pi_star) if isinstance(mu, str) else mu.to(pi_t) for mu in (settings.mu1, settings.mu2))
-    return tuple(check_policy(mu, pi_t.shape, "mu") for mu in chosen)
+    mus = (settings.mu1, settings.mu2)
+    tables = (MU[mu](pi_t, pi_star) if isinstance(mu, str) else mu for mu in mus)
+    return tuple(check_policy(mu, pi_t.shape, "mu").to(pi_t) for mu in tables)
 
 
 def regress(policy: Policy, log_reference: Tensor, r_t: Tensor, D_t: tuple[Tensor, ...], eta: float,
@@ -378,7 +428,8 @@ def algorithm1(policy: Policy, P: Tensor, eta: float, iterations: int, *, rho: T
     policy: trained in place; pi_1 is the policy as it comes, which the paper wants uniform, as new ones of model.py are.
     P: [X, Y, Y]. optimizer: `adam(policy)` when None. generator: draws D_t; seed 0 when None. after: the iteration to go on
     from, with policy, optimizer and generator in the states they had then. ValueError on a bad P, rho, mu, eta or T."""
-    check_positive(eta=eta, iterations=iterations)
+    check_positive(eta=eta)
+    check_whole(1, iterations=iterations)
     optimizer, generator = optimizer or adam(policy), generator or torch.Generator().manual_seed(0)
     log_pi_t = log_table(policy)  # Alg. 1, line 1: pi_1 <- uniform
     log_pi_ref = after.log_pi_ref if after else log_pi_t
@@ -448,14 +499,18 @@ class Practice:
     trained: int | None = None  # of the soft-target regression: at most so many samples are trained on, all K are opponents
 
     def __post_init__(self) -> None:
-        for name in ("samples", "prompts_per_step", "temperature", "top_p", "learning_rate", "max_grad_norm"):
-            check_positive(**{name: getattr(self, name)})
+        check_whole(1, samples=self.samples, prompts_per_step=self.prompts_per_step)
+        check_whole(0, ngram=self.ngram, replay_iterations=self.replay_iterations)
+        if self.at_once is not None:
+            check_whole(1, at_once=self.at_once)
+        if self.trained is not None:
+            check_whole(2, trained=self.trained)
+        check_positive(temperature=self.temperature, top_p=self.top_p)
+        check_positive(learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
         if self.judgments not in ("outcomes", "probabilities", "scores"):
             raise ValueError(f"judgments is {self.judgments!r}; expected outcomes, probabilities or scores")
         if self.top_p > 1 or not 0 <= self.replay <= 1 or not 0 <= self.fall <= 1:
             raise ValueError(f"top_p {self.top_p}, replay {self.replay}, fall {self.fall}: expected shares of at most 1")
-        if self.replay_iterations < 0 or (self.trained is not None and self.trained < 2):
-            raise ValueError(f"replay_iterations {self.replay_iterations}, trained {self.trained}: expected at least 0, 2")
 
     def rate(self, t: int, iterations: int) -> float:
         """The learning rate at the start of iteration t of 1..T."""
@@ -482,7 +537,10 @@ def judge_groups(oracle: Any, groups: Groups) -> Tensor:
     prompts = [x for x in groups.prompts for _ in i]
     a, b = ([ys[m] for ys in groups.responses for m in which] for which in (i, j))
     wins = torch.full((X, n, n), 0.5, dtype=torch.float64)
-    answers = oracle.prefer(prompts, a, b).detach().to(wins)
+    if not hasattr(oracle, "prefer"):
+        kind, hint = type(oracle).__name__, "of a table P, pass oracle.PreferenceTable(P)"
+        raise ValueError(f"the oracle is of type {kind}; expected a method prefer: {hint}")
+    answers = real_tensor(oracle.prefer(prompts, a, b), "the answer").detach().to(wins)
     given = answers[~answers.isnan()]
     if not ((given >= 0) & (given <= 1)).all():
         raise ValueError(f"the oracle answered {given.min():.6g} to {given.max():.6g}; expected probabilities in [0, 1]")
@@ -769,7 +827,8 @@ def algorithm2(policy: SampledPolicy, oracle: Any, data: Data, eta: float, itera
     policy: trained in place; pi_1 is the policy as it comes. oracle: has prefer(prompts, a, b). eta: the paper's eta~. rule: of
     line 6, such as `large_margin_pairs` with its margin. validate(): score of the policy as it is, higher is better. words(y):
     what n-grams are made of. remember: keeps what was sampled and judged. ValueError on a bad number."""
-    check_positive(eta=eta, iterations=iterations)
+    check_positive(eta=eta)
+    check_whole(1, iterations=iterations)
     optimizer = optimizer or adam(policy)
     best, earlier = (after.best, after.earlier) if after else (validated(policy, 1, validate), [])  # Alg. 2, line 1
     for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 2, line 2
@@ -793,6 +852,8 @@ def algorithm2(policy: SampledPolicy, oracle: Any, data: Data, eta: float, itera
 
 def geometric_mixture(log_pi: Tensor, log_pi_ref: Tensor, tau: float, eta: float) -> Tensor:
     """log of pi^(1 - tau/eta) pi_ref^(tau/eta), unnormalised: log_softmax makes it Eq. (7)'s pi^tau. At tau = 0, log_pi."""
+    if tau == eta:  # whatever pi: where it is 0, its logarithm times 0 would be NaN
+        return log_pi_ref
     return log_pi if tau == 0 else (1 - tau / eta) * log_pi + (tau / eta) * log_pi_ref
 
 
@@ -800,7 +861,10 @@ def regularized_win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, pi_ref: Tensor
                          rho: Tensor | None = None) -> float:  # fmt: skip
     """P_tau(pi > pi') = P(pi > pi') - tau E_x KL(pi || pi_ref) + tau E_x KL(pi' || pi_ref): Eq. (6), that is the expectation
     of Eq. (5). ValueError on a bad table."""
-    log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").log()
+    P = check_preferences(P).double()
+    named = {"pi": pi, "pi_prime": pi_prime, "pi_ref": pi_ref}.items()
+    pi, pi_prime, pi_ref = (check_policy(table, P.shape[:2], name).to(P) for name, table in named)
+    log_ref = pi_ref.log()
     costs = kl_divergence(pi_prime.log(), log_ref) - kl_divergence(pi.log(), log_ref)
     return win_rate(P, pi, pi_prime, rho) + tau * float(prompt_mean(costs, rho))
 
@@ -812,7 +876,9 @@ def regularized_gap(P: Tensor, pi: Tensor, pi_ref: Tensor, tau: float, rho: Tens
     if tau == 0:
         return duality_gap(P, pi, rho)
     check_positive(tau=tau)
-    log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").log()
+    P = check_preferences(P).double()
+    pi = check_policy(pi, P.shape[:2]).to(P)
+    log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").to(P).log()
     best = (log_ref + expected_win_rate(P, pi) / tau).logsumexp(-1)
     return float(prompt_mean((2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1).clamp(min=0), rho))
 
@@ -823,9 +889,9 @@ def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
     Newton's method on F(u) = u - log pi_ref - P softmax(u)/tau. The Jacobian I - A M/tau, with A = P - 1/2
     skew-symmetric and M the covariance of softmax(u), is never singular: A M has imaginary eigenvalues only, M being positive
     semidefinite. Raises ValueError on a bad table, a pi_ref without full support or tau <= 0, RuntimeError without success."""
-    P = check_preferences(P)
+    P = check_preferences(P).double()
     check_positive(tau=tau)
-    log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").log()
+    log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").to(P).log()
     if not log_ref.isfinite().all():
         raise ValueError("pi_ref has an entry 0; expected full support")
     A, eye = P - 0.5, torch.eye(P.shape[1]).to(P)
@@ -849,8 +915,7 @@ def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: floa
     mixture pi_t^tau (option "II": last iterate). Ours, not the paper's: every `move_reference_every` iterations (0: never) the
     reference becomes pi_{t+1}, so that the last iterate heads for the Nash policy of P itself (MPO, COMAL; with option II only
     if tau/eta < 1/2 and rounds are long). ValueError also unless 0 <= tau <= eta and option is I or II."""
-    check_positive(eta=eta, iterations=iterations)
-    check_regularization(tau, eta)
+    check_loop(eta, iterations, tau, move_reference_every)
     check_option(option)
     optimizer, generator = optimizer or adam(policy), generator or torch.Generator().manual_seed(0)
     log_pi_t = log_table(policy)  # Alg. 3, line 1: pi_1 <- uniform
@@ -890,8 +955,7 @@ def algorithm4(policy: SampledPolicy, oracle: Any, data: Data, eta: float, itera
     else changes: samples are of pi_t (option "I") or of the mixture of pi_t and pi_ref (option "II"), for which the policy
     has a method mixed_with(pi_ref, weight); the paper suggests to mix token by token, another policy than pi_t^tau.
     Every `move_reference_every` iterations (0: never) the reference becomes pi_{t+1}. ValueError on a bad tau or option too."""
-    check_positive(eta=eta, iterations=iterations)
-    check_regularization(tau, eta)
+    check_loop(eta, iterations, tau, move_reference_every)
     check_option(option)
     optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)
     best, earlier = (after.best, after.earlier) if after else (validated(policy, 1, validate), [])  # Alg. 4, line 1
@@ -925,8 +989,7 @@ def algorithm3_sampled(policy: SampledPolicy, oracle: Any, data: Data, eta: floa
     Eq. (8). r_t is estimated, without bias, from the K samples of the prompt itself: each one's opponents are the other
     K - 1 (among them the other of its pair, so that differences of r_t are K/(K - 1) times as large on average). P itself is
     averaged, whatever settings.judgments says. There is no teacher, no ranking and no filter."""
-    check_positive(eta=eta, iterations=iterations)
-    check_regularization(tau, eta)
+    check_loop(eta, iterations, tau, move_reference_every)
     optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)
     best = after.best if after else validated(policy, 1, validate)  # Alg. 3, line 1
     for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 3, line 2
@@ -946,6 +1009,14 @@ def algorithm3_sampled(policy: SampledPolicy, oracle: Any, data: Data, eta: floa
     return best
 
 
+def check_loop(eta: float, iterations: int, tau: float, move_reference_every: int) -> None:
+    """Raise ValueError naming the first of these numbers that is out of its range."""
+    check_positive(eta=eta)
+    check_whole(1, iterations=iterations)
+    check_regularization(tau, eta)
+    check_whole(0, move_reference_every=move_reference_every)
+
+
 def check_option(option: str) -> None:
     """Raise ValueError unless option is "I" or "II"."""
     if option not in ("I", "II"):
@@ -954,8 +1025,8 @@ def check_option(option: str) -> None:
 
 def check_regularization(tau: float, eta: float) -> None:
     """Raise ValueError unless 0 <= tau <= eta, so that tau/eta is a mixture weight."""
-    if not 0 <= tau <= eta:
-        raise ValueError(f"tau is {tau} and eta {eta}; expected 0 <= tau <= eta")
+    if not (isinstance(tau, Real) and 0 <= tau <= eta):
+        raise ValueError(f"tau is {tau!r} and eta {eta}; expected 0 <= tau <= eta")
 
 
 # --- The same games with exact updates, by Eq. (9) and by its relatives -----------------------------------------------------
@@ -1022,11 +1093,11 @@ def solve(P: Tensor, method: str = "dno", eta: float = 1.0, iterations: int = 10
     "dno-regression". ValueError on an unknown method, a bad table or a bad number."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    check_positive(eta=eta, iterations=iterations)
-    check_regularization(tau, eta)
+    check_loop(eta, iterations, tau, move_reference_every or 0)
     P = check_preferences(P)
-    pi_ref = torch.full_like(P[..., 0], 1 / P.shape[1]) if pi_ref is None else check_policy(pi_ref, P.shape[:2], "pi_ref")
-    pi = pi_ref if pi_1 is None else check_policy(pi_1, P.shape[:2], "pi_1")
+    uniform = torch.full_like(P[..., 0], 1 / P.shape[1])
+    pi_ref = uniform if pi_ref is None else check_policy(pi_ref, P.shape[:2], "pi_ref").to(P)
+    pi = pi_ref if pi_1 is None else check_policy(pi_1, P.shape[:2], "pi_1").to(P)
     every = move_reference_every or (6 if method == "moving-reference" else iterations + 1)
     log_pi, log_ref = pi.log(), pi_ref.log()
     policies, rewards = (P.new_empty(iterations + 1, *pi.shape) for _ in range(2))

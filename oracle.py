@@ -33,7 +33,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from dno import check_preferences
+from dno import check_preferences, real_tensor
 from judge import OpenAIJudge, OpenAITeacher
 
 __all__ = ["OpenAIJudge", "OpenAITeacher", "Oracle", "PreferenceTable", "RegisterJudge", "TasteJudge", "bradley_terry",
@@ -115,7 +115,7 @@ def rock_paper_scissors(a: float = 0.4, b: float = 0.4, c: float = 0.4) -> Prefe
 
 def bradley_terry(rewards: Tensor) -> PreferenceTable:
     """P(y > y') = sigma(r(y) - r(y')) of rewards [X, Y]: transitive, so its Nash policy is the argmax of the reward."""
-    rewards = rewards.double()
+    rewards = real_tensor(rewards, "rewards").double()
     return PreferenceTable(torch.sigmoid(rewards.unsqueeze(-1) - rewards.unsqueeze(-2)))
 
 
@@ -441,7 +441,11 @@ def length_controlled(wins: np.ndarray, lead: np.ndarray) -> float:
     for _ in range(50):  # Newton's method on a strictly concave function
         p = 1 / (1 + np.exp(-design @ w))
         hessian = (design * (p * (1 - p))[:, None]).T @ design + prior * np.eye(2)
-        w = w + np.linalg.solve(hessian, design.T @ (wins - p) - prior * w)
+        gradient = design.T @ (wins - p) - prior * w
+        w = w + np.linalg.solve(hessian, gradient)
+    if not np.abs(gradient).max() <= 1e-9 * len(wins):
+        size = np.abs(gradient).max()
+        raise RuntimeError(f"Newton's method left a gradient of {size:.1e}; expected about 0")
     return float(1 / (1 + np.exp(-w[0])))
 
 

@@ -14,7 +14,6 @@ import re
 import signal
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
@@ -186,17 +185,33 @@ class Game:
     corners: tuple[str, str, str]
 
 
+def read_tables(path: str) -> dict[str, Tensor]:
+    """The arrays P and rho of an .npz file, float64, as far as it has them. ValueError if it cannot
+    be read or one of them is not of real numbers."""
+    wanted = "expected an .npz file with the array P [X, Y, Y]"
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError(f"one array {list(arrays.shape)} without a name; save it by "
+                             "numpy.savez(FILE, P=...)")  # fmt: skip
+        with arrays:
+            tables = {name: arrays[name] for name in arrays.files if name in ("P", "rho")}
+    except Exception as error:  # numpy's reader lets those of half a dozen libraries through
+        reason = " ".join(str(error).split())
+        raise ValueError(f"game {path}: {reason or type(error).__name__}; {wanted}") from error
+    for name, table in tables.items():
+        if table.dtype.kind not in "fiu":
+            raise ValueError(f"game {path}: {name} is of {table.dtype}; expected real numbers")
+    return {name: torch.from_numpy(table.astype(np.float64)) for name, table in tables.items()}
+
+
 def load_game(config: GameConfig) -> Game:
     """The default game, or the one in config.game. ValueError if the file is not a game, or Y is not V^L."""
     if config.game is None:
         P = style_game(config.num_prompts, config.vocabulary, config.length, config.seed).P
         rho = torch.full((len(P),), 1 / len(P), dtype=torch.float64)
         return Game(P, rho, dno.nash(P), response_styles(config.vocabulary, config.length), ("style 1", "style 2", "style 3"))
-    try:
-        with np.load(config.game, allow_pickle=False) as arrays:
-            tables = {name: torch.from_numpy(arrays[name].astype(np.float64)) for name in arrays.files if name in ("P", "rho")}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"game {config.game}: {error}; expected an .npz file with the array P [X, Y, Y]") from error
+    tables = read_tables(config.game)
     if "P" not in tables:
         raise ValueError(f"game {config.game} has no array P; expected P [X, Y, Y], and optionally rho [X]")
     P = dno.check_preferences(tables["P"])

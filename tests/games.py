@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oracle import PreferenceTable, random_feature_game, random_game
+from oracle import PreferenceTable, random_feature_game, random_game, style_game
 
 EXACT = 1e-12  # float64 identities: a few thousand roundings of 1e-16 each
 LP = 1e-8  # what the linear program promises
@@ -27,6 +27,17 @@ GAMES = [
     for make in (random_game, random_feature_game)
 ]
 games = pytest.mark.parametrize("P", GAMES)
+
+# As large as the default game, for what is solved: there libraries share the work among threads.
+LARGE = [
+    pytest.param(style_game(3, 6, 3, seed=0).P, id="style_game-3x216"),
+    pytest.param(random_feature_game(2, 160, seed=1).P, id="random_feature_game-2x160"),
+]
+
+
+def games_of_all_sizes(test):
+    """Try the test on all games, the large ones too, with one thread and with two."""
+    return pytest.mark.usefixtures("threads")(pytest.mark.parametrize("P", GAMES + LARGE)(test))
 
 # Comparisons a > b 0.1, a > c 0.8, b > c 0.1: the 3x3 game of COMAL (Liu et al. 2024), and the start of its experiments.
 COMAL = PreferenceTable(torch.tensor([[[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]]], dtype=torch.float64)).P

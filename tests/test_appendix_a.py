@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from games import EXACT, games, random_policy, random_rho
+from games import EXACT, games, games_of_all_sizes, random_policy, random_rho
 
 import dno
 from model import Config, TabularPolicy, Transformer, TransformerPolicy, chain
@@ -12,7 +12,7 @@ TAUS = (0.02, 0.1, 0.5, 3.0)
 
 
 @pytest.mark.parametrize("tau", TAUS)
-@games
+@games_of_all_sizes
 def test_C22_the_nash_of_the_regularised_game_is_its_fixed_point_and_has_no_gap(P, tau):
     pi_ref = random_policy(*P.shape[:2], 0)
     pi = dno.regularized_nash(P, pi_ref, tau)
@@ -66,6 +66,7 @@ def test_the_mixture_at_tau_1_by_hand_and_at_tau_0_whatever_the_reference():
     assert found[0].tolist() == pytest.approx([2**-1.25, 2**-0.75], abs=EXACT)
     never = torch.tensor([[0.0, -float("inf")]], dtype=torch.float64)
     assert torch.equal(dno.geometric_mixture(half, never, 0.0, 4.0), half)
+    assert torch.equal(dno.geometric_mixture(never, half, 4.0, 4.0), half)  # 0 times log 0 is 0
 
 
 @pytest.mark.parametrize("tau", [-0.5, float("inf"), float("nan")])

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from games import EXACT, LP, games, random_policy, random_rho
+from games import EXACT, LP, games, games_of_all_sizes, random_policy, random_rho
 from scipy.optimize import minimize, nnls
 
 import dno
+from model import TabularPolicy
 from oracle import PreferenceTable, bradley_terry, random_feature_game, random_game, rock_paper_scissors
 
 
@@ -28,7 +29,7 @@ def test_win_rate_is_the_expectation_over_prompts_and_both_responses(P):
     assert dno.win_rate(P, pi, pi_prime, rho) + dno.win_rate(P, pi_prime, pi, rho) == pytest.approx(1, abs=EXACT)
 
 
-@games
+@games_of_all_sizes
 def test_duality_gap_is_best_reply_minus_worst_opponent_and_twice_the_best_reply_less_one(P):
     X, Y, _ = P.shape
     pi, rho = random_policy(X, Y, 3), random_rho(X, 4)
@@ -54,6 +55,9 @@ def test_the_nash_policy_of_a_float32_table_is_found():
     P = random_game(100, 6, seed=0).P.float()
     assert (P.double() + P.double().mT - 1).abs().max() > 1e-9
     assert dno.duality_gap(P.double(), dno.nash(P)) < 2e-7  # twice float32's rounding of a probability
+    pi = random_policy(100, 6, 0)
+    assert torch.equal(dno.regularized_nash(P, pi, 0.1), dno.regularized_nash(P.double(), pi, 0.1))
+    assert torch.equal(dno.bradley_terry_fit(P, pi), dno.bradley_terry_fit(P.double(), pi))
 
 
 @games
@@ -68,7 +72,7 @@ def test_gaps_are_never_negative_and_a_float32_policy_is_good_enough(P):
 # --- C2: the symmetric game ---
 
 
-@games
+@games_of_all_sizes
 def test_C2_the_lp_nash_has_value_one_half_no_gap_and_satisfies_complementary_slackness(P):
     pi = dno.nash(P)
     assert dno.duality_gap(P, pi) < LP
@@ -213,6 +217,31 @@ def test_newtons_method_halves_the_step_of_a_row_until_its_residual_is_no_longer
     assert root.abs().max() < EXACT
 
 
+def test_linear_equations_of_large_matrices_are_solved_whatever_the_threads(threads):
+    """The solution is known. Elimination leaves some 1e-16 of the condition, which is below 10."""
+    generator = torch.Generator().manual_seed(0)
+    for X, Y in ((2, 160), (2, 216), (8, 216), (1, 600)):
+        A, x = (torch.randn(X, *shape, generator=generator).double() for shape in ((Y, Y), (Y,)))
+        A = A + 3 * Y**0.5 * torch.eye(Y)
+        found = dno.solve_linear(A, (A * x.unsqueeze(-2)).sum(-1))
+        assert (found - x).abs().max() < EXACT
+
+
+def test_a_wrong_solution_of_linear_equations_is_an_error(monkeypatch):
+    A, b = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1), torch.ones(2, 3, dtype=torch.float64)
+    assert torch.equal(dno.solve_linear(A, b), b)
+    assert torch.equal(dno.solve_linear(A, 0 * b), 0 * b)
+    with pytest.raises(RuntimeError, match="linear equations are singular"):
+        dno.solve_linear(A - A, b)
+    solve = np.linalg.solve
+    for factor, residual in ((1 + 1e-9, "5.0e-10"), (float("nan"), "nan")):
+        wrong = np.ones((2, 3, 1))
+        wrong[1] = factor  # of one of two systems
+        monkeypatch.setattr(np.linalg, "solve", lambda A, b, wrong=wrong: wrong * solve(A, b))
+        with pytest.raises(RuntimeError, match=f"left a residual of {residual}; expected at most"):
+            dno.solve_linear(A, b)
+
+
 def test_newtons_method_is_done_once_the_residual_is_as_small_as_wanted_and_gives_up_after_200_steps():
     start, one, jacobians = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64), []
 
@@ -268,13 +297,17 @@ def test_C1_the_fit_to_intransitive_data_from_two_policies_minimises_eq_1(seed):
         assert loss(found + 1e-3 * direction) > loss(found) < loss(found - 1e-3 * direction)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_C3_if_the_preference_is_bradley_terry_the_fit_finds_the_reward_and_nash_is_its_argmax(seed):
-    rewards = torch.randn(3, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+@pytest.mark.parametrize(("seed", "Y"), [*((seed, 9) for seed in range(5)), (5, 160), (6, 216)])
+def test_C3_if_the_preference_is_bradley_terry_the_fit_finds_the_reward_and_nash_is_its_argmax(
+    seed, Y, threads
+):
+    rewards = torch.randn(
+        3, Y, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     P = bradley_terry(rewards).P
     assert torch.equal(dno.nash(P).argmax(-1), rewards.argmax(-1))
     assert dno.nash(P).max(-1).values.tolist() == pytest.approx([1.0] * 3, abs=LP)
-    mu1, mu2 = random_policy(3, 9, seed), random_policy(3, 9, seed + 50)
+    mu1, mu2 = random_policy(3, Y, seed), random_policy(3, Y, seed + 50)
     for fit in (dno.bradley_terry_fit(P), dno.bradley_terry_fit(P, mu1, mu2)):
         assert (fit - (rewards - rewards.mean(-1, keepdim=True))).abs().max() < 1e-8  # gradient 1e-14 over curvature 1e-5
 
@@ -367,6 +400,117 @@ def test_the_first_bad_entry_of_P_is_named():
             dno.check_preferences(torch.full(shape, 0.5))
     with pytest.raises(ValueError, match="int64"):
         dno.check_preferences(torch.ones(1, 2, 2, dtype=torch.int64))
+
+
+def line_4(mu):
+    return dno.Regression(steps=2, pairs=8, mu1=mu, mu2=mu)
+
+
+OF_P = {
+    "check_preferences": lambda P, pi, rho: dno.check_preferences(P),
+    "PreferenceTable": lambda P, pi, rho: PreferenceTable(P).P,
+    "nash": lambda P, pi, rho: dno.nash(P),
+}
+OF_P_AND_PI = {
+    "expected_win_rate": lambda P, pi, rho: dno.expected_win_rate(P, pi),
+    "bradley_terry_fit": lambda P, pi, rho: dno.bradley_terry_fit(P, pi, pi),
+    "regularized_nash": lambda P, pi, rho: dno.regularized_nash(P, pi, 0.1),
+}
+OF_ALL = {
+    "win_rate": lambda P, pi, rho: dno.win_rate(P, pi, pi, rho),
+    "duality_gap": dno.duality_gap,
+    "regularized_gap": lambda P, pi, rho: dno.regularized_gap(P, pi, pi, 0.1, rho),
+    "regularized_win_rate": lambda P, pi, rho: dno.regularized_win_rate(P, pi, pi, pi, 0.1, rho),
+    "solve": lambda P, pi, rho: dno.solve(P, "omwu", 0.5, 2, pi, rho=rho).gap_last,
+    "dno-regression": lambda P, pi, rho: dno.solve(
+        P, "dno-regression", 0.5, 2, pi_1=pi, rho=rho, mu1=pi, mu2=pi
+    ).gap_last,
+    "algorithm1": lambda P, pi, rho: next(
+        dno.algorithm1(TabularPolicy(2, 3), P, 0.5, 1, rho=rho, settings=line_4(pi))
+    ).log_pi_next,
+    "algorithm3": lambda P, pi, rho: next(
+        dno.algorithm3(TabularPolicy(2, 3), P, 0.5, 1, 0.1, rho=rho, settings=line_4(pi))
+    ).log_pi_next,
+}
+
+
+def of_tables(functions):
+    """Try a function of P, pi and rho, on a game of two prompts."""
+    return pytest.mark.parametrize("function", functions.values(), ids=functions)
+
+
+def tables():
+    return random_game(2, 3, seed=0).P, random_policy(2, 3, 0), random_rho(2, 0)
+
+
+@of_tables(OF_P | OF_P_AND_PI | OF_ALL)
+@pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist])
+def test_tables_may_be_arrays_or_lists_to_the_same_result(function, convert):
+    found, expected = function(*map(convert, tables())), function(*tables())
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+@of_tables(OF_P | OF_P_AND_PI | OF_ALL)
+def test_what_is_no_table_of_real_numbers_is_refused_by_name(function):
+    P, pi, rho = tables()
+    for bad, message in [
+        (PreferenceTable(P), r"P is of type PreferenceTable; expected a tensor .*: pass its \.P$"),
+        (object(), "P is of type object; expected a tensor of real numbers: pass a tensor, or"),
+        ([[[0.5], [0.5, 0.5]]], "P is of type list; expected .* rows of equal length$"),
+        (P + 0.1j, r"P is torch\.complex128; expected .* real numbers: pass its real part, P"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            function(bad, pi, rho)
+
+
+@of_tables(OF_P_AND_PI | OF_ALL)
+def test_a_complex_policy_is_refused(function):
+    P, pi, rho = tables()
+    with pytest.raises(ValueError, match=r"(pi|pi_ref|pi_1|mu) is torch\.complex128; expected"):
+        function(P, pi + 0.1j, rho)
+
+
+@of_tables(OF_ALL)
+def test_a_complex_prompt_distribution_is_refused(function):
+    P, pi, rho = tables()
+    with pytest.raises(ValueError, match=r"rho is torch\.complex128; expected"):
+        function(P, pi, rho + 0.1j)
+
+
+def test_C_t_takes_lists_and_complex_rewards_make_no_game():
+    pi_star, pi = random_policy(2, 3, 1), random_policy(2, 3, 2)
+    rho = random_rho(2, 0)
+    found = dno.concentrability(*(table.tolist() for table in (pi_star, pi, pi, pi, rho)))
+    assert found == dno.concentrability(pi_star, pi, pi, pi, rho)
+    with pytest.raises(ValueError, match=r"mu2 is torch\.complex128"):
+        dno.concentrability(pi_star, pi, pi, pi + 0.1j)
+    with pytest.raises(ValueError, match=r"rewards is torch\.complex64"):
+        bradley_terry(torch.tensor([[1 + 1j, 0.5]]))
+
+
+@pytest.mark.parametrize("bad", [1e-320, 5e-39, 1e39, "1", None, 1j])
+def test_a_number_that_float32_cannot_invert_or_that_is_none_is_refused(bad):
+    """r / eta would be infinite, and the policy NaN."""
+    (P, pi, _), error = tables(), r"(eta|tau|temperature) is .*; expected a finite number above 0"
+    for function in (
+        lambda: dno.solve(P, eta=bad),
+        lambda: dno.soft_policy_iteration(pi.log(), pi, bad),
+        lambda: dno.regularized_nash(P, pi, bad),
+        lambda: dno.regularized_gap(P, pi, pi, bad),
+        lambda: next(dno.algorithm1(TabularPolicy(2, 3), P, bad, 1)),
+        lambda: next(dno.algorithm3(TabularPolicy(2, 3), P, bad, 1, 0.0)),
+        lambda: dno.Practice(temperature=bad),
+    ):
+        with pytest.raises(ValueError, match=error):
+            function()
+
+
+@pytest.mark.parametrize("eta", [1.2e-38, 8e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_and_the_largest_eta_that_are_accepted_leave_policies(eta, dtype):
+    P = random_game(2, 3, seed=0).P.to(dtype)
+    for method in ("dno", "nash-md", "omwu", "extragradient", "moving-reference"):
+        assert not dno.solve(P, method, eta, 5, tau=eta / 2).policies.isnan().any()
 
 
 def test_the_entry_named_is_the_bad_one_though_sure_preferences_come_before_it():

@@ -251,6 +251,7 @@ def test_bad_input_to_the_loop_is_one_clear_error():
     for arguments, message in [
         ({"eta": 0.0, "iterations": 1}, "eta is 0"),
         ({"eta": 1.0, "iterations": 0}, "iterations is 0"),
+        ({"eta": 1.0, "iterations": 2.5}, "iterations is 2.5; expected a whole number"),
         ({"eta": 1.0, "iterations": 1, "rho": torch.tensor([2.0])}, "rho"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -260,7 +261,9 @@ def test_bad_input_to_the_loop_is_one_clear_error():
     with pytest.raises(ValueError, match="mu is 'offline'"):
         dno.Regression(mu1="offline")
     for name in ("steps", "pairs", "learning_rate", "max_grad_norm"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
             dno.Regression(**{name: 0})
+    with pytest.raises(ValueError, match=r"steps is 2\.5; expected a whole number of at least 1"):
+        dno.Regression(steps=2.5)
     with pytest.raises(ValueError, match="mu"):
         next(dno.algorithm1(TabularPolicy(1, 3), P, 1.0, 1, settings=dno.Regression(mu1=torch.ones(1, 3))))

@@ -4,7 +4,7 @@ E3, E4, E5 and E7 of the README's list of what cannot be taken as printed."""
 import numpy as np
 import pytest
 import torch
-from games import EXACT, games, random_policy, random_rho
+from games import EXACT, games, games_of_all_sizes, random_policy, random_rho
 from scipy.special import expit
 
 import dno
@@ -44,7 +44,7 @@ def test_C14_with_exact_rewards_and_a_table_connected_pairs_suffice_for_the_exac
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
-@games
+@games_of_all_sizes
 def test_C14_every_inequality_of_the_proof_holds_with_explicit_constants(P, eta):
     """excess loss >= 2 E(z^ - z)^2 >= 2 E(Delta - Delta*)^2 / S^2 = 2 eta^2 E_mu(d1 - d2)^2 / S^2, which is 2 eta^2
     E_{pi*,pi}(d1 - d2)^2 / (S^2 C_t) >= 16 eta^2 E TV^2 / (S^2 C_t): so E TV^2 <= C_t S^2 excess / (16 eta^2)."""

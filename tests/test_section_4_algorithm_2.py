@@ -31,8 +31,10 @@ def sgd(policy):
 
 
 def start(name, policy, oracle, prompts, gold=None, eta=1.0, T=1, tau=0.1, rule=0.3, validate=lambda: 0.0, every=2, **named):
-    """One of the algorithms with samples, by name, on the same prompts in every iteration; rule may be a margin."""
-    given = (policy, oracle, lambda t: (prompts, gold), eta, T)
+    """One of the algorithms with samples, by name, on the same prompts in every iteration, or on
+    those of prompts(t); rule may be a margin."""
+    data = prompts if callable(prompts) else lambda t: (prompts, gold)
+    given = (policy, oracle, data, eta, T)
     if name == "3":
         return dno.algorithm3_sampled(*given, validate, tau, move_reference_every=every, **named)
     given += (rule if callable(rule) else lambda r, usable: dno.large_margin_pairs(r, usable, rule), validate)
@@ -42,15 +44,17 @@ def start(name, policy, oracle, prompts, gold=None, eta=1.0, T=1, tau=0.1, rule=
 
 
 class Spy(TabularPolicy):
-    """Counts what was asked of it."""
+    """Notes how many responses it was asked to score, and the prompts of those to train on."""
 
     def __init__(self, X, Y):
         super().__init__(X, Y)
-        self.scored = []
+        self.scored, self.trained = [], []
 
     def log_prob(self, prompts, responses):
         assert prompts, "a policy may be unable to score nothing at all"
         self.scored.append(len(prompts))
+        if torch.is_grad_enabled():
+            self.trained.append(sorted(set(prompts)))
         return super().log_prob(prompts, responses)
 
 
@@ -520,23 +524,65 @@ def test_C19_eq_13_and_one_step_on_it_are_dpo_with_reference_pi_t_and_beta_eta(b
         assert (policy.logits - (before - 0.25 * step)).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("name", ["2", "4-I"])
+@pytest.mark.parametrize("per_step", [2, 99])
 @pytest.mark.parametrize("replay", [0.0, 1.0])
-def test_C19_in_every_iteration_algorithm_2_is_dpo_from_pi_t_itself_on_new_and_replayed_pairs(replay, fitted):
-    """One step of gradient descent an iteration: it starts at the reference, where the loss is ln 2 (C10)."""
-    policy, eta = tabular(random_policy(3, 4, 0)), 0.7
-    settings = dno.Practice(samples=4, replay=replay, learning_rate=3.0, fall=0.5, **PLAIN)
-    run = start("2", policy, random_game(3, 4, seed=1), [0, 1, 2], [0, 1, 2], eta, 3, settings=settings, optimizer=sgd(policy))
+def test_C19_an_iteration_is_dpo_from_pi_t_on_new_and_replayed_pairs(
+    replay, per_step, name, fitted
+):
+    """Plain gradient descent, a step for each batch of prompts. Every batch refers to the pi_t
+    of before the first step (Algorithm 4: its mixture with pi_1), for pairs of earlier iterations
+    too. Every iteration has prompts of its own."""
+    policy, eta, tau = Spy(9, 4), 0.7, 0.2
+    policy.logits.data = random_policy(9, 4, 0).log()
+    log_pi_1 = policy.log_probs().detach()
+    settings = dno.Practice(
+        samples=4, replay=replay, prompts_per_step=per_step, learning_rate=3.0, fall=0.5, **PLAIN
+    )
+    prompts = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    run = start(
+        name, policy, random_game(9, 4, seed=1), lambda t: (prompts[t - 1], [0, 1, 2]), eta=eta,
+        T=3, tau=tau, every=0, settings=settings, optimizer=sgd(policy),
+    )  # fmt: skip
     for it, rate in zip(run, [3.0, 2.25, 1.5], strict=True):  # falls by half over the iterations
-        D, log_pi_t = fitted[-1]
-        new = [(x, it.groups.responses[x][i], it.groups.responses[x][j]) for x, i, j in it.chosen.tolist()]
-        pairs = listed(D)
-        assert pairs[: len(new)] == new
-        assert (len(pairs) > len(new)) == (replay > 0 and it.t > 1)
-        gradient = dpo_gradient(log_pi_t, log_pi_t.exp(), pairs, eta)
-        moved = (log_pi_t - rate * gradient).log_softmax(-1)
-        assert gradient.abs().max() > 0.01
-        assert (policy.log_probs() - moved).abs().max() < EXACT
-        assert it.loss == pytest.approx(math.log(2), abs=EXACT)
+        (D, log_pi), chosen, own = fitted[-1], it.chosen.tolist(), prompts[it.t - 1]
+        pairs, ys = listed(D), it.groups.responses
+        assert pairs[: len(chosen)] == [(own[x], ys[x][i], ys[x][j]) for x, i, j in chosen]
+        assert {x // 3 for x, _, _ in pairs} == set(range(it.t) if replay else [it.t - 1])
+        log_reference = log_pi if name == "2" else log_pi * 5 / 7 + log_pi_1 * 2 / 7
+        batches, losses = policy.trained[-it.steps :], []
+        assert sorted(itertools.chain(*batches)) == sorted({x for x, _, _ in pairs})
+        assert [len(batch) for batch in batches[:-1]] == [per_step] * (it.steps - 1)
+        assert it.steps >= (2 if per_step == 2 else 1)
+        for step, batch in enumerate(batches):
+            part = [pair for pair in pairs if pair[0] in batch]
+            loss = dpo(log_pi, log_reference.exp(), part, eta)
+            gradient = dpo_gradient(log_pi, log_reference.exp(), part, eta)
+            losses.append(float(loss) * len(part))
+            assert gradient.abs().max() > 0.01
+            log_pi = log_pi - rate * (1 - step / len(batches)) * gradient
+        assert (policy.log_probs() - log_pi.log_softmax(-1)).abs().max() < EXACT
+        assert it.loss == pytest.approx(sum(losses) / len(pairs), abs=EXACT)
+        if per_step == 99 and name == "2":  # one step, from where the loss is ln 2 (C10)
+            assert it.loss == pytest.approx(math.log(2), abs=EXACT)
+
+
+@pytest.mark.parametrize("name", ["2", "3", "4-I"])
+def test_the_order_of_the_batches_is_drawn_anew_in_every_iteration_and_for_every_seed(name):
+    orders = []
+    for seed in (0, 1, 0):
+        policy = Spy(8, 3)
+        settings = replace(SMALL, prompts_per_step=1, replay=0.0)
+        run = start(
+            name, policy, random_game(8, 3, seed=0), list(range(8)), [0] * 8, T=4, seed=seed,
+            rule=dno.gold_against_students, settings=settings,
+        )  # fmt: skip
+        assert [it.steps for it in run] == [8] * 4
+        order = [x for (x,) in policy.trained]
+        orders.append([order[8 * t : 8 * t + 8] for t in range(4)])
+    assert all(sorted(order) == list(range(8)) for order in orders[0] + orders[1])
+    assert all(a != b for a, b in itertools.combinations(orders[0] + orders[1], 2))
+    assert orders[0] == orders[2]
 
 
 def test_pi_t_stays_frozen_during_the_epoch():
@@ -827,7 +873,12 @@ def test_no_record_and_no_settings_can_be_changed_afterwards(kind):
     ({"samples": 0}, "samples is 0"), ({"prompts_per_step": 0}, "prompts_per_step is 0"),
     ({"temperature": 0.0}, "temperature is 0"), ({"top_p": 0.0}, "top_p is 0"), ({"top_p": 1.5}, "top_p 1.5"),
     ({"learning_rate": float("nan")}, "learning_rate is nan"), ({"max_grad_norm": float("inf")}, "max_grad_norm is inf"),
-    ({"replay_iterations": -1}, "replay_iterations -1"), ({"trained": 1}, "trained 1"), ({"fall": -0.1}, "fall -0.1"),
+    ({"replay_iterations": -1}, "replay_iterations is -1"), ({"trained": 1}, "trained is 1"),
+    ({"samples": 2.5}, r"samples is 2\.5; expected a whole number of at least 1"),
+    ({"prompts_per_step": 1.5}, r"prompts_per_step is 1\.5"), ({"at_once": 0}, "at_once is 0"),
+    ({"trained": 2.5}, r"trained is 2\.5; expected a whole number of at least 2"),
+    ({"ngram": -1}, "ngram is -1; expected a whole number of at least 0"),
+    ({"fall": -0.1}, "fall -0.1"),
     ({"replay": -0.1}, "replay -0.1"), ({"replay": 1.1}, "replay 1.1"), ({"fall": 2.0}, "fall 2"),
 ])  # fmt: skip
 def test_bad_practice_is_one_clear_error_that_names_the_value(bad, message):
@@ -838,9 +889,16 @@ def test_bad_practice_is_one_clear_error_that_names_the_value(bad, message):
 @pytest.mark.parametrize(("names", "bad", "message"), [
     (["2", "3", "4-I"], {"eta": 0.0}, "eta is 0"), (["2", "3", "4-I"], {"eta": float("nan")}, "eta is nan"),
     (["2", "3", "4-I"], {"T": 0}, "iterations is 0"), (["3", "4-I"], {"tau": -0.1}, "tau is -0.1"),
+    (["2", "3", "4-I"], {"T": 2.5}, r"iterations is 2\.5; expected a whole number of at least 1"),
+    (["2", "3", "4-I"], {"eta": 1e-320}, "eta is 1e-320; expected a finite number above 0"),
+    (["3", "4-I"], {"tau": "x"}, "tau is 'x'"),
+    (["3", "4-I"], {"every": 1.5}, r"move_reference_every is 1\.5"),
+    (["2", "3", "4-I"], {"oracle": rock_paper_scissors().P}, "oracle is of type Tensor; expected"),
+    (["2", "3", "4-I"], {"oracle": None}, r"pass oracle\.PreferenceTable\(P\)"),
     (["3", "4-I"], {"tau": 1.5}, "tau is 1.5 and eta 1"), (["4-III"], {}, "option is 'III'"),
 ])  # fmt: skip
 def test_a_bad_argument_is_one_clear_error_that_names_the_value(names, bad, message):
     for name in names:
         with pytest.raises(ValueError, match=message):
-            next(start(name, TabularPolicy(1, 3), rock_paper_scissors(), [0], [1], **bad))
+            next(start(name, TabularPolicy(1, 3), prompts=[0], gold=[1], settings=SMALL,
+                       **{"oracle": rock_paper_scissors(), **bad}))  # fmt: skip

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from games import COMAL, COMAL_START, EXACT, games, random_policy, random_rho
+from games import COMAL, COMAL_START, EXACT, games, games_of_all_sizes, random_policy, random_rho
 from scipy.optimize import minimize
 
 import dno
@@ -72,11 +72,13 @@ def test_a_run_holds_its_policies_averages_and_gaps(P, method):
         assert float(run.gap_average[t]) == pytest.approx(dno.duality_gap(P, average, rho), abs=EXACT)
 
 
-@games
+@games_of_all_sizes
 def test_the_regression_is_soft_policy_iteration_in_every_iteration(P):
-    exact, regression = (dno.solve(P, method, 0.7, 20) for method in ("dno", "dno-regression"))
+    T, pi_ref = 20 if P.shape[1] <= 40 else 2, random_policy(*P.shape[:2], 1)
+    methods = ("dno", "dno-regression")
+    exact, regression = (dno.solve(P, method, 0.7, T) for method in methods)
     assert dno.total_variation(exact.policies, regression.policies).max() < 1e-9
-    mixed, mixed_regression = (dno.solve(P, m, 0.7, 20, random_policy(*P.shape[:2], 1), 0.3) for m in ("dno", "dno-regression"))
+    mixed, mixed_regression = (dno.solve(P, method, 0.7, T, pi_ref, 0.3) for method in methods)
     assert dno.total_variation(mixed.policies, mixed_regression.policies).max() < 1e-9
 
 
@@ -188,6 +190,11 @@ def test_bad_input_to_solve_is_one_clear_error():
         ({"eta": 0.0}, "eta is 0"),
         ({"eta": float("inf")}, "eta is inf"),
         ({"iterations": 0}, "iterations is 0"),
+        ({"iterations": 2.5}, "iterations is 2.5; expected a whole number of at least 1"),
+        ({"iterations": "9"}, "iterations is '9'"),
+        ({"move_reference_every": 2.5}, "move_reference_every is 2.5; expected a whole number"),
+        ({"move_reference_every": -1}, "move_reference_every is -1"),
+        ({"tau": "x"}, "tau is 'x' and eta 1"),
         ({"tau": -0.1}, "tau is -0.1"),
         ({"pi_ref": torch.ones(1, 3)}, r"pi_ref\[0\] has sum 3"),
         ({"pi_1": torch.ones(1, 2) / 2}, "pi_1 has shape"),

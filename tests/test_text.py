@@ -597,6 +597,17 @@ def test_the_uniform_mixture_has_the_mean_probability_and_loads_one_policy_at_a_
         assert torch.equal(policies[0].state_dict()[name], value)
 
 
+def test_the_responses_of_a_uniform_mixture_are_independent_of_each_other():
+    """Of ten times one policy they are the policy's own samples. Were they drawn with ten times the
+    same random numbers, each would occur ten times, and their counts vary ten times as much."""
+    policy = tiny_policy(0)
+    mixture = UniformMixture(policy, [policy.state_dict] * 10)
+    exact = all_responses([(policy.model, 1.0)], BEFORE, 3, 6, TINY_END)
+    for seed in range(3):
+        ((*responses,),) = mixture.sample(["a"], 20_000, seed=seed)
+        assert_follow([y.tokens for y in responses], exact)
+
+
 @SHARPNESS
 def test_the_uniform_mixture_draws_a_policy_once_for_a_response(temperature, top_p):
     policies, mixture = uniform_mixture(loaded := [])

@@ -120,6 +120,23 @@ def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
     assert gaps["table with moving reference, last"] < summary["gap_average"]
 
 
+@pytest.mark.parametrize("threads", [2, 8])
+def test_with_several_threads_the_exact_numbers_are_those_of_one(threads, tmp_path):
+    """The default game, where what is solved is large. Only the transformer's gaps may differ, by
+    how float32 is rounded: little after two steps of training."""
+    gaps = {}
+    for count in (1, threads):
+        out = tmp_path / str(count)
+        run = start(
+            "--iterations", 2, "--steps", 1, "--pairs", 64, "--threads", count, "--out", out
+        )
+        assert run.wait(timeout=300) == 0, run.stderr.read()
+        gaps[count] = json.loads((out / "summary.json").read_text())["gaps"]
+    for row, gap in gaps[1].items():
+        bound = 1e-4 if row.startswith("trained") else LP
+        assert gaps[threads][row] == pytest.approx(gap, abs=bound), row
+
+
 def test_the_bound_is_that_of_C12_by_hand():
     assert train.bound(100, 216, 1.0) == pytest.approx(0.1075056 + 0.25, abs=1e-6)  # 2 ln 216 / 100 = 0.10751
 
@@ -300,6 +317,9 @@ def test_a_game_of_ones_own_runs_with_a_table_and_with_a_transformer(tmp_path):
         ({"P": np.full((1, 3, 3), 0.5), "rho": np.ones(2) / 2}, "rho has shape [2]; expected [1]"),
         ({"P": np.full((2, 3, 3), 0.5), "rho": np.ones(2)}, "rho[] has sum 2"),
         ({"P": np.array([{"a": 1}], dtype=object)}, "allow_pickle"),
+        ({"P": np.full((1, 2, 2), 0.5 + 0.1j)}, "P is of complex128; expected real numbers"),
+        ({"P": np.full((1, 2, 2), 0.5), "rho": np.array([1 + 0j])}, "rho is of complex128"),
+        ({"P": np.full((1, 2, 2), "0.5")}, "P is of <U3; expected real numbers"),
     ],
 )
 def test_a_bad_game_file_is_refused(arrays, message, capsys, tmp_path):
@@ -313,8 +333,27 @@ def test_a_vocabulary_that_does_not_fit_the_game_is_refused(capsys, tmp_path):
     game = ("--game", tmp_path / "game.npz", "--out", tmp_path / "run")
     assert "has 9 responses; expected V^L = 8" in refused(capsys, *game, "--vocabulary", 2, "--length", 3)
     assert "go together" in refused(capsys, *game, "--vocabulary", 3)
-    (tmp_path / "game.npz").write_bytes(b"not an archive")
-    assert "expected an .npz file" in refused(capsys, *game)
+
+
+def test_a_file_that_is_no_archive_of_arrays_is_refused(capsys, tmp_path):
+    path = tmp_path / "game.npz"
+    np.savez(path, P=np.full((1, 2, 2), 0.5))
+    whole = path.read_bytes()
+    np.save(tmp_path / "game.npy", np.full((1, 2, 2), 0.5))
+    array = (tmp_path / "game.npy").read_bytes()
+    for content, message in {
+        b"not an archive": "allow_pickle",
+        b"": "No data left in file",
+        whole[:-30]: "not a zip file",
+        whole.replace(b"descr", b"descx"): "expected an .npz file",
+        array: "one array [1, 2, 2] without a name; save it by numpy.savez(FILE, P=...)",
+        array.replace(b"(1, 2, 2)", b"(1, 2, 2 "): "expected an .npz file",
+    }.items():
+        path.write_bytes(content)
+        said = refused(capsys, "--game", path, "--out", tmp_path / "run")
+        assert message in said
+        assert "expected an .npz file with the array P [X, Y, Y]" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_preference_that_no_reward_fits_is_said_and_the_run_goes_on(capsys, tmp_path):
