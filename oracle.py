@@ -575,7 +575,8 @@ def main(argv: list[str]) -> int:
 
     def work() -> None:
         file, options = runs.parse_agreement(argv)
-        with nullcontext() if options.dry_run else runs.claimed(options.out, resume=None):
+        asked = options.oracle.startswith("openai") and not options.dry_run  # and kept in --out
+        with runs.claimed(options.out, resume=None) if asked else nullcontext():
             compare_with_people(file, options)
 
     return runs.guarded("oracle.py", work)

@@ -94,7 +94,7 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
     for name, (least, most) in ranges.items():
         value = getattr(config, name)
         if value is not None and not least <= value <= most:
-            raise ValueError(f"{name} is {value}; expected at least {least:,} and at most {most:,}")
+            raise ValueError(f"{name} is {value}; expected at least {least} and at most {most}")
 
 
 def changed(config: Any, *names: str) -> str:

@@ -545,7 +545,8 @@ def test_some_gold_responses_and_not_all_are_refused(directory, tmp_path, capsys
       + [(name, value) for name in ("eta", "lr", "temperature") for value in ("0.0", "nan", "inf", "-1.0")]
       + [("temperature", "1e-40"), ("tau", "nan"), ("tau", "-0.1"), ("seed", "1000000001"), ("threads", "0")]),
     ("--model x --top-p nan", "top_p is nan"), ("--model x --top-p 1.5", "top_p 1.5"),
-    ("--model x --max-usd nan --oracle openai:x", "max_usd is nan"), ("--model x --oracle openai:x --max-failed nan", "max_failed is nan"),
+    ("--model x --max-usd nan --oracle openai:x", "max_usd is nan"),
+    ("--model x --oracle openai:x --max-failed nan", "max_failed is nan"),
     ("--model x --oracle openai:x --judge-timeout nan", "judge_timeout is nan"),
     ("--model x --oracle openai:x --judge-prices nan,1", "prices are nan and 1.0"),
 ])  # fmt: skip

@@ -75,7 +75,8 @@ def test_an_out_that_is_no_folder_to_write_to_is_refused_at_once(
 def test_agreement_refuses_an_out_that_is_no_folder_at_once(out, not_started, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text(AGREEMENT)
-    assert oracle.main(["agreement", "file", "--out", out]) == 2
+    judge = ["--oracle", "openai:m", "--judge-url", "http://localhost:9"]
+    assert oracle.main(["agreement", "file", *judge, "--out", out]) == 2
     said = capsys.readouterr().err
     assert f"oracle.py: out {out} is no folder that can be written to (" in said
     assert said.count("\n") == 1

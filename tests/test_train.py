@@ -120,12 +120,11 @@ def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
     assert gaps["table with moving reference, last"] < summary["gap_average"]
 
 
-@pytest.mark.parametrize("threads", [2, 8])
-def test_with_several_threads_the_exact_numbers_are_those_of_one(threads, tmp_path):
+def test_with_two_threads_the_exact_numbers_are_those_of_one(tmp_path):
     """The default game, where what is solved is large. Only the transformer's gaps may differ, by
     how float32 is rounded: little after two steps of training."""
     gaps = {}
-    for count in (1, threads):
+    for count in (1, 2):
         out = tmp_path / str(count)
         run = start(
             "--iterations", 2, "--steps", 1, "--pairs", 64, "--threads", count, "--out", out
@@ -134,7 +133,7 @@ def test_with_several_threads_the_exact_numbers_are_those_of_one(threads, tmp_pa
         gaps[count] = json.loads((out / "summary.json").read_text())["gaps"]
     for row, gap in gaps[1].items():
         bound = 1e-4 if row.startswith("trained") else LP
-        assert gaps[threads][row] == pytest.approx(gap, abs=bound), row
+        assert gaps[2][row] == pytest.approx(gap, abs=bound), row
 
 
 def test_the_bound_is_that_of_C12_by_hand():
@@ -244,11 +243,11 @@ def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
         ("--steps 0", "steps is 0"),
         ("--lr inf", "lr is inf"),
         ("--lr 1e300", "lr is 1e+300; expected at least 0 and at most 10"),
-        ("--eta 1e300", "eta is 1e+300; expected at least 0 and at most 1,000,000"),
+        ("--eta 1e300", "eta is 1e+300; expected at least 0 and at most 1000000"),
         ("--tolerance nan", "tolerance is nan; expected at least 0"),
         ("--tolerance inf", "tolerance is inf"),
-        ("--seed 100000000000000000000", "at most 1,000,000,000"),
-        ("--threads 100000000000", "threads is 100000000000; expected at least 1 and at most 1,024"),
+        ("--seed 100000000000000000000", "at most 1000000000"),
+        ("--threads 100000000000", "threads is 100000000000; expected at least 1 and at most 1024"),
         ("--pairs 1000000000000", "pairs is 1000000000000"),
         ("--iterations 10000000000", "iterations is 10000000000"),
         ("--layers 100000000", "layers is 100000000"),
@@ -262,7 +261,7 @@ def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
         ("--game x.npz --width 32 --layers 3", "layers, width belong to a transformer"),
         ("--seed -1", "seed"),
         ("--seed 10000000000", "seed is 10000000000"),
-        ("--threads 1000000000", "threads is 1000000000; expected at least 1 and at most 1,024"),
+        ("--threads 1000000000", "threads is 1000000000; expected at least 1 and at most 1024"),
         ("--device tpu9", "device 'tpu9' cannot be used"),
         ("--device meta", "device 'meta' cannot be used"),
         ("--dtype float8", "invalid choice: 'float8'"),

@@ -487,6 +487,7 @@ def test_below_the_limit_it_stops_with_130_and_goes_on_under_a_higher_one_to_the
 def test_the_limit_holds_for_the_folder_however_its_path_is_written(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     server.control()
+    (tmp_path / "run").mkdir()  # there has to be a folder to resume in
     for out in ("run", "./run", str(tmp_path / "run")):
         assert train.main(judged(server, "--max-usd", 0.25, "--out", out, "--resume")) == 130
         assert cost(server.stats()) <= 0.25
