@@ -58,6 +58,17 @@ class Spy(TabularPolicy):
         return super().log_prob(prompts, responses)
 
 
+def with_mean(logits):
+    return logits + logits.mean(0)
+
+
+class Shared(Spy):
+    """The mean of all prompts' logits is added to each: a step on one prompt moves them all."""
+
+    def log_probs(self):
+        return with_mean(self.logits).log_softmax(-1)
+
+
 class Mixable(TabularPolicy):
     """With the exact pi_t^tau of Eq. (7) to sample from."""
 
@@ -499,9 +510,9 @@ def dpo(logits, reference, pairs, beta):
     return -(odds / (1 + odds)).log().mean()
 
 
-def dpo_gradient(logits, *rest):
-    logits = logits.clone().requires_grad_()
-    return torch.autograd.grad(dpo(logits, *rest), logits)[0]
+def dpo_gradient(parameters, *rest, logits_of=lambda logits: logits):
+    parameters = parameters.clone().requires_grad_()
+    return torch.autograd.grad(dpo(logits_of(parameters), *rest), parameters)[0]
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
@@ -533,9 +544,9 @@ def test_C19_an_iteration_is_dpo_from_pi_t_on_new_and_replayed_pairs(
     """Plain gradient descent, a step for each batch of prompts. Every batch refers to the pi_t
     of before the first step (Algorithm 4: its mixture with pi_1), for pairs of earlier iterations
     too. Every iteration has prompts of its own."""
-    policy, eta, tau = Spy(9, 4), 0.7, 0.2
+    policy, eta, tau = Shared(9, 4), 0.7, 0.2
     policy.logits.data = random_policy(9, 4, 0).log()
-    log_pi_1 = policy.log_probs().detach()
+    logits, log_pi_1 = policy.logits.detach().clone(), policy.log_probs().detach()
     settings = dno.Practice(
         samples=4, replay=replay, prompts_per_step=per_step, learning_rate=3.0, fall=0.5, **PLAIN
     )
@@ -550,18 +561,18 @@ def test_C19_an_iteration_is_dpo_from_pi_t_on_new_and_replayed_pairs(
         assert pairs[: len(chosen)] == [(own[x], ys[x][i], ys[x][j]) for x, i, j in chosen]
         assert {x // 3 for x, _, _ in pairs} == set(range(it.t) if replay else [it.t - 1])
         log_reference = log_pi if name == "2" else log_pi * 5 / 7 + log_pi_1 * 2 / 7
-        batches, losses = policy.trained[-it.steps :], []
+        batches, losses, before = policy.trained[-it.steps :], [], logits
         assert sorted(itertools.chain(*batches)) == sorted({x for x, _, _ in pairs})
         assert [len(batch) for batch in batches[:-1]] == [per_step] * (it.steps - 1)
         assert it.steps >= (2 if per_step == 2 else 1)
         for step, batch in enumerate(batches):
             part = [pair for pair in pairs if pair[0] in batch]
-            loss = dpo(log_pi, log_reference.exp(), part, eta)
-            gradient = dpo_gradient(log_pi, log_reference.exp(), part, eta)
-            losses.append(float(loss) * len(part))
-            assert gradient.abs().max() > 0.01
-            log_pi = log_pi - rate * (1 - step / len(batches)) * gradient
-        assert (policy.log_probs() - log_pi.log_softmax(-1)).abs().max() < EXACT
+            given = (log_reference.exp(), part, eta)
+            losses.append(float(dpo(with_mean(logits), *given)) * len(part))
+            gradient = dpo_gradient(logits, *given, logits_of=with_mean)
+            logits = logits - rate * (1 - step / len(batches)) * gradient
+        assert (policy.logits - logits).abs().max() < EXACT
+        assert (logits - before).abs().max() > 0.02
         assert it.loss == pytest.approx(sum(losses) / len(pairs), abs=EXACT)
         if per_step == 99 and name == "2":  # one step, from where the loss is ln 2 (C10)
             assert it.loss == pytest.approx(math.log(2), abs=EXACT)
