@@ -595,7 +595,7 @@ class Ledger:
 
     def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
         self.path, self.run, self.read_only, self.lock = path or "memory", run, read_only, threading.RLock()
-        with self.refusing():
+        with self.lock, self.refusing():
             above = next(
                 (folder for folder in Path(path or ".").absolute().parents if folder.exists()),
                 Path("/"),
@@ -612,7 +612,7 @@ class Ledger:
     @cached_property
     def db(self) -> sqlite3.Connection:
         """The connection; made, with the file, when it is first needed. Refused if there can be none."""
-        with self.refusing():  # the lock too: another thread may be faster
+        with self.lock, self.refusing():  # another thread may be faster
             return self.__dict__["db"] if "db" in self.__dict__ else self._open()
 
     def _open(self) -> sqlite3.Connection:
@@ -631,8 +631,7 @@ class Ledger:
         written; errors of SQLite if it is something else or damaged. The file stays as it is, and
         nothing is left beside it."""
         while True:
-            log = Path(f"{path}-wal")  # somebody may be writing, or was killed there
-            logged = log.exists() and log.stat().st_size > 0
+            logged = _has_log(path)
             db = _connect(
                 path.resolve().as_uri() + ("?mode=ro" if logged else "?mode=ro&immutable=1")
             )
@@ -645,26 +644,23 @@ class Ledger:
                 return db
             except BaseException as error:
                 db.close()
-                changed = logged != (log.exists() and log.stat().st_size > 0)
-                if not (
-                    changed and isinstance(error, sqlite3.DatabaseError)
-                ):  # else its last user just left, or came
+                changed = logged != _has_log(path)  # its last user just left, or the first one came
+                if not (changed and isinstance(error, sqlite3.DatabaseError)):
                     raise
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Around every use of the file, by one thread at a time: Refused, in a line, if it cannot
-        be read or written."""
-        with self.lock:
-            try:
-                yield
-            except (sqlite3.DatabaseError, OSError) as error:
-                if isinstance(error, sqlite3.ProgrammingError):
-                    raise
-                told = for_terminal(str(error))[:200]
-                raise Refused(
-                    f"{self.path} cannot be used as a cache of judgments ({told}); {_remedy(error)}"
-                ) from None
+        """Around every use of the file: Refused, in a line, if it cannot be read or written. It takes
+        no lock: Control-C between this function and its caller would leave it locked."""
+        try:
+            yield
+        except (sqlite3.DatabaseError, OSError) as error:
+            if isinstance(error, sqlite3.ProgrammingError):
+                raise
+            told = for_terminal(str(error))[:200]
+            raise Refused(
+                f"{self.path} cannot be used as a cache of judgments ({told}); {_remedy(error)}"
+            ) from None
 
     def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
         """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered, oldest first, by key; a complete
@@ -676,7 +672,7 @@ class Ledger:
             query = f"""SELECT key, outcome, parsed, CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
                         FROM requests WHERE key IN ({",".join("?" * len(part))})
                         AND outcome IN ('complete', 'unreadable', 'filtered') ORDER BY id"""
-            with self.refusing():
+            with self.lock, self.refusing():
                 rows = self.db.execute(query, part).fetchall()
             for key, *reply in rows:
                 found.setdefault(key, []).append(tuple(reply))
@@ -684,7 +680,7 @@ class Ledger:
 
     def spent(self) -> float:
         """Dollars of this run, requests of unknown cost counted with the most they can have cost."""
-        with self.refusing():
+        with self.lock, self.refusing():
             (dollars,) = self.db.execute(
                 "SELECT TOTAL(dollars) FROM spending WHERE run = ?", (self.run,)
             ).fetchone()
@@ -694,7 +690,7 @@ class Ledger:
         """The models whose replies to a teacher's, or else to a judge's, questions are here."""
         sql = """SELECT DISTINCT model FROM requests
                  WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"""
-        with self.refusing():
+        with self.lock, self.refusing():
             return [model for (model,) in self.db.execute(sql, (teacher,))]
 
     def totals(self) -> dict[str, float]:
@@ -704,7 +700,7 @@ class Ledger:
                    COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(dollars), 0),
                    COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0) FROM requests WHERE run = ?"""
         names = ("requests", "unanswered", "prompt_tokens", "completion_tokens", "dollars", "dollars_unknown_at_most")
-        with self.refusing():
+        with self.lock, self.refusing():
             return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
 
     def reserve(self, row: dict[str, Any], known: int, limit: float, patience: float) -> int | str:
@@ -736,7 +732,7 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self.refusing():
+        with self.lock, self.refusing():
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -762,6 +758,14 @@ def _remedy(error: Exception) -> str:
         sqlite3.SQLITE_READONLY: "make it writable, or choose another file",
         sqlite3.SQLITE_CORRUPT: "put back a copy of it, or choose another file",
     }.get(getattr(error, "sqlite_errorcode", damage) & 0xFF, "choose another file")
+
+
+def _has_log(path: Path) -> bool:
+    """Whether what was written is in SQLite's log: somebody is writing, or was killed there."""
+    try:
+        return Path(f"{path}-wal").stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _connect(uri: str) -> sqlite3.Connection:

@@ -1344,6 +1344,42 @@ def test_control_c_keeps_all_that_was_received(server, asking, tmp_path):
     assert list(server.stats()["paid"].values()) == [1] * 200
 
 
+def interrupted(work, moment):
+    """Do it, with Control-C at so many of the lines that are run; what was raised, None at the end."""
+    left = [moment]
+
+    def trace(frame, event, argument):
+        left[0] -= 1
+        if left[0] < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt as error:
+        return error  # and all that its traceback keeps alive
+    finally:
+        sys.settrace(None)
+    return None
+
+
+def test_control_c_at_any_moment_leaves_the_ledger_to_the_other_threads(asking):
+    """The main thread asks what is spent while others write; else they would wait for ever."""
+    ledger, free, moments = asking().ledger, [], 0
+    while (error := interrupted(ledger.spent, moments)) is not None:
+        thread = threading.Thread(target=lambda: free.append(ledger.lock.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+        assert free[-1], error.__traceback__
+        if len(free) == 1000:
+            break
+        ledger.lock = threading.RLock()  # the thread that tried it has ended, and keeps it
+        moments += 1
+    assert 5 < moments < 1000
+
+
 # --- What is shown ---
 
 
