@@ -255,7 +255,7 @@ def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
         ("--vocabulary 0", "vocabulary is 0; expected at least 1"),
         ("--length 1000000000", "length is 1000000000; expected at least 1 and at most 12"),
         ("--num-prompts 1000000000", "num_prompts is 1000000000"),
-        ("--num-prompts 9999 --length 4", "which makes P of 16,794,395,394,304 entries"),
+        ("--num-prompts 9999 --length 4", "which makes P of 16,794,480,384 entries"),
         ("--algorithm 3 --tau nan", "tau is nan"),
         ("--game x.npz --num-prompts 3", "num-prompts belongs to the default game"),
         ("--game x.npz --width 32 --layers 3", "layers, width belong to a transformer"),
