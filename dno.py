@@ -198,6 +198,7 @@ def solve_linear(A: Tensor, b: Tensor) -> Tensor:
     return x.squeeze(-1)
 
 
+@torch.no_grad()
 def newton(residual: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], u: Tensor, tolerance: float) -> Tensor:
     """A root of residual, each row of [X, Y] by itself: Newton's method from u, halving a step until it does not lengthen the
     residual, which reaches a root from anywhere if jacobian(u) [X, Y, Y] is nowhere singular. RuntimeError without success."""

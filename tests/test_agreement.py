@@ -124,6 +124,12 @@ def test_the_length_controlled_rate_is_the_maximum_of_the_penalised_likelihood(k
     assert length_controlled(wins, lead) == pytest.approx(at_equal_length(wins, lead), abs=SOLVER)
 
 
+def test_a_length_controlled_win_rate_that_was_not_found_is_an_error(monkeypatch):
+    monkeypatch.setattr(np.linalg, "solve", lambda A, b: 0 * b)  # so that it stays where it starts
+    with pytest.raises(RuntimeError, match=r"Newton's method left a gradient of 1\.5e\+00"):
+        length_controlled(np.ones(3), np.array([1.0, 0.0, -1.0]))  # 3 (1 - 1/2)
+
+
 def test_where_length_plays_no_part_it_is_about_the_win_rate():
     generator = np.random.default_rng(0)
     lead, wins = generator.normal(size=4000), generator.choice([0.0, 1.0], 4000, p=[0.3, 0.7])

@@ -340,6 +340,14 @@ def test_rewards_up_to_25_apart_are_finite_and_further_ones_are_not():
         dno.bradley_terry_fit(bradley_terry(torch.tensor([[12.75, -12.75]])).P)
 
 
+def test_the_solutions_for_a_P_that_requires_gradients_are_plain_tensors():
+    P, pi = random_game(2, 3, seed=0).P, random_policy(2, 3, 0)
+    for function in (dno.bradley_terry_fit, lambda P: dno.regularized_nash(P, pi, 0.1)):
+        found = function(P.clone().requires_grad_())
+        assert torch.equal(found, function(P))
+        assert not found.requires_grad
+
+
 def test_a_single_response_has_reward_0():
     assert dno.bradley_terry_fit(torch.full((2, 1, 1), 0.5, dtype=torch.float64)).tolist() == [[0.0], [0.0]]
 
