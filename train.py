@@ -159,8 +159,8 @@ class GameConfig:
         check_ranges(self, num_prompts=(1, 10_000), vocabulary=(1, 5_000), length=(1, 12), iterations=(1, 10**5),
                      steps=(1, 10**6), pairs=(1, 10**7), layers=(1, 100), width=(1, 4096), seed=(0, 10**9),
                      threads=THREADS, tolerance=(0, 10), move_reference_every=(0, 10**5))  # fmt: skip
-        dno.check_positive(eta=self.eta, lr=self.lr)
         check_ranges(self, eta=(0, 10**6), lr=(0, 10))
+        dno.check_positive(eta=self.eta, lr=self.lr)
         dno.check_regularization(self.tau, self.eta)
         if self.vocabulary and self.vocabulary**self.length > 5_000:
             raise ValueError(f"{self.vocabulary}^{self.length} responses are too many for a table P; expected at most 5,000")
@@ -555,6 +555,7 @@ class TextConfig(JudgeOptions):
         given = [name for name in own if getattr(self, name) is not None]
         if len(algorithms) > 1 and given:
             raise ValueError(f"{given[0]} differs between algorithms; add --algorithm, or leave it out")
+        check_ranges(self, eta=(0, 10**6), lr=(0, 10), sft_lr=(0, 10))
         for stage in self.stages():
             dno.check_positive(eta=stage.eta, iterations=stage.iterations)
             dno.check_regularization(stage.tau, stage.eta)
@@ -575,7 +576,7 @@ class TextConfig(JudgeOptions):
                      max_new_tokens=(1, 4096), survey=(1, 10_000), judged=(1, 10_000), seed=(0, 10**9),
                      move_reference_every=(0, 10**5), threads=THREADS)  # fmt: skip
         dno.check_positive(sft_lr=self.sft_lr)
-        check_ranges(self, eta=(0, 10**6), lr=(0, 10), sft_lr=(0, 10), temperature=TEMPERATURES)
+        check_ranges(self, temperature=TEMPERATURES)
         self.transformer(2)  # checks its shape
 
     def check_idle(self) -> None:

@@ -380,7 +380,7 @@ def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
         ("text --sft-lr 1e300", "sft_lr is 1e+300; expected at least 0 and at most 10"),
         ("text --algorithm 2 --lr 1e300", "lr is 1e+300"),
         ("text --algorithm 2 --eta 1e300", "eta is 1e+300"),
-        ("text --algorithm 2 --temperature 1e-300", "temperature is 1e-300; expected at least 0.01"),
+        ("text --algorithm 2 --temperature 1e-300", "temperature is 1e-300"),
         ("text --algorithm 2 --top-p nan", "top_p is nan"),
         ("text --algorithm 2 --samples 100000000000", "samples is 100000000000; expected at least 1 and at most 10000"),
         ("text --replay nan", "replay nan"),
