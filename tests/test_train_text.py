@@ -401,7 +401,7 @@ def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
         ("text --teacher-url http://localhost:1", "teacher-url belongs to a language model, and teacher is synthetic"),
         ("text --teacher-prices 1,2", "teacher-prices belongs to a language model"),
         ("text --algorithm 2 --temperature nan", "temperature is nan"),
-        ("text --algorithm 2 --lr nan", "learning_rate is nan"),
+        ("text --algorithm 2 --lr nan", "lr is nan"),
         ("text --algorithm 4 --tau nan", "tau is nan"),
         ("text --seed -1", "seed is -1"),
         ("text --device tpu9", "device 'tpu9' cannot be used"),
