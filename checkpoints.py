@@ -7,9 +7,11 @@ packages safetensors, gguf, tokenizers and jinja2, which are imported when they 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +247,7 @@ def safetensors_of(path: Path, files: list[str]) -> Iterator[tuple[str, Callable
 def save_directory(path: str | Path, fields: dict[str, Any], weights: dict[str, Tensor], shard_bytes: int = 5 << 30) -> None:
     """Write config.json and safetensors, in shards of at most `shard_bytes` if need be, as transformers and vLLM load them;
     weights of an older checkpoint there are removed. fields: of Config. weights: by our names; a tied head is left out.
-    ValueError if no supported architecture has such fields."""
+    ValueError if no supported architecture has such fields, OSError if the disk has no room for them."""
     from safetensors.torch import save_file
 
     if fields["qkv_bias"] and fields["qk_norm"]:
@@ -279,6 +281,9 @@ def save_directory(path: str | Path, fields: dict[str, Any], weights: dict[str, 
         if shards[-1] and sum(w.nbytes for w in shards[-1].values()) + weight.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = weight
+    needed, free = sum(weight.nbytes for weight in theirs.values()), shutil.disk_usage(path).free
+    if needed > free:  # the library would not say so in an OSError
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes of weights, {free:,} bytes free", str(path))
     index, names = path / "model.safetensors.index.json", ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]

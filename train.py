@@ -1719,7 +1719,7 @@ def alarms(row: dict[str, float], first: dict[str, float]) -> list[str]:
     from pi_1, a chosen response that has become less probable, or no pair at all. A NaN is as bad as any."""
     found = []
     if not row["mean_length"] <= 1.5 * first["mean_length"]:
-        found.append(f"responses are {row['mean_length'] / first['mean_length']:.1f} times as long as pi_1's")
+        found.append(f"responses have {row['mean_length']:.1f} words on average, pi_1's {first['mean_length']:.1f}")
     for name, what in (("truncated", "cut off"), ("repeated", "repetitive"), ("empty", "empty")):
         if not row[name] <= first[name] + 0.15:
             found.append(f"{row[name]:.0%} of the responses are {what}, {first[name]:.0%} of pi_1's")

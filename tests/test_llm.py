@@ -683,13 +683,30 @@ def test_alarms_ring_when_and_only_when_something_is_wrong():
     none = {f"pairs_{kind}": 0 for kind in train.KINDS}
     fine = {**first, "kl_to_first": 2.0, "chosen_log_ratio": 0.3, **none, "pairs_student_student": 1}
     assert train.alarms(fine, first) == []
-    for name, value, said in (("mean_length", 70.0, "1.8 times as long"), ("truncated", 0.7, "70% of the responses are cut"),
+    for name, value, said in (("mean_length", 70.0, "70.0 words on average, pi_1's 40.0"),
+                              ("truncated", 0.7, "70% of the responses are cut"),
                               ("repeated", 0.3, "repetitive"), ("empty", 0.2, "empty"), ("kl_to_first", 31.0, "31 nats"),
                               ("chosen_log_ratio", -2.0, "fallen by 2.0 nats"), ("pairs_student_student", 0, "no pair"),
                               *((name, math.nan, "nan") for name in (*first, "kl_to_first", "chosen_log_ratio"))):  # fmt: skip
         (alarm,) = train.alarms({**fine, name: value}, first)
         assert said in alarm
     assert train.alarms({**fine, **none, "chosen_log_ratio": math.nan}, first) == train.alarms({**fine, **none}, first)
+    assert len(train.alarms(fine, {**first, "mean_length": 0.0})) == 1, "pi_1 said nothing"
+
+
+def test_without_room_for_the_weights_it_is_said_and_resuming_saves_them(
+    directory, prompts_file, capsys, monkeypatch, tmp_path
+):
+    out, usage = tmp_path / "run", shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        assert run(directory, prompts_file, out) == 2
+    error = capsys.readouterr().err
+    assert f"{out / 'best'} cannot be written (" in error
+    assert "1,000 bytes free); make room, then the same command with --resume" in error
+    assert error.count("\n") == 1
+    assert run(directory, prompts_file, out, "--resume") == 0
+    assert (out / "best" / "model.safetensors").exists()
 
 
 def test_an_iteration_without_pairs_rings_an_alarm(directory, prompts_file, tmp_path):
