@@ -162,7 +162,7 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
     ("model.py", "reduce_dtype=torch.float32)", "reduce_dtype=torch.bfloat16)"),
     ("model.py", "return items[self.rank :: self.size]", "return items"),
     ("model.py", "value = value.full_tensor() if", "value = value.to_local() if"),
-    ("model.py", "self.stale = self.apart\n        if self.team", "if self.team"),
+    ("model.py", "def note(gradient: Tensor) -> None:\n            self.stale = self.apart", "def note(gradient: Tensor) -> None:\n            pass"),
     ("model.py", "return gradient.float(), None", "return gradient.float() / 2, None"),
     ("model.py", "requires_grad_(False)\n        return ChatPolicy", "requires_grad_(True)\n        return ChatPolicy"),
     ("model.py", "model.requires_grad_(False)\n    generator", "generator"),
