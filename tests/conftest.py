@@ -1,6 +1,9 @@
 import faulthandler
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: the cores are shared by several test processes
 
 import matplotlib
 import pytest
