@@ -574,9 +574,8 @@ class TextConfig(JudgeOptions):
         check_ranges(self, iterations=(1, 10**5), samples=(1, 10_000), prompts_per_step=(1, 10_000), margin=(0, 1),
                      prompts=(1, 72), sft_steps=(1, 10**6), vocabulary=(256, 10**5), layers=(1, 100), width=(8, 4096),
                      max_new_tokens=(1, 4096), survey=(1, 10_000), judged=(1, 10_000), seed=(0, 10**9),
-                     move_reference_every=(0, 10**5), threads=THREADS)  # fmt: skip
+                     move_reference_every=(0, 10**5), temperature=TEMPERATURES, threads=THREADS)  # fmt: skip
         dno.check_positive(sft_lr=self.sft_lr)
-        check_ranges(self, temperature=TEMPERATURES)
         self.transformer(2)  # checks its shape
 
     def check_idle(self) -> None:
@@ -1605,10 +1604,12 @@ def split_prompts(config: LlmConfig, chat: Chat, shape: Config) -> tuple[list[di
 
 
 def check_lengths(config: LlmConfig, chat: Chat, shape: Config, items: list[dict[str, Any]]) -> None:
-    """BadInput if a prompt is longer than it may be, if it and its longest response are more than the
-    model reads, or if the model has no such token."""
+    """BadInput if a prompt is longer than it may be or has no token, if it and its longest response are
+    more than the model reads, or if the model has no such token."""
     texts = [(item["prompt"], item.get("gold")) for item in items]
     rows = [(chat.prompt(x), [] if y is None else [*chat.encode(y), chat.end]) for x, y in texts]
+    if empty := [x for (x, _), (row, _) in zip(texts, rows, strict=True) if not row]:
+        raise BadInput(f"prompts {config.prompts}: {config.model} reads no token of {empty[0][:60]!r}; leave it out")
     longest = [len(x) + max(config.max_new_tokens, len(y)) for x, y in rows]
     most = shape.context or max(longest)
     for name, lengths, limit in (

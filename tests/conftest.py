@@ -23,3 +23,8 @@ def threads(request):
     yield request.param
     faulthandler.cancel_dump_traceback_later()
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The slow tests come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train import refused
 
 import dno
+import runs
 import train
 from checkpoints import Chat
 from model import (
@@ -593,6 +595,14 @@ def test_a_prompt_and_its_response_must_fit_what_the_model_reads(where, tmp_path
             said = refused(capsys, *arguments)
             assert f"longer than the context or sliding window of {model}" in said
             assert f"{most} tokens; the first is " in said
+
+
+def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused():
+    chat = SimpleNamespace(prompt=lambda text: [] if text == "\u200b" else [1])
+    config = train.LlmConfig(model="x", prompts="file")
+    items = [{"prompt": "What?"}, {"prompt": "\u200b"}]
+    with pytest.raises(runs.BadInput, match=r"prompts file: x reads no token of '\\u200b'; leave it out"):
+        train.check_lengths(config, chat, Config(2, context=100), items)
 
 
 def test_a_tokenizer_with_tokens_that_the_weights_have_not_is_refused(directory, prompts_file, tmp_path, capsys):

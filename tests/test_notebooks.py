@@ -43,6 +43,7 @@ def path(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom_and_so_do_the_solutions_of_its_exercises(path):
     """In a new kernel; the notebook's own assert cells and those of the solutions decide."""
     notebook = read(path)

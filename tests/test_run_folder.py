@@ -333,6 +333,7 @@ def test_a_process_that_was_started_deaf_to_ctrl_c_stays_so(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @LINUX
 def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp_path):
     """Ctrl-C reaches all of them, the workers in the middle of their imports."""

@@ -132,6 +132,7 @@ def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(killed, 
     assert same(out, alone)
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_sharded_model_go_on_and_end_as_one_does(killed, alone, directory, prompts_file, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(killed[0], out)

@@ -104,6 +104,7 @@ def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
         assert row["gap_nash"] < LP
 
 
+@pytest.mark.slow
 def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
     """`python train.py` as it comes (about 35 s): C15 at full size, C11 in every step, C13."""
     assert train.main(["--out", str(tmp_path / "run")]) == 0
@@ -140,6 +141,7 @@ def test_the_bound_is_that_of_C12_by_hand():
     assert train.bound(100, 216, 1.0) == pytest.approx(0.1075056 + 0.25, abs=1e-6)  # 2 ln 216 / 100 = 0.10751
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [["--algorithm", "1"], ["--algorithm", "3", "--move-reference-every", "2"]])
 def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm, tmp_path):
     """kill -9 at two moments, whatever was being written, then --resume to the end."""

@@ -313,6 +313,7 @@ def assert_same_run(whole, cut):
             assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(finished, tmp_path):
     """One run, killed seven times; what was sampled and judged before a kill is not sampled and judged again."""
     cut = tmp_path / "cut"
@@ -336,6 +337,7 @@ def fine_tuned_already(finished, out, arguments):
     (out / "config.json").write_text(json.dumps({"preset": preset, **asdict(config)}))
 
 
+@pytest.mark.slow
 def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
     """Killed after iteration 3 of 4. The reference of iteration 4 is pi_3 then, neither pi_1 nor the policy that was saved."""
     legs, short = [], "--iterations 4 --move-reference-every 2 --resume".split()
@@ -601,6 +603,7 @@ def test_the_t_interval_by_hand():
 # --- The run as it comes, with fewer iterations ---
 
 
+@pytest.mark.slow
 def test_after_24_iterations_algorithm_2_is_level_with_its_teacher_and_algorithm_3_has_halved_the_gap(tmp_path):
     """`python train.py text` with fewer iterations (about 60 s). Measured with seeds 0 to 6, lest this be luck: well-formed
     .986 to .997, first gap .467 to .494, P(> teacher) at first .25 to .27, at its most .50 to .69 in Algorithm 2; gap of the
@@ -793,6 +796,7 @@ def test_each_method_may_try_equally_many_settings():
     assert set(train.settings_to_try(train.AblationsConfig(algorithm=4))) == {"regularised DNO"}
 
 
+@pytest.mark.slow
 def test_the_ablations_write_what_they_promise_and_do_not_repeat_finished_runs(capsys, tmp_path):
     out = tmp_path / "run"
     sizes = "--iterations 2 --seeds 2 --tuning-iterations 1 --tuning-seeds 1 --prompts 3 --survey 2 --sft-steps 1"
