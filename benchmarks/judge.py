@@ -19,7 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from endpoint_server import serving
 
-from judge import Endpoint, OpenAIJudge, Price
+from judge.endpoint import Endpoint
+from judge.prices import Price
+from oracle import OpenAIJudge
 
 
 def judge_pairs(url: str | None, cache: str, concurrency: int, pairs: int) -> tuple[float, float]:

@@ -43,10 +43,12 @@ from torch import Tensor, nn
 
 import dno
 from benchmarks.game import seconds
-from checkpoints import Chat
-from model import ChatPolicy, Transformer
-from oracle import TasteJudge
-from train import read_prompts
+from chat.checkpoints import read_transformer, write_transformer
+from chat.policy import ChatPolicy
+from chat.template import Chat
+from experiments.llm import read_prompts
+from judge.synthetic import TasteJudge
+from pairs import Practice, form_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("sampling", "reference", "training")
@@ -91,11 +93,11 @@ def matrices(module: nn.Module) -> int:
 
 def ours(options: argparse.Namespace, prompts: list[str]) -> Prepared:
     """An iteration of Algorithm 2, ready to go."""
-    model = Transformer.from_pretrained(options.model, torch.bfloat16)
+    model = read_transformer(options.model, torch.bfloat16)
     policy = ChatPolicy(model, Chat.from_pretrained(options.model), options.max_new_tokens)
     policy.end = -1  # which no token is
     optimizer = dno.adam(policy)
-    settings = dno.Practice(
+    settings = Practice(
         samples=options.samples, recorded=False, prompts_per_step=PROMPTS_PER_STEP, at_once=2, max_grad_norm=1.0)  # fmt: skip
     policy.sample(prompts[:1], 1, seed=1)  # warm
 
@@ -107,7 +109,7 @@ def ours(options: argparse.Namespace, prompts: list[str]) -> Prepared:
         order = r.argsort(-1)
         pairs = torch.stack([torch.arange(len(r)), order[:, -1], order[:, 0]], dim=-1)  # of equals too, as TRL does
         with clock(spent, "reference", options.profile):
-            D = dno.with_reference(dno.form_pairs(groups, r, pairs), policy)
+            D = dno.with_reference(form_pairs(groups, r, pairs), policy)
         with clock(spent, "training", options.profile):
             dno.fit_pairs(policy, D, dno.hard_targets(ETA), optimizer, settings, RATE, torch.Generator().manual_seed(0))
         sampled = sum(len(y.tokens) for ys in groups.responses for y in ys)
@@ -156,7 +158,7 @@ def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
             with clock(spent, "reference" if model is self.ref_model else "policy"):
                 return super()._forward(model, *arguments)
 
-    practice = dno.Practice()
+    practice = Practice()
     config = OnlineDPOConfig(
         output_dir=options.out, use_cpu=True, bf16=True, gradient_checkpointing=False, beta=ETA, learning_rate=RATE,
         max_grad_norm=1.0, num_train_epochs=1, per_device_train_batch_size=PROMPTS_PER_STEP, gradient_accumulation_steps=1,
@@ -209,7 +211,7 @@ def measure(prepare: Callable[..., Prepared], options: argparse.Namespace) -> di
 
 def write(options: argparse.Namespace) -> None:
     """Write the model as a directory that both can load."""
-    Transformer.from_pretrained(options.model).save_pretrained(options.out)
+    write_transformer(read_transformer(options.model), options.out)
     Chat.from_pretrained(options.model).save(options.out)
 
 

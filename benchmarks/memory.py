@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 import dno
-from model import ChatPolicy, Config, Transformer, add_low_rank
+from chat.low_rank import add_low_rank
+from chat.policy import ChatPolicy
+from model import Config, Transformer
+from pairs import Groups, Pairs, Practice, form_pairs
 
 SHAPES = {
     "smollm2-135m": Config(49152, layers=30, width=576, heads=9, kv_heads=3, hidden=1536, tied=True),
@@ -97,11 +100,11 @@ def new_model(config: Config, device: str) -> Transformer:
     return model
 
 
-def pairs(policy: ChatPolicy, groups: dno.Groups, scored: int) -> dno.Pairs:
+def pairs(policy: ChatPolicy, groups: Groups, scored: int) -> Pairs:
     """Of every group, its first response against each of the next, with references."""
     chosen = torch.tensor([[x, 0, i] for x in range(len(groups.prompts)) for i in range(1, scored)])
     r = torch.linspace(1, 0, len(groups.responses[0])).double().expand(len(groups.prompts), -1)
-    return dno.with_reference(dno.form_pairs(groups, r, chosen), policy)
+    return dno.with_reference(form_pairs(groups, r, chosen), policy)
 
 
 def main() -> None:
@@ -126,7 +129,7 @@ def main() -> None:
         model.read_block = torch.compile(model.read_block, dynamic=True)
     policy = ChatPolicy(model, Numbers(o.prompt), o.response, o.sample_batch)
     optimizer = dno.adam(policy)
-    settings = dno.Practice(samples=o.samples, temperature=1.0, top_p=1.0, recorded=False, prompts_per_step=o.prompts,
+    settings = Practice(samples=o.samples, temperature=1.0, top_p=1.0, recorded=False, prompts_per_step=o.prompts,
                             at_once=o.at_once, max_grad_norm=1.0)  # fmt: skip
     print(f"{o.shape}: {parameters / 1e9:.2f}e9 parameters, {o}")
 

@@ -18,20 +18,24 @@ import numpy as np
 import torch
 
 import dno
-import train
 from benchmarks.game import seconds, show
-from model import TextPolicy
+from experiments.figures import STYLE
+from experiments.folder import Run
+from experiments.judging import demonstrations
+from experiments.text import TextConfig, fine_tuned
 from oracle import RegisterJudge
-from runs import STYLE, Run
+from pairs import Practice, large_margin_pairs
+from text import TextPolicy
+from world import TRAINING
 
 PHASES = ("sampled", "judged", "trained")
 
 
-def fine_tuned() -> TextPolicy:
+def short_fine_tuned() -> TextPolicy:
     """The text preset's policy after a short fine-tuning, enough for responses of the right length."""
     with tempfile.TemporaryDirectory() as folder:
-        config = train.TextConfig(sft_steps=150, out=folder + "/run")
-        return train.fine_tuned(config, Run("text", config))
+        config = TextConfig(sft_steps=150, out=folder + "/run")
+        return fine_tuned(config, Run("text", config))
 
 
 def flops_per_token(policy: TextPolicy, tokens: float) -> float:
@@ -43,7 +47,7 @@ def flops_per_token(policy: TextPolicy, tokens: float) -> float:
 
 def rates(policy: TextPolicy, prompts: int, k: int, batch: int) -> None:
     """Tokens sampled and tokens trained on each second, by algorithm 3's shapes, and the shares of the matmul peak."""
-    xs = [train.TRAINING[i % len(train.TRAINING)] for i in range(prompts)]
+    xs = [TRAINING[i % len(TRAINING)] for i in range(prompts)]
     samples, _ = policy.sample(xs, k, seed=0)
     x, y = [x for x, ys in zip(xs, samples, strict=True) for _ in ys], [y for ys in samples for y in ys]
     context, generated = len(policy.prompt_tokens(xs[:1])[0]), sum(len(response.tokens) for response in y)
@@ -74,12 +78,12 @@ def iteration(policy: TextPolicy, prompts: int, k: int) -> np.ndarray:
         spent[phase] = time.perf_counter() - start
         return result
 
-    xs = [train.TRAINING[i % len(train.TRAINING)] for i in range(prompts)]
-    gold = train.demonstrations(0, len(train.TRAINING))(1)
+    xs = [TRAINING[i % len(TRAINING)] for i in range(prompts)]
+    gold = demonstrations(0, len(TRAINING))(1)
     answers = dict(zip(*gold, strict=True))
-    settings = dno.Practice(samples=k, temperature=1.0, top_p=1.0)
+    settings = Practice(samples=k, temperature=1.0, top_p=1.0)
     loop = dno.algorithm2(policy, RegisterJudge(), lambda t: (xs, [answers[x] for x in xs]), 8.0, 2,
-                          partial(dno.large_margin_pairs, margin=0.4), lambda: 0.0, settings=settings,
+                          partial(large_margin_pairs, margin=0.4), lambda: 0.0, settings=settings,
                           remember=remember)  # fmt: skip
     next(loop)
     start = time.perf_counter()
@@ -126,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{arguments.threads} thread(s), torch {torch.__version__}")
-    policy = fine_tuned()
+    policy = short_fine_tuned()
     rates(policy, 72, 24, 48)
     rates(policy, 72, 24, 512)
     costs(policy, arguments.figure)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import dno
+import solvers
 from oracle import random_game
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def learn(mu: Tensor, N: int, seeds: int, generator: torch.Generator) -> Tensor:
     wins = torch.bincount(((seed * X + x) * Y + winner) * Y + loser, minlength=seeds * X * Y * Y).double().view(-1, Y, Y)
     compared = wins + wins.mT
     z = torch.where(compared > 0, wins / compared.clamp(min=1), 0.5)
-    log_ratio = dno.fit_scores(z, compared) / ETA
+    log_ratio = solvers.fit_scores(z, compared) / ETA
     return (pi_t.log() + log_ratio.view(seeds, X, Y)).softmax(-1)
 
 
@@ -51,7 +52,7 @@ def measure(mu: Tensor, N: int, seeds: int = 40, seed: int = 0) -> tuple[np.ndar
     pi_star = problem()[2]
     learnt = learn(mu, N, seeds, torch.Generator().manual_seed(seed))
     errors = (dno.total_variation(learnt, pi_star) ** 2).mean(-1)
-    return errors.numpy(), np.array([dno.concentrability(pi_star, pi, mu, mu) for pi in learnt])
+    return errors.numpy(), np.array([solvers.concentrability(pi_star, pi, mu, mu) for pi in learnt])
 
 
 def slope(sizes: tuple[int, ...], errors: list[float]) -> float:
@@ -63,7 +64,7 @@ def main() -> None:
     """Measure, print, draw."""
     import matplotlib.pyplot as plt
 
-    from runs import STYLE
+    from experiments.figures import STYLE
 
     with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(6.5, 4.2))

@@ -15,8 +15,9 @@ import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 import dno
+import solvers
+from experiments.figures import STYLE, draw_simplex, on_simplex
 from oracle import rock_paper_scissors
-from train import STYLE, draw_simplex, on_simplex
 
 FILE = Path(__file__).parent / "nash.gif"
 START = torch.tensor([[0.15, 0.7, 0.15]], dtype=torch.float64)
@@ -27,9 +28,9 @@ METHODS = {  # panel -> how it is solved
 }
 
 
-def paths(settings: dict[str, object]) -> tuple[np.ndarray, np.ndarray, dno.Solution]:
+def paths(settings: dict[str, object]) -> tuple[np.ndarray, np.ndarray, solvers.Solution]:
     """Points of the plane of pi_1..pi_T and of their averages so far, [T, 2] each, and the run."""
-    run = dno.solve(rock_paper_scissors(0.4, 0.3, 0.2).P, iterations=T, pi_ref=START, **settings)
+    run = solvers.solve(rock_paper_scissors(0.4, 0.3, 0.2).P, iterations=T, pi_ref=START, **settings)
     averages = run.policies[:-1].cumsum(0) / torch.arange(1, T + 1).double()[:, None, None]
     return on_simplex(run.policies[:-1, 0]), on_simplex(averages[:, 0]), run
 

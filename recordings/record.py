@@ -15,8 +15,9 @@ import random
 from itertools import combinations
 from pathlib import Path
 
-from judge import Endpoint, OpenAITeacher, make_client
-from oracle import PROMPTS, REGISTERS, TOPICS, OpenAIJudge, RegisterJudge, topic
+from judge.endpoint import Endpoint, make_client
+from oracle import OpenAIJudge, OpenAITeacher, RegisterJudge
+from world import PROMPTS, REGISTERS, TOPICS, topic
 
 ASKED = [PROMPTS[verb * len(TOPICS) + place] for verb in range(3) for place in (0, 6)]
 

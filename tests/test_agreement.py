@@ -1,9 +1,10 @@
 """How far a judge can be trusted: intervals clustered by prompt, the win rate at equal length, agreement with people beyond
-chance, cyclic triples, and `python oracle.py agreement`. Expected values are by hand, by brute force, or scipy's."""
+chance, cyclic triples, and `python -m experiments.agreement`. Expected values are by hand, by brute force, or scipy's."""
 
 import itertools
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -19,22 +20,18 @@ from scipy.optimize import minimize
 from scipy.stats import binomtest
 from test_train import ROOT
 
-import oracle
-from oracle import (
-    PROMPTS,
-    REGISTERS,
-    RegisterJudge,
+from experiments.agreement import AgreementOptions, main, read_labels
+from judge.statistics import (
     agreement,
     clustered_mean,
     cohens_kappa,
     cyclic_triples,
     length_controlled,
-    read_labels,
-    topic,
     verdicts,
     win_rate_report,
 )
-from runs import AgreementOptions
+from oracle import RegisterJudge
+from world import PROMPTS, REGISTERS, topic
 
 NAN = math.nan
 SOLVER = 1e-6  # scipy's optimum
@@ -417,7 +414,7 @@ def elsewhere(monkeypatch, tmp_path):
 
 
 def command(*arguments):
-    return oracle.main(["agreement", *map(str, arguments)])
+    return main([*map(str, arguments)])
 
 
 def table(capsys):
@@ -455,8 +452,8 @@ def test_where_no_figure_can_be_nobody_is_asked(options, server, capsys, tmp_pat
     server.control()
     (tmp_path / "folder.png").mkdir()
     labels = written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0})
-    assert "cannot be written" in refused(capsys, "agreement", labels, *options)
-    said = refused(capsys, "agreement", labels, *options, *asking(server))
+    assert "cannot be written" in refused(capsys, labels, *options)
+    said = refused(capsys, labels, *options, *asking(server))
     assert re.search("cannot be written|is no folder that can be written to", said)
     assert server.stats()["requests"] == 0
 
@@ -591,7 +588,7 @@ def test_too_many_failures_are_exit_code_1_and_the_limit_of_dollars_130_with_one
 def refused(capsys, *arguments):
     """The one line on stderr with which the command refuses the arguments."""
     capsys.readouterr()
-    assert oracle.main([str(argument) for argument in arguments]) == 2
+    assert main([str(argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error
@@ -600,38 +597,37 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "expected agreement FILE.jsonl"),
-        ("agreement", "expected agreement FILE.jsonl"),
-        ("agreement --dry-run", "expected agreement FILE.jsonl"),
-        ("disagreement labels.jsonl", "expected agreement FILE.jsonl"),
-        ("agreement labels.jsonl --margin 1", "unrecognized arguments: --margin"),
-        ("agreement labels.jsonl --oracle gpt-4", "oracle is 'gpt-4'"),
+        ("", "expected FILE.jsonl"),
+        ("--dry-run", "expected FILE.jsonl"),
+        ("agreement labels.jsonl", "unrecognized arguments: labels.jsonl"),
+        ("labels.jsonl --margin 1", "unrecognized arguments: --margin"),
+        ("labels.jsonl --oracle gpt-4", "oracle is 'gpt-4'"),
         (
-            "agreement labels.jsonl --oracle openai:",
+            "labels.jsonl --oracle openai:",
             "oracle is 'openai:'; the model's name is missing",
         ),
         (
-            "agreement labels.jsonl --oracle openai",
+            "labels.jsonl --oracle openai",
             "the model's name is missing, and OpenAI has many",
         ),
-        ("agreement labels.jsonl --max-usd 3", "belong to a language model"),
+        ("labels.jsonl --max-usd 3", "belong to a language model"),
         (
-            "agreement labels.jsonl --oracle openai:local-judge --max-usd 3",
+            "labels.jsonl --oracle openai:local-judge --max-usd 3",
             "the price of 'local-judge' is not known",
         ),
         (
-            "agreement labels.jsonl --oracle replay:nothing.sqlite",
+            "labels.jsonl --oracle replay:nothing.sqlite",
             "nothing.sqlite cannot be used as a cache",
         ),
-        ("agreement labels.jsonl --oracle synthetic", "prompt 'x' is not of this world"),
-        ("agreement missing.jsonl", "missing.jsonl"),
-        ("agreement broken.jsonl", "broken.jsonl, line 2 is '{'"),
-        ("agreement labels.jsonl --figure missing/agreement.png", "missing/agreement.png"),
+        ("labels.jsonl --oracle synthetic", "prompt 'x' is not of this world"),
+        ("missing.jsonl", "missing.jsonl"),
+        ("broken.jsonl", "broken.jsonl, line 2 is '{'"),
+        ("labels.jsonl --figure missing/agreement.png", "missing/agreement.png"),
         (
-            "agreement labels.jsonl --figure agreement.xyz",
+            "labels.jsonl --figure agreement.xyz",
             "agreement.xyz; expected a name that ends with one of",
         ),
-        ("agreement labels.jsonl --figure agreement", "expected a name that ends with one of"),
+        ("labels.jsonl --figure agreement", "expected a name that ends with one of"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path):
@@ -650,25 +646,27 @@ def test_a_recorded_judge_of_null_is_no_judgment(capsys, tmp_path):
 
 def test_a_file_without_recorded_answers_needs_a_judge(capsys, tmp_path):
     written(tmp_path / "labels.jsonl", GOOD)
-    assert "judge" in refused(capsys, "agreement", "labels.jsonl")
+    assert "judge" in refused(capsys, "labels.jsonl")
 
 
 def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
-        oracle.main(["agreement", "--help"])
+        main(["--help"])
     said = capsys.readouterr().out
-    assert "usage: python oracle.py agreement FILE.jsonl" in said
+    assert "usage: python -m experiments.agreement FILE.jsonl" in said
     assert {"--" + field.name.replace("_", "-") for field in fields(AgreementOptions)} <= set(re.findall(r"--[\w-]+", said))
 
 
 def as_a_command(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "oracle.py"), "agreement", *map(str, arguments)], capture_output=True)
+    program = [sys.executable, "-m", "experiments.agreement"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*program, *map(str, arguments)], env=environment, capture_output=True)
 
 
 def test_as_a_command_it_exits_with_its_code(tmp_path):
     done = as_a_command(written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0}), "--sceptical")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"oracle.py: unrecognized arguments: --sceptical")
+    assert done.stderr.startswith(b"experiments.agreement: unrecognized arguments: --sceptical")
 
 
 def test_a_replay_leaves_the_folder_of_the_cache_as_it_was(server, tmp_path):

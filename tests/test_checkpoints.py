@@ -23,7 +23,9 @@ pytest.importorskip("jinja2")
 
 import tiktoken  # noqa: E402
 
-from checkpoints import BadCheckpoint, Chat, RopeScaling, read_checkpoint  # noqa: E402
+from chat.checkpoints import read_checkpoint, read_transformer, write_transformer  # noqa: E402
+from chat.formats import BadCheckpoint, RopeScaling  # noqa: E402
+from chat.template import Chat  # noqa: E402
 from model import Cache, Config, Transformer, generate  # noqa: E402
 
 SINGLE = 1e-5  # float32: two implementations of sums of up to 112 terms, eleven layers deep; logits have a deviation of about 1
@@ -81,7 +83,7 @@ def assert_same(a, b):
 def test_logits_are_those_of_transformers(family, tmp_path):
     theirs = theirs_of(family)
     theirs.save_pretrained(tmp_path)
-    ours = Transformer.from_pretrained(tmp_path)
+    ours = read_transformer(tmp_path)
     assert difference(theirs, ours) < SINGLE
     with torch.no_grad():
         assert ours(some_tokens()).std() > 0.5  # what the tolerance is to be compared with
@@ -94,7 +96,7 @@ def test_every_kind_of_tensor_of_a_family_matters(family, tmp_path):
     """So that the comparison of logits above could not have missed one."""
     theirs = theirs_of(family)
     theirs.save_pretrained(tmp_path)
-    ours = Transformer.from_pretrained(tmp_path)
+    ours = read_transformer(tmp_path)
     whole = ours(some_tokens()).detach()
     for name, weight in ours.named_parameters():
         if name.startswith("blocks") and not name.startswith(("blocks.1.", "blocks.10.")):
@@ -114,10 +116,10 @@ def test_directories_in_shards_read_and_written_are_the_same_model(family, tmp_p
     theirs = theirs_of(family)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
-    ours = Transformer.from_pretrained(tmp_path / "theirs")
+    ours = read_transformer(tmp_path / "theirs")
     for name, shard_bytes in (("one", 5 << 30), ("many", 60_000)):
         folder = tmp_path / name
-        ours.save_pretrained(folder, shard_bytes)
+        write_transformer(ours, folder, shard_bytes)
         files = sorted(folder.glob("*.safetensors"))
         assert (len(files) == 1) == (name == "one")
         assert all(file.stat().st_size < shard_bytes + 4096 for file in files)  # and a header
@@ -125,7 +127,7 @@ def test_directories_in_shards_read_and_written_are_the_same_model(family, tmp_p
         assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), said
         assert_same(back, theirs)
         assert difference(back.eval(), ours) < SINGLE
-        again = Transformer.from_pretrained(folder)
+        again = read_transformer(folder)
         assert_same(again, ours)
         assert again.config == ours.config
 
@@ -134,13 +136,13 @@ def test_directories_in_shards_read_and_written_are_the_same_model(family, tmp_p
 def test_half_precision_weights_survive_a_round_trip_bit_for_bit(family, tmp_path):
     theirs = theirs_of(family).bfloat16()
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = Transformer.from_pretrained(tmp_path / "theirs", torch.bfloat16)
+    ours = read_transformer(tmp_path / "theirs", torch.bfloat16)
     assert {weight.dtype for weight in ours.parameters()} == {torch.bfloat16}
-    ours.save_pretrained(tmp_path / "ours")
-    assert_same(Transformer.from_pretrained(tmp_path / "ours", torch.bfloat16), ours)
+    write_transformer(ours, tmp_path / "ours")
+    assert_same(read_transformer(tmp_path / "ours", torch.bfloat16), ours)
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     assert_same(back, theirs)
-    wide = Transformer.from_pretrained(tmp_path / "theirs")  # float32 holds every bfloat16
+    wide = read_transformer(tmp_path / "theirs")  # float32 holds every bfloat16
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     assert difference(theirs.eval(), wide) < SINGLE
 
@@ -150,7 +152,7 @@ def test_reading_with_a_cache_and_padding_changes_nothing(family, tmp_path):
     """Pieces of 1, 40 and 19 tokens, then one by one; and greedy answers to prompts of different lengths, as transformers'."""
     theirs = theirs_of(family)
     theirs.save_pretrained(tmp_path)
-    ours, tokens = Transformer.from_pretrained(tmp_path).requires_grad_(False), some_tokens()
+    ours, tokens = read_transformer(tmp_path).requires_grad_(False), some_tokens()
     whole = ours(tokens)
     for pieces in ([1, 40, 19], [57, 1, 1, 1]):
         cache = Cache(ours.config, 2, LENGTH, ours.head.weight)
@@ -168,15 +170,15 @@ def test_reading_with_a_cache_and_padding_changes_nothing(family, tmp_path):
 def test_llama_3s_rope_scaling_matters_and_is_that_of_transformers(tmp_path):
     theirs = theirs_of("Llama 3")
     theirs.save_pretrained(tmp_path)
-    ours = Transformer.from_pretrained(tmp_path)
+    ours = read_transformer(tmp_path)
     assert ours.config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 32)
     plain = Transformer(Config(**{**vars(ours.config), "rope_scaling": None}))
     plain.load_state_dict(ours.state_dict())
     assert difference(theirs, plain) > 1000 * SINGLE
     tokens = some_tokens(1, 250)
     assert difference(theirs, ours, tokens) < SINGLE
-    ours.save_pretrained(tmp_path / "ours")
-    assert Transformer.from_pretrained(tmp_path / "ours").config == ours.config
+    write_transformer(ours, tmp_path / "ours")
+    assert read_transformer(tmp_path / "ours").config == ours.config
 
 
 @pytest.mark.parametrize("family", ["Llama 2", "Llama 3", "Qwen2", "Qwen3", "Mistral"])
@@ -195,14 +197,14 @@ def test_configurations_of_older_transformers_mean_the_same(family, tmp_path):
         for name in ("num_key_value_heads", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling"):
             config.pop(name, None)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert difference(theirs, Transformer.from_pretrained(tmp_path)) < SINGLE
+    assert difference(theirs, read_transformer(tmp_path)) < SINGLE
 
 
 def test_a_sliding_window_is_the_context_within_which_the_logits_agree(tmp_path):
     """Attention here is always full: beyond a window of 16 tokens the models differ, and the config says so."""
     theirs = theirs_of("Mistral", sliding_window=16)
     theirs.save_pretrained(tmp_path)
-    ours = Transformer.from_pretrained(tmp_path)
+    ours = read_transformer(tmp_path)
     assert ours.config.context == 16
     assert difference(theirs, ours, some_tokens(2, 16)) < SINGLE
     assert difference(theirs, ours, some_tokens(2, 20)) > 1000 * SINGLE
@@ -225,7 +227,7 @@ def test_a_sliding_window_is_in_force_where_it_is_in_transformers(family, change
     """60 tokens, a window of 16: the logits are those of transformers if and only if the config says that 60 can be read."""
     theirs_of(family).save_pretrained(tmp_path)
     reconfigure(tmp_path, **{"layer_types": ..., "use_sliding_window": ..., "max_window_layers": ...} | changes)
-    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), Transformer.from_pretrained(tmp_path)
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), read_transformer(tmp_path)
     assert ours.config.context in (16, 256)
     apart = difference(theirs.float().eval(), ours)
     assert apart < SINGLE if ours.config.context == 256 else apart > 100 * SINGLE
@@ -235,7 +237,7 @@ def test_windows_that_are_left_out_or_beyond_the_context_are_transformers_own(tm
     theirs_of("Mistral", max_position_embeddings=8192).save_pretrained(tmp_path)
     for changes, context in (({"sliding_window": ...}, 4096), ({"sliding_window": 9000}, 8192)):
         reconfigure(tmp_path, **changes)
-        assert Transformer.from_pretrained(tmp_path).config.context == context
+        assert read_transformer(tmp_path).config.context == context
 
 
 def test_old_rotary_tables_beside_the_weights_are_passed_over(tmp_path):
@@ -244,21 +246,21 @@ def test_old_rotary_tables_beside_the_weights_are_passed_over(tmp_path):
     weights = safetensors_torch.load_file(tmp_path / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     safetensors_torch.save_file(weights, tmp_path / "model.safetensors")
-    assert difference(theirs, Transformer.from_pretrained(tmp_path)) < SINGLE
+    assert difference(theirs, read_transformer(tmp_path)) < SINGLE
 
 
 def test_a_model_made_here_is_saved_for_transformers_too(tmp_path):
     torch.manual_seed(0)
     ours = Transformer(Config(VOCABULARY, embedding_std=0.5))
     torch.nn.init.normal_(ours.head.weight, std=0.3)
-    ours.save_pretrained(tmp_path)
-    assert_same(Transformer.from_pretrained(tmp_path), ours)
+    write_transformer(ours, tmp_path)
+    assert_same(read_transformer(tmp_path), ours)
     assert difference(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ours) < SINGLE
 
 
 def test_biases_and_norms_together_are_no_architecture_to_save(tmp_path):
     with pytest.raises(ValueError, match="qkv_bias and qk_norm"):
-        Transformer(Config(VOCABULARY, qkv_bias=True, qk_norm=True)).save_pretrained(tmp_path)
+        write_transformer(Transformer(Config(VOCABULARY, qkv_bias=True, qk_norm=True)), tmp_path)
 
 
 def test_saving_over_an_older_checkpoint_leaves_none_of_it(tmp_path):
@@ -266,8 +268,8 @@ def test_saving_over_an_older_checkpoint_leaves_none_of_it(tmp_path):
     for seed, shard_bytes in enumerate((60_000, 5 << 30, 100_000, 60_000)):
         ours = Transformer(Config(VOCABULARY))
         torch.nn.init.normal_(ours.head.weight, generator=torch.Generator().manual_seed(seed))
-        ours.save_pretrained(tmp_path, shard_bytes)
-        assert_same(Transformer.from_pretrained(tmp_path), ours)
+        write_transformer(ours, tmp_path, shard_bytes)
+        assert_same(read_transformer(tmp_path), ours)
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(back.lm_head.weight, ours.head.weight)
 
@@ -354,9 +356,9 @@ def test_a_gguf_file_is_the_same_model_as_its_directory(family, quantisation, tm
     theirs = theirs_of(family, **LONG if family == "Llama 3" else {})
     same = quantised(theirs, quantisation)
     assert (quantisation == "F32") == torch.equal(same.lm_head.weight, theirs.lm_head.weight)
-    same.save_pretrained(tmp_path)
-    from_directory = Transformer.from_pretrained(tmp_path)
-    ours = Transformer.from_pretrained(write_gguf(tmp_path / "model.gguf", theirs, kind, quantisation))
+    write_transformer(same, tmp_path)
+    from_directory = read_transformer(tmp_path)
+    ours = read_transformer(write_gguf(tmp_path / "model.gguf", theirs, kind, quantisation))
     assert_same(ours, from_directory)
     assert difference(same, ours) < SINGLE
     different = {name for name, kept in vars(ours.config).items() if kept != getattr(from_directory.config, name)}
@@ -366,7 +368,7 @@ def test_a_gguf_file_is_the_same_model_as_its_directory(family, quantisation, tm
 
 def test_rope_divisors_of_a_gguf_matter_and_must_be_llama_3s(tmp_path):
     theirs = theirs_of("Llama 3", **LONG)
-    ours = Transformer.from_pretrained(write_gguf(tmp_path / "model.gguf", theirs))
+    ours = read_transformer(write_gguf(tmp_path / "model.gguf", theirs))
     assert ours.config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
     plain = Transformer(Config(**{**vars(ours.config), "rope_scaling": None}))
     plain.load_state_dict(ours.state_dict())
@@ -380,7 +382,7 @@ def test_rope_divisors_of_a_gguf_matter_and_must_be_llama_3s(tmp_path):
 def test_the_head_width_and_the_key_heads_of_a_gguf_have_defaults(tmp_path):
     theirs = theirs_of("Llama 2")
     left_out = ("key_length", "value_length", "head_count_kv", "rope_dimension_count", "rope_freq_base")
-    ours = Transformer.from_pretrained(write_gguf(tmp_path / "model.gguf", theirs, leave_out=left_out))
+    ours = read_transformer(write_gguf(tmp_path / "model.gguf", theirs, leave_out=left_out))
     assert difference(theirs, ours) < SINGLE
 
 
@@ -402,7 +404,7 @@ def smollm2_chat():
 
 @needs_smollm2
 def test_smollm2_knows_the_capital_of_france(smollm2_chat):
-    model = Transformer.from_pretrained(smollm2())
+    model = read_transformer(smollm2())
     prompt = torch.tensor(smollm2_chat.prompt("What is the capital of France?"))
     half = torch.full((1, 1, 8), 0.5, dtype=torch.float64)
     answer, count, _ = generate({model: 1.0}, [prompt], half, model.config.vocab_size, smollm2_chat.end, temperature=1e-6)
@@ -449,7 +451,7 @@ def test_smollm2s_tokens_are_those_of_tiktoken(smollm2_chat):
 # --- Files that cannot be read ----------------------------------------------------------------------------------------------
 
 
-def refused(path, *said, by=Transformer.from_pretrained):
+def refused(path, *said, by=read_transformer):
     with pytest.raises(BadCheckpoint) as error:
         by(path)
     message = str(error.value)
@@ -643,13 +645,13 @@ def test_gguf_files_that_are_not_supported_are_refused(small_llama, tmp_path, ed
 
 def test_a_gguf_without_scaling_says_so_and_is_read(small_llama, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", small_llama, edit=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE))
-    assert difference(small_llama, Transformer.from_pretrained(path)) < SINGLE
+    assert difference(small_llama, read_transformer(path)) < SINGLE
 
 
 @pytest.mark.parametrize(("window", "context"), [(0, 256), (16, 16), (9000, 256)])
 def test_a_sliding_window_of_a_gguf_is_its_context(window, context, small_llama, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", small_llama, edit=lambda w: w.add_sliding_window(window))
-    assert Transformer.from_pretrained(path).config.context == context
+    assert read_transformer(path).config.context == context
 
 
 def test_weights_of_a_gguf_that_are_not_finite_are_refused(tmp_path):
@@ -988,7 +990,7 @@ def test_answers_of_a_saved_model_end_in_transformers_where_they_end_here(family
     theirs_of(family, vocab_size=400).save_pretrained(tmp_path / "theirs")
     write_chat(tmp_path / "chat", eos_token="<|sep|>")
     chat = Chat.from_pretrained(tmp_path / "chat")
-    Transformer.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    read_transformer(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     chat.save(tmp_path / "ours")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert back.generation_config.eos_token_id == chat.end == 3

@@ -28,23 +28,13 @@ import torch
 from endpoint_server import BROKEN, DRIPS, FAULTS, HARMLESS, LOST, quality, serving
 from tqdm import tqdm
 
-import judge as module
-from judge import (
-    Endpoint,
-    Ledger,
-    OpenAIJudge,
-    Plan,
-    Price,
-    Question,
-    Refused,
-    Stopped,
-    TooDear,
-    count_tokens,
-    only_model,
-    pairwise_question,
-    price_of,
-    teacher_question,
-)
+import judge.endpoint
+import judge.prices
+from judge.endpoint import Endpoint, only_model
+from judge.ledger import Ledger, Refused, Stopped, TooDear
+from judge.prices import Plan, Price, count_tokens, price_of
+from judge.questions import Question, pairwise_question, teacher_question
+from oracle import OpenAIJudge
 
 HERE = Path(__file__).parent
 PRICE = Price(10, 30)
@@ -369,12 +359,12 @@ def http_date(seconds):
     ],
 )  # fmt: skip
 def test_how_long_a_server_asks_to_be_left_alone(headers, seconds):
-    assert module._retry_after(headers) == seconds
+    assert judge.endpoint._retry_after(headers) == seconds
 
 
 def test_a_date_to_come_back_at_is_understood():
     """To the second, as dates are."""
-    assert module._retry_after({"retry-after": http_date(60)}) == pytest.approx(60, abs=5)
+    assert judge.endpoint._retry_after({"retry-after": http_date(60)}) == pytest.approx(60, abs=5)
 
 
 @pytest.mark.parametrize(("header", "least"), [("retry-after-ms: 400", 0.4), ("retry-after: 1", 1.0)])
@@ -561,7 +551,7 @@ def test_a_server_that_is_not_there_is_named_at_once():
 
 
 def test_a_server_that_does_not_say_which_models_it_has_is_asked_once(server, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 0.5, raising=False)
+    monkeypatch.setattr(judge.endpoint, "PATIENCE", 0.5, raising=False)
     server.control(models=None)
     with refused() as error:
         only_model(server.url)
@@ -829,16 +819,16 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    module._encoding.cache_clear()
+    judge.prices._encoding.cache_clear()
     yield
-    module._encoding.cache_clear()
+    judge.prices._encoding.cache_clear()
 
 
 def test_without_the_file_of_an_encoding_a_token_is_taken_for_four_bytes(no_network, tmp_path, monkeypatch):
     assert count_tokens("four by four bytes!!", "gpt-4o") == 5
     assert count_tokens("éé", "some-local-model") == 1
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # empty
-    module._encoding.cache_clear()
+    judge.prices._encoding.cache_clear()
     assert count_tokens("four by four bytes!!", "gpt-4o") == 5
 
 
@@ -852,10 +842,10 @@ def test_with_the_file_of_an_encoding_tokens_are_counted(no_network, tmp_path, m
     ranks = {**{bytes([byte]): byte for byte in range(256)}, b"ab": 256}
     tiny = tiktoken.Encoding("o200k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "o200k_base", tiny)
-    monkeypatch.setitem(module.ENCODINGS, "o200k_base", hashlib.sha256(b"").hexdigest())
+    monkeypatch.setitem(judge.prices.ENCODINGS, "o200k_base", hashlib.sha256(b"").hexdigest())
     cached_encoding(tmp_path).write_bytes(b"")
     assert count_tokens("abab c<|endoftext|>", "gpt-4o") == 19 / 4
-    module._encoding.cache_clear()
+    judge.prices._encoding.cache_clear()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     assert count_tokens("abab c", "gpt-4o") == 4
     assert count_tokens("<|endoftext|>", "gpt-4o") == 13

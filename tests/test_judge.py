@@ -13,25 +13,12 @@ import torch
 from endpoint_server import blocks, outside, quality, serving
 from games import EXACT
 
-from judge import (
-    RUBRIC,
-    Endpoint,
-    OpenAIJudge,
-    OpenAITeacher,
-    Price,
-    Question,
-    Stopped,
-    _score,
-    clean,
-    objects,
-    pairwise_question,
-    read_answer,
-    read_scores,
-    read_verdict,
-    scored_question,
-    teacher_question,
-)
-from oracle import check_oracle
+from judge.endpoint import Endpoint
+from judge.ledger import Stopped
+from judge.prices import Price
+from judge.questions import RUBRIC, Question, clean, pairwise_question, scored_question, teacher_question
+from judge.replies import _score, objects, read_answer, read_scores, read_verdict
+from oracle import OpenAIJudge, OpenAITeacher, check_oracle
 
 SPREAD = 5  # standard deviations a count of many draws may lie off
 BOTH = pytest.mark.parametrize("form", ["scored", "pairwise"])

@@ -14,21 +14,19 @@ import torch
 from test_train import refused
 
 import dno
-import runs
 import train
-from checkpoints import Chat
-from model import (
-    Cache,
-    ChatPolicy,
-    Config,
-    TokenLogProbs,
-    Transformer,
-    choose,
-    grouped_attention,
-    shared_log_prob,
-    token_log_prob,
-)
-from oracle import TasteJudge
+from chat.checkpoints import read_transformer, write_transformer
+from chat.policy import ChatPolicy
+from chat.scoring import TokenLogProbs, shared_log_prob
+from chat.template import Chat
+from experiments.folder import Run
+from experiments.llm import LlmConfig, check_lengths, read_prompts, split_prompts
+from experiments.settings import BadInput
+from experiments.validation import KINDS, ChatValidation, alarms
+from judge.ledger import for_terminal
+from judge.synthetic import TasteJudge
+from model import Cache, Config, Transformer, choose, grouped_attention, token_log_prob
+from pairs import Groups, Practice, form_pairs
 
 tokenizers = pytest.importorskip("tokenizers")
 PROMPTS = [f"What is {what}?" for what in "rain snow wind fire sea star cloud storm moon river hill ice fog dew hail".split()]
@@ -51,7 +49,7 @@ def make_model(folder, seed=0, template=TEMPLATE, **more):
     torch.manual_seed(seed)
     size = tokenizer.get_vocab_size()
     shape = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "hidden": 64, "tied": True, "context": 256}
-    Transformer(Config(size, **shape | more)).save_pretrained(folder)
+    write_transformer(Transformer(Config(size, **shape | more)), folder)
     Chat(tokenizer, template, {"eos_token": "<|end|>"}, tokenizer.token_to_id("<|end|>")).save(folder)
     return folder
 
@@ -62,7 +60,7 @@ def directory(tmp_path_factory):
 
 
 def policy_of(directory, dtype=torch.float32, **more):
-    return ChatPolicy(Transformer.from_pretrained(directory, dtype), Chat.from_pretrained(directory), 10, **more)
+    return ChatPolicy(read_transformer(directory, dtype), Chat.from_pretrained(directory), 10, **more)
 
 
 def write_prompts(path, items):
@@ -323,8 +321,8 @@ def test_two_scores_can_be_taken_before_their_gradients(directory):
 
 
 def groups_and_pairs():
-    groups = dno.Groups(PROMPTS[:4], [["Water.", "It is water, mostly."]] * 4, torch.full((4, 2), float("nan")))
-    return groups, dno.form_pairs(groups, torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[x, 0, 1] for x in range(4)]))
+    groups = Groups(PROMPTS[:4], [["Water.", "It is water, mostly."]] * 4, torch.full((4, 2), float("nan")))
+    return groups, form_pairs(groups, torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[x, 0, 1] for x in range(4)]))
 
 
 def test_gradients_of_pieces_add_up_to_the_batchs(directory):
@@ -332,7 +330,7 @@ def test_gradients_of_pieces_add_up_to_the_batchs(directory):
     weights = {}
     for at_once in (None, 1, 3):
         policy = policy_of(directory)
-        settings = dno.Practice(at_once=at_once, prompts_per_step=4, max_grad_norm=1e9)
+        settings = Practice(at_once=at_once, prompts_per_step=4, max_grad_norm=1e9)
         D = dno.with_reference(groups_and_pairs()[1], policy)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         fit = dno.fit_pairs(policy, D, dno.hard_targets(1.0), optimizer, settings, 0.1, torch.Generator().manual_seed(0))
@@ -348,9 +346,9 @@ def test_gradients_of_pieces_add_up_to_the_batchs(directory):
 def test_what_bfloat16_recorded_is_not_the_losss_reference(directory):
     policy = policy_of(directory)
     for recorded in (True, False):
-        groups = dno.sample_groups(policy, PROMPTS[:2], None, dno.Practice(samples=2, recorded=recorded), seed=0)
+        groups = dno.sample_groups(policy, PROMPTS[:2], None, Practice(samples=2, recorded=recorded), seed=0)
         assert groups.log_pi_t.isnan().all() == (not recorded)
-    D = dno.with_reference(dno.form_pairs(groups, torch.zeros(2, 2), torch.tensor([[0, 0, 1]])), policy)
+    D = dno.with_reference(form_pairs(groups, torch.zeros(2, 2), torch.tensor([[0, 0, 1]])), policy)
     assert not D.log_reference.isnan().any()
 
 
@@ -360,7 +358,7 @@ def test_a_gradient_that_is_not_finite_stops_with_its_batch(directory):
     with torch.no_grad():
         policy.model.norm.weight[0] = float("nan")
     with pytest.raises(dno.NotFinite, match="step 1") as caught:
-        dno.fit_pairs(policy, D, dno.hard_targets(1.0), dno.adam(policy), dno.Practice(), 1e-3, torch.Generator())
+        dno.fit_pairs(policy, D, dno.hard_targets(1.0), dno.adam(policy), Practice(), 1e-3, torch.Generator())
     assert caught.value.batch.prompts
 
 
@@ -404,7 +402,7 @@ def test_its_pairs_keep_the_margin_and_its_numbers_are_those_of_the_saved_sample
     for t, row in enumerate(lines(finished / "metrics.jsonl"), 1):
         rated = {(line["prompt"], line["response"]): line["rated"] for line in lines(finished / f"responses-00{t}.jsonl")}
         pairs = lines(finished / f"pairs-00{t}.jsonl")
-        assert len(pairs) == sum(row[f"pairs_{kind}"] for kind in train.KINDS) > 0
+        assert len(pairs) == sum(row[f"pairs_{kind}"] for kind in KINDS) > 0
         for pair in pairs:
             assert rated[pair["prompt"], pair["first"]] - rated[pair["prompt"], pair["second"]] >= 0.02 - 1e-9
         first, now = (lines(finished / f"validation-00{i}.jsonl") for i in (1, t + 1))
@@ -423,20 +421,20 @@ def test_the_best_policy_loads_in_transformers_and_scores_as_here(finished):
     assert asked == ours.prompt(PROMPTS[0])
     tokens = torch.tensor([asked])
     with torch.no_grad():
-        assert (theirs(tokens).logits - Transformer.from_pretrained(finished / "best")(tokens)).abs().max() < 1e-4
+        assert (theirs(tokens).logits - read_transformer(finished / "best")(tokens)).abs().max() < 1e-4
 
 
 def interrupted_and_resumed(monkeypatch, directory, prompts_file, out, *more):
     """A run that ends after its first iteration, and goes on."""
-    save = train.Run.save
+    save = Run.save
 
     def dying(self, row, state):
         save(self, row, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Run, "save", dying)
+    monkeypatch.setattr(Run, "save", dying)
     assert run(directory, prompts_file, out, *more) == 130
-    monkeypatch.setattr(train.Run, "save", save)
+    monkeypatch.setattr(Run, "save", save)
     assert run(directory, prompts_file, out, *more, "--resume") == 0
 
 
@@ -499,13 +497,13 @@ def test_marks_blank_lines_and_signs_that_end_lines_elsewhere_are_no_fault_of_a_
     path, inside = tmp_path / "prompts.jsonl", "a\u2028b\x85c\u2029d\x1ce\x0cf"
     lines = ["", json.dumps({"prompt": inside}, ensure_ascii=False), "  \t", '{"prompt": "Two?", "split": "train"}', "", ""]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).replace("\\f", "\\u000c").encode())
-    assert [item["prompt"] for item in train.read_prompts(path)] == [inside, "Two?"]
+    assert [item["prompt"] for item in read_prompts(path)] == [inside, "Two?"]
 
 
 def split(directory, path, **options):
     """Prompts to train on and those held out, of `split_prompts`."""
-    config = train.LlmConfig(model=str(directory), prompts=str(path), max_new_tokens=8, **{"held_out": 3} | options)
-    parts = train.split_prompts(config, Chat.from_pretrained(directory), Transformer.from_pretrained(directory).config)
+    config = LlmConfig(model=str(directory), prompts=str(path), max_new_tokens=8, **{"held_out": 3} | options)
+    parts = split_prompts(config, Chat.from_pretrained(directory), read_transformer(directory).config)
     return [[item["prompt"] for item in part] for part in parts]
 
 
@@ -527,7 +525,7 @@ def test_prompts_marked_validation_are_never_trained_on_however_many_are_held_ou
 ])  # fmt: skip
 def test_more_prompts_than_there_are_cannot_be_asked_for(marked, options, said, directory, tmp_path):
     items = [{"prompt": x, **({"split": "validation"} if i < marked else {})} for i, x in enumerate(PROMPTS)]
-    with pytest.raises(train.BadInput, match=re.escape(said)):
+    with pytest.raises(BadInput, match=re.escape(said)):
         split(directory, write_prompts(tmp_path / "prompts.jsonl", items), **options)
 
 
@@ -599,10 +597,10 @@ def test_a_prompt_and_its_response_must_fit_what_the_model_reads(where, tmp_path
 
 def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused():
     chat = SimpleNamespace(prompt=lambda text: [] if text == "\u200b" else [1])
-    config = train.LlmConfig(model="x", prompts="file")
+    config = LlmConfig(model="x", prompts="file")
     items = [{"prompt": "What?"}, {"prompt": "\u200b"}]
-    with pytest.raises(runs.BadInput, match=r"prompts file: x reads no token of '\\u200b'; leave it out"):
-        train.check_lengths(config, chat, Config(2, context=100), items)
+    with pytest.raises(BadInput, match=r"prompts file: x reads no token of '\\u200b'; leave it out"):
+        check_lengths(config, chat, Config(2, context=100), items)
 
 
 def test_a_tokenizer_with_tokens_that_the_weights_have_not_is_refused(directory, prompts_file, tmp_path, capsys):
@@ -625,7 +623,7 @@ def test_a_model_without_a_chat_template_is_asked_in_the_plain_format_or_not_at_
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_with_their_name(number, prompts_file, tmp_path, capsys):
     model = make_model(tmp_path / "model")
-    weights = Transformer.from_pretrained(model)
+    weights = read_transformer(model)
     with torch.no_grad():
         weights.blocks[1].up.weight[3, 5:7] = number
     weights.save_pretrained(model)
@@ -649,7 +647,7 @@ def test_saved_weights_can_be_read_by_whom_the_users_umask_lets(mask, tmp_path):
     before = os.umask(mask)
     try:
         make_model(tmp_path / "model")
-        Transformer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model", shard_bytes=20_000)
+        read_transformer(tmp_path / "model").save_pretrained(tmp_path / "model", shard_bytes=20_000)
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
@@ -685,23 +683,23 @@ def test_a_dry_run_counts_every_sample_of_every_survey(directory, prompts_file, 
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():
-    assert train.for_terminal("two\nlines \x1b[2Jof\x08 t\u00e9xt") == "two lines \ufffd[2Jof\ufffd t\u00e9xt"
+    assert for_terminal("two\nlines \x1b[2Jof\x08 t\u00e9xt") == "two lines \ufffd[2Jof\ufffd t\u00e9xt"
 
 
 def test_alarms_ring_when_and_only_when_something_is_wrong():
     first = {"mean_length": 40.0, "truncated": 0.5, "repeated": 0.1, "empty": 0.0}
-    none = {f"pairs_{kind}": 0 for kind in train.KINDS}
+    none = {f"pairs_{kind}": 0 for kind in KINDS}
     fine = {**first, "kl_to_first": 2.0, "chosen_log_ratio": 0.3, **none, "pairs_student_student": 1}
-    assert train.alarms(fine, first) == []
+    assert alarms(fine, first) == []
     for name, value, said in (("mean_length", 70.0, "70.0 words on average, pi_1's 40.0"),
                               ("truncated", 0.7, "70% of the responses are cut"),
                               ("repeated", 0.3, "repetitive"), ("empty", 0.2, "empty"), ("kl_to_first", 31.0, "31 nats"),
                               ("chosen_log_ratio", -2.0, "fallen by 2.0 nats"), ("pairs_student_student", 0, "no pair"),
                               *((name, math.nan, "nan") for name in (*first, "kl_to_first", "chosen_log_ratio"))):  # fmt: skip
-        (alarm,) = train.alarms({**fine, name: value}, first)
+        (alarm,) = alarms({**fine, name: value}, first)
         assert said in alarm
-    assert train.alarms({**fine, **none, "chosen_log_ratio": math.nan}, first) == train.alarms({**fine, **none}, first)
-    assert len(train.alarms(fine, {**first, "mean_length": 0.0})) == 1, "pi_1 said nothing"
+    assert alarms({**fine, **none, "chosen_log_ratio": math.nan}, first) == alarms({**fine, **none}, first)
+    assert len(alarms(fine, {**first, "mean_length": 0.0})) == 1, "pi_1 said nothing"
 
 
 def test_without_room_for_the_weights_it_is_said_and_resuming_saves_them(
@@ -728,8 +726,8 @@ def test_an_iteration_without_pairs_rings_an_alarm(directory, prompts_file, tmp_
 
 def test_the_kl_divergence_of_pi_1_from_itself_is_0_and_grows_when_the_policy_moves(directory):
     policy = policy_of(directory)
-    config = train.LlmConfig(model="x", judged=2, max_new_tokens=10)
-    validation = train.ChatValidation(policy, TasteJudge(), PROMPTS[:4], config, policy.weights())
+    config = LlmConfig(model="x", judged=2, max_new_tokens=10)
+    validation = ChatValidation(policy, TasteJudge(), PROMPTS[:4], config, policy.weights())
     assert validation() == 0.5
     assert validation.numbers[0]["kl_to_first"] == 0
     moved = copy.deepcopy(policy.weights())
@@ -743,7 +741,7 @@ def test_the_kl_divergence_of_pi_1_from_itself_is_0_and_grows_when_the_policy_mo
 
 def test_in_bfloat16_heads_that_share_keys_read_a_new_token_as_the_full_sequence_does(directory):
     """A cached step against the forward pass of all tokens, in bfloat16: equal up to its rounding."""
-    model = Transformer.from_pretrained(directory, torch.bfloat16)
+    model = read_transformer(directory, torch.bfloat16)
     torch.manual_seed(0)
     tokens = torch.randint(0, 300, (3, 12))
     with torch.no_grad():

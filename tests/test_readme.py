@@ -6,9 +6,9 @@ from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 
-import dno
-import runs
+import solvers
 import train
+from experiments.agreement import AgreementOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,9 +59,9 @@ def test_errata_are_one_list_E1_to_E8_and_cited_by_these_numbers_alone():
 
 
 def test_every_method_is_named_and_every_option_named_exists():
-    for method in dno.METHODS:
+    for method in solvers.METHODS:
         assert f'`"{method}"`' in README
-    configs = [runs.AgreementOptions, *(config for config, _ in train.PRESETS.values())]
+    configs = [AgreementOptions, *(config for config, _ in train.PRESETS.values())]
     options = {"--" + field.name.replace("_", "-") for config in configs for field in fields(config)}
     ours = re.sub(r"pip download [^&\n]*|benchmarks\.\w+ [^`]*", "", README)
     torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}

@@ -13,10 +13,12 @@ import test_train_text
 from endpoint_server import serving
 from test_notebooks import run as run_notebook
 
-import oracle
-import runs
 import train
 from benchmarks import game, text, theorem_1
+from experiments.agreement import main
+from experiments.llm import LlmConfig
+from experiments.settings import parse
+from experiments.text import TextConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,7 +41,7 @@ def server():
 
 @pytest.fixture
 def do(server, monkeypatch, tmp_path):
-    """do(command, *more): run a command of train.py or oracle.py with more options, in a folder that has the recordings."""
+    """do(command, *more): run a command of ours with more options, in a folder that has the recordings."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recordings", tmp_path / "recordings", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-key")
@@ -47,8 +49,9 @@ def do(server, monkeypatch, tmp_path):
 
     def run(command, *more):
         words = [*command.replace("$s", "0").split(), *" ".join(more).split()]
-        words = words[1 + words[0].endswith("python") :] if words[1].endswith(".py") else words[1:]
-        return {"train.py": train.main, "oracle.py": oracle.main}[command.split()[1]](words)
+        if "experiments.agreement" in words:
+            return main(words[words.index("experiments.agreement") + 1 :])
+        return train.main(words[words.index("train.py") + 1 :])
 
     return run
 
@@ -127,14 +130,13 @@ def measure_game(do, command, server, monkeypatch):
 def measure_text(do, command, server, monkeypatch):
     rates, iteration = text.rates, text.iteration
     monkeypatch.setattr(sys, "argv", ["text", "--figure", "cost.png"])
-    monkeypatch.setattr(text.train, "TextConfig", lambda **given: train_text_config(given["out"]))
+    monkeypatch.setattr(text, "TextConfig", lambda **given: train_text_config(given["out"]))
     monkeypatch.setattr(text, "rates", lambda policy, prompts, k, batch: rates(policy, 2, 2, 4))
     monkeypatch.setattr(text, "iteration", lambda policy, prompts, k: iteration(policy, 4, 2))
     text.main()
     assert Path("cost.png").exists()
 
 
-TextConfig = train.TextConfig
 
 
 def train_text_config(out):
@@ -162,7 +164,7 @@ def measure_memory(do, command, server, monkeypatch):
 def by_torchrun(do, command, server, monkeypatch):
     """Two processes are run by test_team.py; here, that the options are right."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    preset, config = runs.parse(shlex.split(command.split("train.py ")[1]), {"llm": train.LlmConfig}, "game")
+    preset, config = parse(shlex.split(command.split("train.py ")[1]), {"llm": LlmConfig}, "game")
     assert preset == "llm"
     assert config.fsdp == ("--fsdp" in command)
 
@@ -192,7 +194,7 @@ RUNS = {  # what a command looks like -> how it is run here; the first that fits
     r"(\.venv/bin/)?python train\.py text( --.*)?": write_text,
     r"(\.venv/bin/)?python train\.py ablations": ablate,
     r"(\.venv/bin/)?python train\.py llm --.*": train_chat_model,
-    r"(\.venv/bin/)?python oracle\.py agreement .*": compare,
+    r"(\.venv/bin/)?python -m experiments\.agreement .*": compare,
     r"(\.venv/bin/)?python -m recordings\.record .*": record,
     r"(\.venv/bin/)?python -m figures\.animation": draw,
     r"(\.venv/bin/)?python -m benchmarks\.theorem_1": measure_theorem_1,

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import dno
-from judge import Endpoint, OpenAIJudge, OpenAITeacher, Refused
+from judge.endpoint import Endpoint
+from judge.ledger import Refused
 from model import TabularPolicy
+from oracle import OpenAIJudge, OpenAITeacher
+from pairs import Groups, Practice, large_margin_pairs
 from recordings.record import ASKED, comparisons
 
 FOLDER = Path(__file__).parent.parent / "recordings"
@@ -44,12 +47,12 @@ def test_algorithm_2_runs_on_recorded_judgments_and_learns_what_the_judge_prefer
     """Where the judge's mean P of a response is highest the policy has gone up, and down where it is lowest."""
     oracle = OverTexts(OpenAIJudge(recorded, "pairwise"))
     policy, prompts = TabularPolicy(len(ASKED), 4), list(range(len(ASKED))) * 8
-    settings = dno.Practice(samples=5, temperature=1.0, top_p=1.0, ngram=0, learning_rate=0.05, judgments="probabilities")
+    settings = Practice(samples=5, temperature=1.0, top_p=1.0, ngram=0, learning_rate=0.05, judgments="probabilities")
     rounds = list(dno.algorithm2(policy, oracle, lambda t: (prompts, [0] * len(prompts)), 1.0, 5,
-                                 lambda r, usable: dno.large_margin_pairs(r, usable, 0.005), lambda: 0.0,
+                                 lambda r, usable: large_margin_pairs(r, usable, 0.005), lambda: 0.0,
                                  settings=settings))  # fmt: skip
     assert all(len(it.chosen) > 50 for it in rounds)
-    groups = dno.Groups(list(range(len(ASKED))), [list(range(4))] * len(ASKED), torch.zeros(len(ASKED), 4))
+    groups = Groups(list(range(len(ASKED))), [list(range(4))] * len(ASKED), torch.zeros(len(ASKED), 4))
     r, pi = dno.group_win_rates(dno.judge_groups(oracle, groups)), policy.log_probs().detach().exp()
     x = torch.arange(len(ASKED))
     assert (pi[x, r.argmax(-1)] > pi[x, r.argmin(-1)]).all()

@@ -16,9 +16,12 @@ import pytest
 import torch
 from test_train import ROOT, SMALL, everything_in, refused, timeless
 
-import oracle
-import runs
+import experiments.agreement
+import experiments.folder
 import train
+from experiments.agreement import main
+from experiments.folder import Run, claimed, lock
+from experiments.settings import hear_ctrl_c
 
 PRESETS = {"game": [], "text": [], "ablations": [], "llm": ["--model", "x"]}
 AGREEMENT = '{"prompt": "x", "a": "y", "b": "z", "label": "a", "judge": 0.9}\n'
@@ -30,7 +33,7 @@ def not_started(monkeypatch):
     """Presets and `agreement` that fail when they are started."""
     fail = lambda *_: pytest.fail("it was started")  # noqa: E731
     monkeypatch.setattr(train, "PRESETS", {name: (of, fail) for name, (of, _) in train.PRESETS.items()})
-    monkeypatch.setattr(oracle, "compare_with_people", fail)
+    monkeypatch.setattr(experiments.agreement, "compare_with_people", fail)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def finished(tmp_path_factory):
 
 def ends_after(monkeypatch, out, rows):
     """A run in `out` that was interrupted when it had saved so many rows."""
-    save = runs.Run.save
+    save = Run.save
 
     def saved(self, row, state):
         save(self, row, state)
@@ -51,7 +54,7 @@ def ends_after(monkeypatch, out, rows):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "save", saved)
+        patch.setattr(Run, "save", saved)
         assert train.main([*SMALL, "--out", str(out)]) == 130
 
 
@@ -76,9 +79,9 @@ def test_agreement_refuses_an_out_that_is_no_folder_at_once(out, not_started, ca
     monkeypatch.chdir(tmp_path)
     Path("file").write_text(AGREEMENT)
     judge = ["--oracle", "openai:m", "--judge-url", "http://localhost:9"]
-    assert oracle.main(["agreement", "file", *judge, "--out", out]) == 2
+    assert main(["file", *judge, "--out", out]) == 2
     said = capsys.readouterr().err
-    assert f"oracle.py: out {out} is no folder that can be written to (" in said
+    assert f"experiments.agreement: out {out} is no folder that can be written to (" in said
     assert said.count("\n") == 1
     assert everything_in(tmp_path) == {str(tmp_path / "file"): AGREEMENT.encode()}
 
@@ -130,7 +133,7 @@ def test_after_a_full_disk_the_run_goes_on_to_the_same_result(name, finished, ca
 
 def test_an_error_in_writing_that_is_not_the_disks_is_not_hidden(tmp_path, monkeypatch):
     missing = tmp_path / "missing" / "file"
-    monkeypatch.setattr(runs.Run, "write_lines", lambda *_: missing.read_text())
+    monkeypatch.setattr(Run, "write_lines", lambda *_: missing.read_text())
     with pytest.raises(FileNotFoundError):
         train.main([*SMALL, "--out", str(tmp_path / "run")])
 
@@ -141,7 +144,7 @@ def test_what_is_met_in_writing_a_checkpoint_is_not_replaced_by_torchs_complaint
     error, piece, tmp_path, monkeypatch
 ):
     """Met in the first, second, ... piece that is written: torch raises RuntimeError instead."""
-    run = runs.Run("game", train.GameConfig(out=str(tmp_path / "run")))
+    run = Run("game", train.GameConfig(out=str(tmp_path / "run")))
     pieces = []
 
     class Disk:
@@ -165,7 +168,7 @@ def test_what_is_met_in_writing_a_checkpoint_is_not_replaced_by_torchs_complaint
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_folder_in_use_by_a_living_process_is_refused(preset, not_started, capsys, tmp_path):
     out = tmp_path / "run"
-    with runs.claimed(str(out), resume=False):
+    with claimed(str(out), resume=False):
         before = everything_in(tmp_path)
         for more in ((), ("--resume",)):
             said = refused(capsys, preset, *PRESETS[preset], "--out", out, *more)
@@ -178,7 +181,7 @@ def test_killed_a_process_leaves_a_folder_that_the_next_one_can_use(finished, ca
     out, (ready, tell) = tmp_path / "run", os.pipe()
     child = os.fork()
     if child == 0:
-        with runs.claimed(str(out), resume=False):
+        with claimed(str(out), resume=False):
             os.write(tell, b"x")
             signal.pause()
     os.read(ready, 1)
@@ -192,7 +195,7 @@ def test_killed_a_process_leaves_a_folder_that_the_next_one_can_use(finished, ca
 
 
 def test_a_lock_that_its_owner_removes_while_another_takes_it_is_not_taken(tmp_path, monkeypatch):
-    path, flock, calls = tmp_path / "run.lock", runs.fcntl.flock, []
+    path, flock, calls = tmp_path / "run.lock", experiments.folder.fcntl.flock, []
 
     def removed_at_first(file, how):
         calls.append(how)
@@ -200,8 +203,8 @@ def test_a_lock_that_its_owner_removes_while_another_takes_it_is_not_taken(tmp_p
             path.unlink()
         flock(file, how)
 
-    monkeypatch.setattr(runs.fcntl, "flock", removed_at_first)
-    with runs.lock(path) as file:
+    monkeypatch.setattr(experiments.folder.fcntl, "flock", removed_at_first)
+    with lock(path) as file:
         assert os.path.sameopenfile(file.fileno(), os.open(path, os.O_RDONLY))
     assert len(calls) == 2
 
@@ -209,11 +212,11 @@ def test_a_lock_that_its_owner_removes_while_another_takes_it_is_not_taken(tmp_p
 @pytest.mark.parametrize("why", ["no fcntl", "no locks"])
 def test_where_there_are_no_locks_that_is_said_and_the_work_is_done(why, capsys, tmp_path, monkeypatch):
     if why == "no fcntl":
-        monkeypatch.setattr(runs, "fcntl", None)
+        monkeypatch.setattr(experiments.folder, "fcntl", None)
     else:
         fail = lambda *_: exec("raise OSError(errno.ENOLCK, 'No locks available')", {"errno": errno})  # noqa: E731
-        monkeypatch.setattr(runs.fcntl, "flock", fail)
-    with runs.claimed(str(tmp_path / "run"), resume=False):
+        monkeypatch.setattr(experiments.folder.fcntl, "flock", fail)
+    with claimed(str(tmp_path / "run"), resume=False):
         assert f"{tmp_path}/run cannot be locked on this system" in capsys.readouterr().out
     assert list((tmp_path / "run").iterdir()) == []
 
@@ -312,9 +315,9 @@ def wait_for_import(pid, library="_multiarray_umath"):
 
 
 @LINUX
-@pytest.mark.parametrize("program", ["train.py", "oracle.py"])
+@pytest.mark.parametrize("program", [[ROOT / "train.py"], ["-m", "experiments.agreement"]])
 def test_interrupted_while_it_imports_a_program_ends_with_130_and_no_word(program, tmp_path):
-    process = started(ROOT / program, "agreement", cwd=tmp_path)
+    process = started(*program, "labels.jsonl", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     wait_for_import(process.pid)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) == ("", "")
@@ -324,10 +327,10 @@ def test_interrupted_while_it_imports_a_program_ends_with_130_and_no_word(progra
 def test_a_process_that_was_started_deaf_to_ctrl_c_stays_so(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        runs.hear_ctrl_c()
+        hear_ctrl_c()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         signal.signal(signal.SIGINT, lambda *_: None)
-        runs.hear_ctrl_c()
+        hear_ctrl_c()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -357,17 +360,17 @@ def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp
 @pytest.mark.parametrize(
     ("command", "unbuffered"),
     [
-        (["train.py", *SMALL, "--out", "run"], ""),
-        (["train.py", *SMALL, "--out", "run"], "1"),
-        (["train.py", "--help"], ""),
-        (["oracle.py", "agreement", "labels.jsonl"], ""),
+        ([ROOT / "train.py", *SMALL, "--out", "run"], ""),
+        ([ROOT / "train.py", *SMALL, "--out", "run"], "1"),
+        ([ROOT / "train.py", "--help"], ""),
+        (["-m", "experiments.agreement", "labels.jsonl"], ""),
     ],
 )
 def test_a_program_whose_output_nobody_reads_ends_with_141_and_no_word(command, unbuffered, tmp_path):
     """As in `train.py ... | head -0`. One that prints little meets the closed pipe only at its end."""
     (tmp_path / "labels.jsonl").write_text(AGREEMENT)
-    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    process = started(ROOT / command[0], *command[1:], cwd=tmp_path, env=environment)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    process = started(*command, cwd=tmp_path, env=environment)
     process.stdout.close()
     said = process.stderr.read()
     assert (process.wait(timeout=120), said) == (141, "")

@@ -7,8 +7,11 @@ from games import EXACT, LP, games, games_of_all_sizes, random_policy, random_rh
 from scipy.optimize import minimize, nnls
 
 import dno
+import regularized
+import solvers
 from model import TabularPolicy
 from oracle import PreferenceTable, bradley_terry, random_feature_game, random_game, rock_paper_scissors
+from pairs import Practice
 
 
 def loops(P, pi, pi_prime, rho):
@@ -56,15 +59,15 @@ def test_the_nash_policy_of_a_float32_table_is_found():
     assert (P.double() + P.double().mT - 1).abs().max() > 1e-9
     assert dno.duality_gap(P.double(), dno.nash(P)) < 2e-7  # twice float32's rounding of a probability
     pi = random_policy(100, 6, 0)
-    assert torch.equal(dno.regularized_nash(P, pi, 0.1), dno.regularized_nash(P.double(), pi, 0.1))
-    assert torch.equal(dno.bradley_terry_fit(P, pi), dno.bradley_terry_fit(P.double(), pi))
+    assert torch.equal(solvers.regularized_nash(P, pi, 0.1), solvers.regularized_nash(P.double(), pi, 0.1))
+    assert torch.equal(solvers.bradley_terry_fit(P, pi), solvers.bradley_terry_fit(P.double(), pi))
 
 
 @games
 def test_gaps_are_never_negative_and_a_float32_policy_is_good_enough(P):
     pi = random_policy(*P.shape[:2], 0)
     assert dno.duality_gap(P, dno.nash(P)) >= 0
-    assert dno.regularized_gap(P, dno.regularized_nash(P, pi, 0.1), pi, 0.1) >= 0
+    assert regularized.regularized_gap(P, solvers.regularized_nash(P, pi, 0.1), pi, 0.1) >= 0
     assert dno.duality_gap(P, pi.float()) == pytest.approx(dno.duality_gap(P, pi), abs=1e-6)  # float32 rounding
     assert dno.duality_gap(P.float(), pi.float()) == pytest.approx(dno.duality_gap(P, pi), abs=1e-6)
 
@@ -210,7 +213,7 @@ def test_newtons_method_halves_the_step_of_a_row_until_its_residual_is_no_longer
         return u.arctan()
 
     start = torch.tensor([[3.0], [0.5]], dtype=torch.float64)
-    root = dno.newton(residual, lambda u: (1 / (1 + u**2)).unsqueeze(-1), start, tolerance=1e-14)
+    root = solvers.newton(residual, lambda u: (1 / (1 + u**2)).unsqueeze(-1), start, tolerance=1e-14)
     good = 0.5 - 1.25 * np.arctan(0.5)
     by_hand = [[3, 0.5], *([3 - size * 10 * np.arctan(3), good] for size in (1, 1 / 2, 1 / 4))]
     assert np.array(tried[:4]) == pytest.approx(np.array(by_hand), abs=EXACT)
@@ -223,23 +226,23 @@ def test_linear_equations_of_large_matrices_are_solved_whatever_the_threads(thre
     for X, Y in ((2, 160), (2, 216), (8, 216), (1, 600)):
         A, x = (torch.randn(X, *shape, generator=generator).double() for shape in ((Y, Y), (Y,)))
         A = A + 3 * Y**0.5 * torch.eye(Y)
-        found = dno.solve_linear(A, (A * x.unsqueeze(-2)).sum(-1))
+        found = solvers.solve_linear(A, (A * x.unsqueeze(-2)).sum(-1))
         assert (found - x).abs().max() < EXACT
 
 
 def test_a_wrong_solution_of_linear_equations_is_an_error(monkeypatch):
     A, b = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1), torch.ones(2, 3, dtype=torch.float64)
-    assert torch.equal(dno.solve_linear(A, b), b)
-    assert torch.equal(dno.solve_linear(A, 0 * b), 0 * b)
+    assert torch.equal(solvers.solve_linear(A, b), b)
+    assert torch.equal(solvers.solve_linear(A, 0 * b), 0 * b)
     with pytest.raises(RuntimeError, match="linear equations are singular"):
-        dno.solve_linear(A - A, b)
+        solvers.solve_linear(A - A, b)
     solve = np.linalg.solve
     for factor, residual in ((1 + 1e-9, "5.0e-10"), (float("nan"), "nan")):
         wrong = np.ones((2, 3, 1))
         wrong[1] = factor  # of one of two systems
         monkeypatch.setattr(np.linalg, "solve", lambda A, b, wrong=wrong: wrong * solve(A, b))
         with pytest.raises(RuntimeError, match=f"left a residual of {residual}; expected at most"):
-            dno.solve_linear(A, b)
+            solvers.solve_linear(A, b)
 
 
 def test_newtons_method_is_done_once_the_residual_is_as_small_as_wanted_and_gives_up_after_200_steps():
@@ -249,10 +252,10 @@ def test_newtons_method_is_done_once_the_residual_is_as_small_as_wanted_and_give
         jacobians.append(u)
         return torch.eye(2, dtype=torch.float64)[None]
 
-    assert torch.equal(dno.newton(lambda u: u - 1, identity, start, tolerance=0.0), one)  # one step, from a residual of -1
+    assert torch.equal(solvers.newton(lambda u: u - 1, identity, start, tolerance=0.0), one)  # one step, from a residual of -1
     assert len(jacobians) == 1
     with pytest.raises(RuntimeError, match=r"left a residual of 1\.0e\+00 after 200 steps; expected 1e-14"):
-        dno.newton(lambda u: one, identity, start, tolerance=1e-14)
+        solvers.newton(lambda u: one, identity, start, tolerance=1e-14)
     assert len(jacobians) == 201
 
 
@@ -260,12 +263,12 @@ def test_newtons_method_is_done_once_the_residual_is_as_small_as_wanted_and_give
 
 
 def test_C1_the_bradley_terry_fit_of_rock_paper_scissors_under_uniform_data_learns_nothing():
-    assert dno.bradley_terry_fit(rock_paper_scissors().P).abs().max() < EXACT
+    assert solvers.bradley_terry_fit(rock_paper_scissors().P).abs().max() < EXACT
 
 
 def test_C1_from_uneven_data_it_ranks_the_cycle_and_reward_maximisation_goes_to_one_response_of_gap_0_8():
     P, mu = rock_paper_scissors().P, torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
-    r = dno.bradley_terry_fit(P, mu, mu)
+    r = solvers.bradley_terry_fit(P, mu, mu)
     weight = (mu[0][:, None] * mu[0]).numpy()
 
     def loss(s):  # Eq. (1) as it stands, minimised by a general-purpose optimizer
@@ -290,7 +293,7 @@ def test_C1_the_fit_to_intransitive_data_from_two_policies_minimises_eq_1(seed):
         margin = s[:, None] - s[None, :]
         return (weight * (table * np.logaddexp(0, -margin) + (1 - table) * np.logaddexp(0, margin))).sum()
 
-    found = dno.bradley_terry_fit(P, mu1, mu2)[0].numpy()
+    found = solvers.bradley_terry_fit(P, mu1, mu2)[0].numpy()
     assert loss(found) <= minimize(loss, np.zeros(4), tol=1e-14).fun + EXACT
     assert found.sum() == pytest.approx(0, abs=EXACT)
     for direction in np.eye(4) - 0.25:  # and nothing near it is better
@@ -308,17 +311,17 @@ def test_C3_if_the_preference_is_bradley_terry_the_fit_finds_the_reward_and_nash
     assert torch.equal(dno.nash(P).argmax(-1), rewards.argmax(-1))
     assert dno.nash(P).max(-1).values.tolist() == pytest.approx([1.0] * 3, abs=LP)
     mu1, mu2 = random_policy(3, Y, seed), random_policy(3, Y, seed + 50)
-    for fit in (dno.bradley_terry_fit(P), dno.bradley_terry_fit(P, mu1, mu2)):
+    for fit in (solvers.bradley_terry_fit(P), solvers.bradley_terry_fit(P, mu1, mu2)):
         assert (fit - (rewards - rewards.mean(-1, keepdim=True))).abs().max() < 1e-8  # gradient 1e-14 over curvature 1e-5
 
 
 def test_a_preference_that_no_finite_reward_fits_is_refused():
     sure = torch.tensor([[[0.5, 1.0], [0.0, 0.5]]], dtype=torch.float64)
     with pytest.raises(ValueError, match="no finite"):
-        dno.bradley_terry_fit(sure)
+        solvers.bradley_terry_fit(sure)
     never = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)  # response 3 is never compared
     with pytest.raises(ValueError, match="never compared"):
-        dno.bradley_terry_fit(rock_paper_scissors().P, never, never)
+        solvers.bradley_terry_fit(rock_paper_scissors().P, never, never)
 
 
 def test_one_prompt_that_no_finite_reward_fits_is_enough_to_be_refused():
@@ -327,29 +330,29 @@ def test_one_prompt_that_no_finite_reward_fits_is_enough_to_be_refused():
     even, never = torch.full((1, 3), 1 / 3, dtype=torch.float64), torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     for order in ([0, 1], [1, 0]):
         with pytest.raises(ValueError, match="no finite"):
-            dno.bradley_terry_fit(torch.cat([cycle, sure])[order])
+            solvers.bradley_terry_fit(torch.cat([cycle, sure])[order])
         with pytest.raises(ValueError, match="never compared"):
-            dno.bradley_terry_fit(cycle.repeat(2, 1, 1), *[torch.cat([even, never])[order]] * 2)
+            solvers.bradley_terry_fit(cycle.repeat(2, 1, 1), *[torch.cat([even, never])[order]] * 2)
 
 
 def test_rewards_up_to_25_apart_are_finite_and_further_ones_are_not():
     """The worse response wins with probability 4e-11 and 8e-12, whose logit Newton's tolerance of 1e-14 leaves off by 1e-3."""
-    apart = dno.bradley_terry_fit(bradley_terry(torch.tensor([[12.0, -12.0]])).P)
+    apart = solvers.bradley_terry_fit(bradley_terry(torch.tensor([[12.0, -12.0]])).P)
     assert apart[0].tolist() == pytest.approx([12, -12], abs=1e-2)
     with pytest.raises(ValueError, match="no finite"):
-        dno.bradley_terry_fit(bradley_terry(torch.tensor([[12.75, -12.75]])).P)
+        solvers.bradley_terry_fit(bradley_terry(torch.tensor([[12.75, -12.75]])).P)
 
 
 def test_the_solutions_for_a_P_that_requires_gradients_are_plain_tensors():
     P, pi = random_game(2, 3, seed=0).P, random_policy(2, 3, 0)
-    for function in (dno.bradley_terry_fit, lambda P: dno.regularized_nash(P, pi, 0.1)):
+    for function in (solvers.bradley_terry_fit, lambda P: solvers.regularized_nash(P, pi, 0.1)):
         found = function(P.clone().requires_grad_())
         assert torch.equal(found, function(P))
         assert not found.requires_grad
 
 
 def test_a_single_response_has_reward_0():
-    assert dno.bradley_terry_fit(torch.full((2, 1, 1), 0.5, dtype=torch.float64)).tolist() == [[0.0], [0.0]]
+    assert solvers.bradley_terry_fit(torch.full((2, 1, 1), 0.5, dtype=torch.float64)).tolist() == [[0.0], [0.0]]
 
 
 def test_C5_dpo_on_population_bradley_terry_data_is_minimised_by_eq_2():
@@ -380,7 +383,7 @@ def test_C4_eq_6_is_the_expectation_of_eq_5(P):
     a, b = (tau * (p / ref).log() for p in (pi, other))
     eq5 = P - a[:, :, None] + b[:, None, :]  # P_tau^{pi, pi'}(y > y')
     expected = float(rho @ torch.einsum("xy,xyz,xz->x", pi, eq5, other))
-    assert dno.regularized_win_rate(P, pi, other, ref, tau, rho) == pytest.approx(expected, abs=EXACT)
+    assert regularized.regularized_win_rate(P, pi, other, ref, tau, rho) == pytest.approx(expected, abs=EXACT)
 
 
 # --- Bad input is named ---
@@ -421,23 +424,23 @@ OF_P = {
 }
 OF_P_AND_PI = {
     "expected_win_rate": lambda P, pi, rho: dno.expected_win_rate(P, pi),
-    "bradley_terry_fit": lambda P, pi, rho: dno.bradley_terry_fit(P, pi, pi),
-    "regularized_nash": lambda P, pi, rho: dno.regularized_nash(P, pi, 0.1),
+    "bradley_terry_fit": lambda P, pi, rho: solvers.bradley_terry_fit(P, pi, pi),
+    "regularized_nash": lambda P, pi, rho: solvers.regularized_nash(P, pi, 0.1),
 }
 OF_ALL = {
     "win_rate": lambda P, pi, rho: dno.win_rate(P, pi, pi, rho),
     "duality_gap": dno.duality_gap,
-    "regularized_gap": lambda P, pi, rho: dno.regularized_gap(P, pi, pi, 0.1, rho),
-    "regularized_win_rate": lambda P, pi, rho: dno.regularized_win_rate(P, pi, pi, pi, 0.1, rho),
-    "solve": lambda P, pi, rho: dno.solve(P, "omwu", 0.5, 2, pi, rho=rho).gap_last,
-    "dno-regression": lambda P, pi, rho: dno.solve(
+    "regularized_gap": lambda P, pi, rho: regularized.regularized_gap(P, pi, pi, 0.1, rho),
+    "regularized_win_rate": lambda P, pi, rho: regularized.regularized_win_rate(P, pi, pi, pi, 0.1, rho),
+    "solve": lambda P, pi, rho: solvers.solve(P, "omwu", 0.5, 2, pi, rho=rho).gap_last,
+    "dno-regression": lambda P, pi, rho: solvers.solve(
         P, "dno-regression", 0.5, 2, pi_1=pi, rho=rho, mu1=pi, mu2=pi
     ).gap_last,
     "algorithm1": lambda P, pi, rho: next(
         dno.algorithm1(TabularPolicy(2, 3), P, 0.5, 1, rho=rho, settings=line_4(pi))
     ).log_pi_next,
     "algorithm3": lambda P, pi, rho: next(
-        dno.algorithm3(TabularPolicy(2, 3), P, 0.5, 1, 0.1, rho=rho, settings=line_4(pi))
+        regularized.algorithm3(TabularPolicy(2, 3), P, 0.5, 1, 0.1, rho=rho, settings=line_4(pi))
     ).log_pi_next,
 }
 
@@ -488,10 +491,10 @@ def test_a_complex_prompt_distribution_is_refused(function):
 def test_C_t_takes_lists_and_complex_rewards_make_no_game():
     pi_star, pi = random_policy(2, 3, 1), random_policy(2, 3, 2)
     rho = random_rho(2, 0)
-    found = dno.concentrability(*(table.tolist() for table in (pi_star, pi, pi, pi, rho)))
-    assert found == dno.concentrability(pi_star, pi, pi, pi, rho)
+    found = solvers.concentrability(*(table.tolist() for table in (pi_star, pi, pi, pi, rho)))
+    assert found == solvers.concentrability(pi_star, pi, pi, pi, rho)
     with pytest.raises(ValueError, match=r"mu2 is torch\.complex128"):
-        dno.concentrability(pi_star, pi, pi, pi + 0.1j)
+        solvers.concentrability(pi_star, pi, pi, pi + 0.1j)
     with pytest.raises(ValueError, match=r"rewards is torch\.complex64"):
         bradley_terry(torch.tensor([[1 + 1j, 0.5]]))
 
@@ -501,13 +504,13 @@ def test_a_number_that_float32_cannot_invert_or_that_is_none_is_refused(bad):
     """r / eta would be infinite, and the policy NaN."""
     (P, pi, _), error = tables(), r"(eta|tau|temperature) is .*; expected a finite number above 0"
     for function in (
-        lambda: dno.solve(P, eta=bad),
+        lambda: solvers.solve(P, eta=bad),
         lambda: dno.soft_policy_iteration(pi.log(), pi, bad),
-        lambda: dno.regularized_nash(P, pi, bad),
-        lambda: dno.regularized_gap(P, pi, pi, bad),
+        lambda: solvers.regularized_nash(P, pi, bad),
+        lambda: regularized.regularized_gap(P, pi, pi, bad),
         lambda: next(dno.algorithm1(TabularPolicy(2, 3), P, bad, 1)),
-        lambda: next(dno.algorithm3(TabularPolicy(2, 3), P, bad, 1, 0.0)),
-        lambda: dno.Practice(temperature=bad),
+        lambda: next(regularized.algorithm3(TabularPolicy(2, 3), P, bad, 1, 0.0)),
+        lambda: Practice(temperature=bad),
     ):
         with pytest.raises(ValueError, match=error):
             function()
@@ -518,7 +521,7 @@ def test_a_number_that_float32_cannot_invert_or_that_is_none_is_refused(bad):
 def test_the_smallest_and_the_largest_eta_that_are_accepted_leave_policies(eta, dtype):
     P = random_game(2, 3, seed=0).P.to(dtype)
     for method in ("dno", "nash-md", "omwu", "extragradient", "moving-reference"):
-        assert not dno.solve(P, method, eta, 5, tau=eta / 2).policies.isnan().any()
+        assert not solvers.solve(P, method, eta, 5, tau=eta / 2).policies.isnan().any()
 
 
 def test_the_entry_named_is_the_bad_one_though_sure_preferences_come_before_it():

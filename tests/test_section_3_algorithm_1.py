@@ -9,6 +9,8 @@ import torch
 from games import EXACT, random_policy, random_rho
 
 import dno
+import regularized
+import solvers
 from model import Config, TabularPolicy, Transformer, TransformerPolicy
 from oracle import random_feature_game, rock_paper_scissors, style_game
 
@@ -164,7 +166,7 @@ def test_a_step_of_line_4_is_no_longer_than_the_rate_times_the_longest_gradient(
     assert moved == pytest.approx(0.5 * longest, rel=2e-3)  # PyTorch divides by the norm + 1e-6
 
 
-@pytest.mark.parametrize("algorithm", [dno.algorithm1, lambda *arguments, **named: dno.algorithm3(*arguments, 0.1, **named)])
+@pytest.mark.parametrize("algorithm", [dno.algorithm1, lambda *arguments, **named: regularized.algorithm3(*arguments, 0.1, **named)])
 def test_without_a_generator_D_t_is_drawn_from_seed_0(algorithm):
     P, lasts = rock_paper_scissors(0.4, 0.3, 0.2).P, []
     for generator in (None, torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)):
@@ -196,7 +198,7 @@ def test_C15_a_trained_policy_tracks_soft_policy_iteration_and_its_average_the_t
     """One loop serves both policies. 20 iterations: TV to the target at most 0.03 on average, gap of the average within a
     quarter of the table's, and every step an improvement."""
     P, T = style_game(2, 3, 3, seed=0).P, 20
-    table = dno.solve(P, "dno", 0.5, T)
+    table = solvers.solve(P, "dno", 0.5, T)
     settings = dno.Regression(steps=24, pairs=1024, learning_rate=learning_rate)
     records = list(dno.algorithm1(make(), P, 0.5, T, settings=settings))
     distances = [float(dno.total_variation(it.log_pi_next.exp(), it.log_pi_star.exp()).mean()) for it in records]
@@ -214,7 +216,7 @@ def test_a_loop_resumed_after_any_iteration_is_the_uninterrupted_one(algorithm):
         common = {"settings": SMALL, "optimizer": optimizer, "generator": generator, "after": after}
         if algorithm == 1:
             return dno.algorithm1(policy, P, 0.5, T, **common)
-        return dno.algorithm3(policy, P, 0.5, T, 0.2, move_reference_every=2, **common)
+        return regularized.algorithm3(policy, P, 0.5, T, 0.2, move_reference_every=2, **common)
 
     policy, generator = transformer_policy(), torch.Generator().manual_seed(7)
     optimizer = dno.adam(policy)

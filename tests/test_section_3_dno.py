@@ -7,6 +7,7 @@ import torch
 from games import EXACT, games, random_policy, random_rho
 
 import dno
+import solvers
 from oracle import random_feature_game, rock_paper_scissors
 
 ETAS = (0.05, 0.4, 1.0, 7.0)
@@ -128,7 +129,7 @@ def test_C9_for_full_support_mu_the_tabular_minimiser_is_the_target_whatever_mu(
         (gradient,) = torch.autograd.grad((weight * losses).sum(), logits)
         assert gradient.abs().max() < EXACT * max(1, eta)
         assert float((weight * losses).sum().detach()) == pytest.approx(float((weight * entropy).sum()), abs=EXACT)
-        found = dno.solve(P, "dno-regression", eta, 1, pi_1=pi_t, mu1=mu1, mu2=mu2).last
+        found = solvers.solve(P, "dno-regression", eta, 1, pi_1=pi_t, mu1=mu1, mu2=mu2).last
         assert dno.total_variation(found, target.exp()).max() < 1e-8  # gradient 1e-14 over curvature 1e-4, over eta 0.05
 
 
@@ -136,7 +137,7 @@ def test_C9_pairs_outside_the_support_of_D_t_teach_nothing():
     """The converse of E7: where mu has no mass the minimiser is free, so full support (or overlap) is needed."""
     P, mu = rock_paper_scissors().P, torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="never compared"):
-        dno.solve(P, "dno-regression", iterations=1, mu1=mu, mu2=mu)
+        solvers.solve(P, "dno-regression", iterations=1, mu1=mu, mu2=mu)
 
 
 def test_C10_at_pi_equal_pi_t_the_contrastive_loss_is_ln_2_and_so_is_the_dno_loss():
@@ -201,11 +202,11 @@ def test_a_larger_eta_is_a_smaller_step():
 @games
 def test_C12_the_average_iterate_is_within_the_no_regret_bound_and_the_bound_for_the_best_eta(P, eta):
     T, Y = 300, P.shape[1]
-    run = dno.solve(P, "dno", eta, T, rho=random_rho(len(P), 3))
+    run = solvers.solve(P, "dno", eta, T, rho=random_rho(len(P), 3))
     t = torch.arange(1, T + 1)
     assert (run.gap_average <= 2 * eta * math.log(Y) / t + 1 / (4 * eta)).all()
     best = math.sqrt(T / (8 * math.log(Y)))
-    assert dno.solve(P, "dno", best, T).gap_average[-1] <= math.sqrt(2 * math.log(Y) / T)
+    assert solvers.solve(P, "dno", best, T).gap_average[-1] <= math.sqrt(2 * math.log(Y) / T)
 
 
 @pytest.mark.parametrize("eta", [0.5, 2.0, 20.0])
@@ -214,7 +215,7 @@ def test_C13_with_a_full_support_nash_the_divergence_from_it_never_falls_though_
     """E6: improvement over the predecessor (C11) and flight from the Nash policy happen in the same run."""
     P = rock_paper_scissors(*edges).P
     start = torch.tensor([[0.4, 0.35, 0.25]], dtype=torch.float64)
-    run, nash = dno.solve(P, "dno", eta, int(1000 * eta), pi_1=start), dno.nash(P)
+    run, nash = solvers.solve(P, "dno", eta, int(1000 * eta), pi_1=start), dno.nash(P)
     divergences = kl(nash, run.policies)[:, 0]
     assert (divergences.diff() >= -EXACT).all()
     assert divergences[-1] > divergences[0] + 1e-4

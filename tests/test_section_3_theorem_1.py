@@ -8,6 +8,7 @@ from games import EXACT, games, games_of_all_sizes, random_policy, random_rho
 from scipy.special import expit
 
 import dno
+import solvers
 from benchmarks import theorem_1
 
 
@@ -39,7 +40,7 @@ def test_C14_with_exact_rewards_and_a_table_connected_pairs_suffice_for_the_exac
     pi_t, r_t, pi_star, _ = theorem_1.problem()
     tree = torch.zeros(2, 8, 8, dtype=torch.float64)
     tree[:, torch.arange(7), torch.arange(1, 8)] = 1
-    log_ratio = dno.fit_scores(torch.sigmoid(r_t[:, :, None] - r_t[:, None, :]), tree) / theorem_1.ETA
+    log_ratio = solvers.fit_scores(torch.sigmoid(r_t[:, :, None] - r_t[:, None, :]), tree) / theorem_1.ETA
     assert dno.total_variation((pi_t.log() + log_ratio).softmax(-1), pi_star).max() < 1e-10
 
 
@@ -69,7 +70,7 @@ def test_C14_every_inequality_of_the_proof_holds_with_explicit_constants(P, eta)
     excess = expect(loss - entropy, mu1, mu2)
     S = slope_bound(float(delta.abs().max()))
     star, pi, d = log_star.exp(), log_pi.exp(), differences(log_star - log_pi)
-    C_t = dno.concentrability(star, pi, mu1, mu2, rho)
+    C_t = solvers.concentrability(star, pi, mu1, mu2, rho)
     tv2 = float(rho @ (0.5 * (star - pi).abs().sum(-1)) ** 2)
 
     assert expect(loss, mu1, mu2) > excess  # E3: the loss itself has the entropy of z below it, the excess has 0
@@ -128,8 +129,8 @@ def test_E7_C_t_is_at_most_the_largest_density_ratio_of_pairs(P):
     X, Y, _ = P.shape
     star, pi, mu1, mu2 = (random_policy(X, Y, seed) for seed in (1, 2, 3, 4))
     worst = (star[:, :, None] * pi[:, None, :] / (mu1[:, :, None] * mu2[:, None, :])).max()
-    assert dno.concentrability(star, pi, mu1, mu2, random_rho(X, 5)) <= float(worst)
-    same = dno.concentrability(star, pi, star, pi)
+    assert solvers.concentrability(star, pi, mu1, mu2, random_rho(X, 5)) <= float(worst)
+    same = solvers.concentrability(star, pi, star, pi)
     assert same == pytest.approx(1, abs=EXACT)  # data from the two policies compared
 
 
@@ -137,9 +138,9 @@ def test_C_t_is_undefined_without_full_support_and_nan_when_the_target_is_hit():
     pi = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     full = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64)
     with pytest.raises(ValueError, match="full support"):
-        dno.concentrability(pi, full, full, full)
+        solvers.concentrability(pi, full, full, full)
     with pytest.raises(ValueError, match="full support"):
-        dno.concentrability(full, pi, full, full)
+        solvers.concentrability(full, pi, full, full)
     with pytest.raises(ValueError, match="mu1"):
-        dno.concentrability(full, full, pi * 2, full)
-    assert np.isnan(dno.concentrability(full, full, full, full))
+        solvers.concentrability(full, full, pi * 2, full)
+    assert np.isnan(solvers.concentrability(full, full, full, full))

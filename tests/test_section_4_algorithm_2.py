@@ -11,12 +11,30 @@ import torch
 from games import COMAL, COMAL_START, EXACT, random_policy
 
 import dno
+import regularized
+import solvers
 from model import TabularPolicy
 from oracle import PreferenceTable, random_game, rock_paper_scissors
+from pairs import (
+    Groups,
+    Pairs,
+    Practice,
+    all_pairs,
+    best_against_worst,
+    demote_repetitions,
+    form_pairs,
+    gold_against_students,
+    join,
+    large_margin_pairs,
+    pair_kinds,
+    repeats_ngrams,
+    scored_pairs,
+    teacher_pairs,
+)
 
 NAN = float("nan")
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "ngram": 0, "max_grad_norm": 1e9}  # samples of pi_t itself, nothing filtered or cut
-SMALL = dno.Practice(samples=3, prompts_per_step=2, learning_rate=0.1, replay=0.5, **PLAIN)
+SMALL = Practice(samples=3, prompts_per_step=2, learning_rate=0.1, replay=0.5, **PLAIN)
 TEXTS = ["a b c d", "e f", "a b c a b c", "a a a a"]  # the last two repeat a run of three words
 
 
@@ -36,11 +54,11 @@ def start(name, policy, oracle, prompts, gold=None, eta=1.0, T=1, tau=0.1, rule=
     data = prompts if callable(prompts) else lambda t: (prompts, gold)
     given = (policy, oracle, data, eta, T)
     if name == "3":
-        return dno.algorithm3_sampled(*given, validate, tau, move_reference_every=every, **named)
-    given += (rule if callable(rule) else lambda r, usable: dno.large_margin_pairs(r, usable, rule), validate)
+        return regularized.algorithm3_sampled(*given, validate, tau, move_reference_every=every, **named)
+    given += (rule if callable(rule) else lambda r, usable: large_margin_pairs(r, usable, rule), validate)
     if name == "2":
         return dno.algorithm2(*given, **named)
-    return dno.algorithm4(*given, tau, option=name.removeprefix("4-"), move_reference_every=every, **named)
+    return regularized.algorithm4(*given, tau, option=name.removeprefix("4-"), move_reference_every=every, **named)
 
 
 class Spy(TabularPolicy):
@@ -94,6 +112,7 @@ def fitted(monkeypatch):
         return fit_pairs(policy, D, *rest)
 
     monkeypatch.setattr(dno, "fit_pairs", spy)
+    monkeypatch.setattr(regularized, "fit_pairs", spy)
     return calls
 
 
@@ -211,7 +230,7 @@ def test_without_a_seed_the_seed_is_0(name):
 
 def test_judgments_hang_on_no_parameters():
     P = rock_paper_scissors().P.clone().requires_grad_()
-    wins = dno.judge_groups(PreferenceTable(P), dno.Groups([0], [[0, 1, 2]], torch.zeros(1, 3)))
+    wins = dno.judge_groups(PreferenceTable(P), Groups([0], [[0, 1, 2]], torch.zeros(1, 3)))
     assert not wins.requires_grad
 
 
@@ -223,7 +242,7 @@ def test_judging_asks_each_unordered_pair_once_and_all_in_one_call():
             asked.append(list(zip(prompts, a, b, strict=True)))
             return super().prefer(prompts, a, b)
 
-    groups = dno.Groups([1, 0], [[4, 0, 2], [3, 3, 1]], torch.zeros(2, 3))
+    groups = Groups([1, 0], [[4, 0, 2], [3, 3, 1]], torch.zeros(2, 3))
     wins = dno.judge_groups(Asked(P), groups)
     assert asked == [[(1, 4, 0), (1, 4, 2), (1, 0, 2), (0, 3, 3), (0, 3, 1), (0, 3, 1)]]
     for x, (prompt, ys) in enumerate(zip(groups.prompts, groups.responses, strict=True)):
@@ -243,26 +262,26 @@ class Scripted:
 @pytest.mark.parametrize("answers", [(0.5, 1.2, 0.5), (0.5, -0.1, NAN)])
 def test_an_answer_that_is_no_probability_is_an_error(answers):
     with pytest.raises(ValueError, match="expected probabilities"):
-        dno.judge_groups(Scripted(*answers), dno.Groups(["x"], [["a", "b", "c"]], torch.zeros(1, 3)))
+        dno.judge_groups(Scripted(*answers), Groups(["x"], [["a", "b", "c"]], torch.zeros(1, 3)))
 
 
 def test_a_judgment_that_failed_is_no_label_in_outcomes_means_and_pairs():
     """Responses 0 to 3 of one prompt; the judge has no answer on (0, 1), and none at all on 3."""
     answers = (NAN, 1.0, NAN, 1.0, NAN, NAN)  # pairs 01, 02, 03, 12, 13, 23
-    wins = dno.judge_groups(Scripted(*answers), dno.Groups(["x"], [list("abcd")], torch.zeros(1, 4)))
+    wins = dno.judge_groups(Scripted(*answers), Groups(["x"], [list("abcd")], torch.zeros(1, 4)))
     expected = torch.tensor([[0.5, NAN, 1, NAN], [NAN, 0.5, 1, NAN], [0, 0, 0.5, NAN], [NAN, NAN, NAN, 0.5]])
     for given in (wins[0], dno.draw_outcomes(wins, torch.Generator().manual_seed(0))[0]):
         assert torch.equal(given.isnan(), expected.isnan())
         assert torch.equal(given.nan_to_num(9), expected.double().nan_to_num(9))
     r, usable = dno.group_win_rates(wins), torch.ones(1, 4, dtype=torch.bool)
     assert torch.equal(r.nan_to_num(9), torch.tensor([[1.0, 1.0, 0.0, 9.0]], dtype=torch.float64))
-    assert dno.large_margin_pairs(r, usable, 0.0).tolist() == [[0, 0, 2], [0, 1, 2]]
-    assert dno.teacher_pairs(r, usable, 0.0).tolist() == []
-    assert dno.best_against_worst(r, usable).tolist() == [[0, 0, 2]]
-    assert dno.all_pairs(r).tolist() == [[0, 0, 1], [0, 0, 2], [0, 1, 2]]
+    assert large_margin_pairs(r, usable, 0.0).tolist() == [[0, 0, 2], [0, 1, 2]]
+    assert teacher_pairs(r, usable, 0.0).tolist() == []
+    assert best_against_worst(r, usable).tolist() == [[0, 0, 2]]
+    assert all_pairs(r).tolist() == [[0, 0, 1], [0, 0, 2], [0, 1, 2]]
     nothing = torch.full((1, 4), NAN)
-    assert dno.best_against_worst(nothing, usable).tolist() == dno.all_pairs(nothing).tolist() == []
-    assert by_hand(dno.scored_pairs, [[6, NAN, 3, 5], [NAN, 2, 1, NAN]]) == [[0, 0, 2], [0, 0, 3], [0, 3, 2]]
+    assert best_against_worst(nothing, usable).tolist() == all_pairs(nothing).tolist() == []
+    assert by_hand(scored_pairs, [[6, NAN, 3, 5], [NAN, 2, 1, NAN]]) == [[0, 0, 2], [0, 0, 3], [0, 3, 2]]
 
 
 @pytest.mark.parametrize("algorithm", ["2", "3", "4-I"])
@@ -292,14 +311,14 @@ def test_section_5_ranks_by_the_points_that_the_judge_gives():
 
     settings = replace(SMALL, samples=5, judgments="scores")
     oracle = Scoring(random_game(1, 5, seed=0).P)
-    it = next(start("2", TabularPolicy(1, 5), oracle, [0] * 20, [4] * 20, rule=dno.scored_pairs, settings=settings))
+    it = next(start("2", TabularPolicy(1, 5), oracle, [0] * 20, [4] * 20, rule=scored_pairs, settings=settings))
     points = torch.tensor(it.groups.responses) + 2
     assert torch.equal(it.r_t, points.double())
     led = [(points[x, i] - points[x, j], points[x, i], i) for x, i, j in it.chosen.tolist()]
     assert len(led) > 20
     assert all(best >= 5 and lead >= (2 if i == 5 else 1) for lead, best, i in led)
     with pytest.raises(ValueError, match="judgments is 'points'"):
-        dno.Practice(judgments="points")
+        Practice(judgments="points")
 
 
 # --- C18: line 6 ---
@@ -313,43 +332,43 @@ def by_hand(rule, rows, unusable=(), **options):
 
 def test_C18_large_margin_pairs_by_hand():
     assert 0.6 - 0.2 < 0.4  # in floating point; the rule must not care
-    assert by_hand(dno.large_margin_pairs, [[0.6, 0.2, 0.2, 0.0]], margin=0.4) == [[0, 0, 1], [0, 0, 2], [0, 0, 3]]
-    assert by_hand(dno.large_margin_pairs, [[0.6, 0.2], [0.1, 0.9]], margin=0.5) == [[1, 1, 0]]
-    assert by_hand(dno.large_margin_pairs, [[0.5, 0.5, 0.1]], margin=0.0) == [[0, 0, 2], [0, 1, 2]]  # equals: never
-    assert by_hand(dno.large_margin_pairs, [[0.9, 0.5, 0.1]], [(0, 0)], margin=0.4) == [[0, 1, 2]]
-    assert by_hand(dno.large_margin_pairs, [[0.9, 0.5, 0.1]], [(0, 1)], margin=0.4) == [[0, 0, 1], [0, 0, 2]]
+    assert by_hand(large_margin_pairs, [[0.6, 0.2, 0.2, 0.0]], margin=0.4) == [[0, 0, 1], [0, 0, 2], [0, 0, 3]]
+    assert by_hand(large_margin_pairs, [[0.6, 0.2], [0.1, 0.9]], margin=0.5) == [[1, 1, 0]]
+    assert by_hand(large_margin_pairs, [[0.5, 0.5, 0.1]], margin=0.0) == [[0, 0, 2], [0, 1, 2]]  # equals: never
+    assert by_hand(large_margin_pairs, [[0.9, 0.5, 0.1]], [(0, 0)], margin=0.4) == [[0, 1, 2]]
+    assert by_hand(large_margin_pairs, [[0.9, 0.5, 0.1]], [(0, 1)], margin=0.4) == [[0, 0, 1], [0, 0, 2]]
 
 
 def test_C18_scored_pairs_by_hand():
     """Positives have 5 or 6; the student's (here the first three) need a lead of 1, the teacher's of 2."""
     rows = [[5, 4, 3, 6], [4, 1, 0, 5], [6, 2, 3, 5], [4, 4, 0, 4]]
     expected = [[0, 0, 1], [0, 0, 2], [0, 3, 1], [0, 3, 2], [1, 3, 1], [1, 3, 2], [2, 0, 1], [2, 0, 2], [2, 0, 3]]
-    assert by_hand(dno.scored_pairs, rows, [(2, 3)]) == expected
-    assert by_hand(dno.scored_pairs, rows[:1], [(0, 3), (0, 0)]) == []
+    assert by_hand(scored_pairs, rows, [(2, 3)]) == expected
+    assert by_hand(scored_pairs, rows[:1], [(0, 3), (0, 0)]) == []
 
 
 def test_C18_the_other_rules_by_hand():
-    assert by_hand(dno.best_against_worst, [[0.8, 0.2, 0.2, 0.5], [0.1, 0.7, 0.7, 0.4]]) == [[0, 0, 1], [1, 1, 0]]
-    assert by_hand(dno.best_against_worst, [[0.5, 0.5, 0.5]]) == []
-    assert by_hand(dno.best_against_worst, [[0.9, 0.1, 0.4, 0.4]], [(0, 0)]) == [[0, 2, 1]]
-    assert by_hand(dno.best_against_worst, [[0.9, 0.3, 0.3]], [(0, 0)]) == []  # the best that may be one is no better
-    assert by_hand(dno.best_against_worst, [[0.9, 0.3]], [(0, 0), (0, 1)]) == []
+    assert by_hand(best_against_worst, [[0.8, 0.2, 0.2, 0.5], [0.1, 0.7, 0.7, 0.4]]) == [[0, 0, 1], [1, 1, 0]]
+    assert by_hand(best_against_worst, [[0.5, 0.5, 0.5]]) == []
+    assert by_hand(best_against_worst, [[0.9, 0.1, 0.4, 0.4]], [(0, 0)]) == [[0, 2, 1]]
+    assert by_hand(best_against_worst, [[0.9, 0.3, 0.3]], [(0, 0)]) == []  # the best that may be one is no better
+    assert by_hand(best_against_worst, [[0.9, 0.3]], [(0, 0), (0, 1)]) == []
     rows = [[0.6, 0.1, 0.5], [0.4, 0.2, 0.6]]
-    assert by_hand(dno.teacher_pairs, rows, margin=0.4) == [[0, 2, 1], [1, 2, 1]]
-    assert by_hand(dno.teacher_pairs, rows, [(0, 2)], margin=0.4) == [[1, 2, 1]]
-    assert by_hand(dno.gold_against_students, rows) == [[0, 2, 0], [0, 2, 1], [1, 2, 0], [1, 2, 1]]
-    assert dno.all_pairs(torch.tensor(rows)).tolist() == [[x, *pair] for x in (0, 1) for pair in ([0, 1], [0, 2], [1, 2])]
+    assert by_hand(teacher_pairs, rows, margin=0.4) == [[0, 2, 1], [1, 2, 1]]
+    assert by_hand(teacher_pairs, rows, [(0, 2)], margin=0.4) == [[1, 2, 1]]
+    assert by_hand(gold_against_students, rows) == [[0, 2, 0], [0, 2, 1], [1, 2, 0], [1, 2, 1]]
+    assert all_pairs(torch.tensor(rows)).tolist() == [[x, *pair] for x in (0, 1) for pair in ([0, 1], [0, 2], [1, 2])]
 
 
 def test_C18_a_lead_of_less_than_a_billionth_is_rounding_and_a_larger_one_is_a_lead():
     for lead, expected in ((5e-9, [[0, 0, 1]]), (5e-10, [])):
-        assert by_hand(dno.large_margin_pairs, [[lead, 0.0]], margin=0.0) == expected
-        assert by_hand(dno.best_against_worst, [[lead, 0.0]]) == expected
-        assert by_hand(dno.large_margin_pairs, [[0.5 - lead, 0.0]], margin=0.5) == ([] if expected else [[0, 0, 1]])
+        assert by_hand(large_margin_pairs, [[lead, 0.0]], margin=0.0) == expected
+        assert by_hand(best_against_worst, [[lead, 0.0]]) == expected
+        assert by_hand(large_margin_pairs, [[0.5 - lead, 0.0]], margin=0.5) == ([] if expected else [[0, 0, 1]])
 
 
 def test_C18_scores_need_not_be_whole_points():
-    assert by_hand(dno.scored_pairs, [[5.5, 4.75, 4.5, 4.9], [4.0, 3.5, 3.25, 5.25]]) == [[0, 0, 2], [1, 3, 2]]
+    assert by_hand(scored_pairs, [[5.5, 4.75, 4.5, 4.9], [4.0, 3.5, 3.25, 5.25]]) == [[0, 0, 2], [1, 3, 2]]
 
 
 @pytest.mark.parametrize("least", range(6))
@@ -362,9 +381,9 @@ def test_C18_the_large_margin_pairs_are_exactly_those_that_lead_by_so_many_wins(
     expected = [[x, i, j] for x, w in enumerate(wins) for i, j in itertools.product(range(6), repeat=2)
                 if usable[x, i] and w[i] - w[j] >= max(least, 1)]  # fmt: skip
     r = dno.group_win_rates(outcomes)
-    assert dno.large_margin_pairs(r, usable, least / 5).tolist() == expected
-    assert dno.teacher_pairs(r, usable, least / 5).tolist() == [pair for pair in expected if pair[1] == 5]
-    for x, best, worst in dno.best_against_worst(r, usable).tolist():
+    assert large_margin_pairs(r, usable, least / 5).tolist() == expected
+    assert teacher_pairs(r, usable, least / 5).tolist() == [pair for pair in expected if pair[1] == 5]
+    for x, best, worst in best_against_worst(r, usable).tolist():
         assert usable[x, best]
         assert wins[x][best] == max(w for w, fine in zip(wins[x], usable[x], strict=True) if fine) > wins[x][worst]
         assert wins[x][worst] == min(wins[x])
@@ -372,7 +391,7 @@ def test_C18_the_large_margin_pairs_are_exactly_those_that_lead_by_so_many_wins(
 
 def test_C18_pairs_are_counted_by_kind():
     pairs = torch.tensor([[0, 3, 0], [0, 3, 1], [1, 0, 3], [2, 0, 1], [2, 1, 2], [2, 2, 0]])
-    assert dno.pair_kinds(pairs, gold=3) == {"teacher_student": 2, "student_teacher": 1, "student_student": 3}
+    assert pair_kinds(pairs, gold=3) == {"teacher_student": 2, "student_teacher": 1, "student_student": 3}
 
 
 def test_C18_a_repetition_is_a_run_of_n_words_that_occurs_twice():
@@ -380,19 +399,19 @@ def test_C18_a_repetition_is_a_run_of_n_words_that_occurs_twice():
         ("a b c a b c", 3, True), ("a b c a b d", 3, False), ("a b c a b d", 2, True), ("a a a a", 3, True),
         ("a a a", 3, False), ("a b", 3, False), ("", 3, False), ("a b a", 1, True), ("ab c a bc", 2, False),
     ]:  # fmt: skip
-        assert dno.repeats_ngrams(words.split(), n) == expected, (words, n)
+        assert repeats_ngrams(words.split(), n) == expected, (words, n)
 
 
 def test_C18_repetitions_are_never_positives_and_are_negatives_whoever_wrote_them():
-    groups = dno.Groups(["x", "x"], [[TEXTS[2], TEXTS[0], TEXTS[1]], [TEXTS[0], TEXTS[1], TEXTS[3]]], torch.zeros(2, 3))
+    groups = Groups(["x", "x"], [[TEXTS[2], TEXTS[0], TEXTS[1]], [TEXTS[0], TEXTS[1], TEXTS[3]]], torch.zeros(2, 3))
     r = torch.tensor([[1.0, 0.5, 0.1], [0.6, 0.0, 0.9]], dtype=torch.float64)
-    demoted, usable = dno.demote_repetitions(r, groups, str.split, 3)
+    demoted, usable = demote_repetitions(r, groups, str.split, 3)
     assert demoted.tolist() == [[0.0, 0.5, 0.1], [0.6, 0.0, 0.0]]
-    assert dno.large_margin_pairs(demoted, usable, 0.4).tolist() == [[0, 1, 0], [0, 1, 2], [1, 0, 1], [1, 0, 2]]
-    assert dno.best_against_worst(demoted, usable).tolist() == [[0, 1, 0], [1, 0, 1]]
-    assert dno.teacher_pairs(demoted, usable, 0.1).tolist() == [[0, 2, 0]]
-    assert dno.demote_repetitions(r, groups, str.split, 1)[1].tolist() == [[False, True, True], [True, True, False]]
-    as_they_were, usable = dno.demote_repetitions(r, groups, str.split, 0)  # 0: never
+    assert large_margin_pairs(demoted, usable, 0.4).tolist() == [[0, 1, 0], [0, 1, 2], [1, 0, 1], [1, 0, 2]]
+    assert best_against_worst(demoted, usable).tolist() == [[0, 1, 0], [1, 0, 1]]
+    assert teacher_pairs(demoted, usable, 0.1).tolist() == [[0, 2, 0]]
+    assert demote_repetitions(r, groups, str.split, 1)[1].tolist() == [[False, True, True], [True, True, False]]
+    as_they_were, usable = demote_repetitions(r, groups, str.split, 0)  # 0: never
     assert torch.equal(as_they_were, r)
     assert usable.all()
 
@@ -402,7 +421,7 @@ def test_C18_algorithm_2_demotes_the_repetitions_among_its_samples(ngram, expect
     """Responses are the four texts; the last, a repetition, beats all the others, which are equals, for certain."""
     P = torch.full((1, 4, 4), 0.5, dtype=torch.float64)
     P[0, 3, :3], P[0, :3, 3] = 1.0, 0.0
-    settings = dno.Practice(samples=5, ngram=ngram, judgments="probabilities")
+    settings = Practice(samples=5, ngram=ngram, judgments="probabilities")
     it = next(start("2", TabularPolicy(1, 4), PreferenceTable(P), [0] * 20, [3] * 20, rule=0.1, settings=settings,
                     words=lambda y: TEXTS[y].split()))  # fmt: skip
     assert {it.groups.responses[x][i] for x, i, _ in it.chosen.tolist()} == expected
@@ -415,9 +434,9 @@ def test_C18_algorithm_2_demotes_the_repetitions_among_its_samples(ngram, expect
 def random_pairs(X, n, seed=0):
     """Pairs of X groups of n responses, each response another number, also listed; and the tables r and log_pi_t."""
     r, log_pi_t = random_policy(2, X * n, seed).view(2, X, n)
-    groups = dno.Groups(list(range(X)), torch.arange(X * n).view(X, n).tolist(), log_pi_t)
-    chosen = dno.large_margin_pairs(r, torch.ones(X, n, dtype=torch.bool), 0.0)[::2]
-    return dno.form_pairs(groups, r, chosen), [(x, x * n + i, x * n + j) for x, i, j in chosen.tolist()], r, log_pi_t
+    groups = Groups(list(range(X)), torch.arange(X * n).view(X, n).tolist(), log_pi_t)
+    chosen = large_margin_pairs(r, torch.ones(X, n, dtype=torch.bool), 0.0)[::2]
+    return form_pairs(groups, r, chosen), [(x, x * n + i, x * n + j) for x, i, j in chosen.tolist()], r, log_pi_t
 
 
 def listed(D):
@@ -447,7 +466,7 @@ def test_an_epoch_has_every_pair_once_a_prompts_pairs_in_one_batch_and_a_batchs_
 def test_joined_parts_keep_their_prompts_apart():
     """Prompts 0 and 1 occur in both parts: each stays two prompts, whose pairs need not share a batch."""
     (a, of_a, *_), (b, of_b, *_) = random_pairs(2, 4, seed=3), random_pairs(3, 4, seed=4)
-    D = dno.join([a, b.take(torch.arange(0)), b])
+    D = join([a, b.take(torch.arange(0)), b])
     assert listed(D) == of_a + of_b
     batches = D.batches(1, torch.Generator().manual_seed(0))
     apart = [[pair for pair in pairs if pair[0] == x] for pairs, X in ((of_a, 2), (of_b, 3)) for x in range(X)]
@@ -456,7 +475,7 @@ def test_joined_parts_keep_their_prompts_apart():
 
 def test_prompts_of_three_parts_are_all_kept_apart():
     parts = [random_pairs(2, 4, seed=seed)[0] for seed in (3, 4, 5)]
-    D = dno.join(parts)
+    D = join(parts)
     assert sorted(set(D.group.tolist())) == list(range(6))
     assert len(D.batches(1, torch.Generator().manual_seed(0))) == 6
     assert listed(D) == [pair for part in parts for pair in listed(part)]
@@ -478,9 +497,9 @@ def test_at_most_30_percent_of_the_last_iterations_new_pairs_are_replayed_then_1
     """20 new pairs an iteration, of prompts of its own: 6 of t - 1, 3 of t - 2, 1 (of 1.5) of t - 3, 0 (of .75) of t - 4. Their
     reference is what pi_t says of them, not what was recorded when they were sampled. Only new pairs are kept for later."""
     policy = TabularPolicy(20, 3)
-    settings = dno.Practice(samples=5, replay_iterations=back, prompts_per_step=4, learning_rate=0.1, **PLAIN)
+    settings = Practice(samples=5, replay_iterations=back, prompts_per_step=4, learning_rate=0.1, **PLAIN)
     run = dno.algorithm2(policy, random_game(20, 3, seed=0), lambda t: (list(range(4 * t - 4, 4 * t)), [2] * 4), 1.0, 5,
-                         dno.gold_against_students, lambda: 0.0, settings=settings)  # fmt: skip
+                         gold_against_students, lambda: 0.0, settings=settings)  # fmt: skip
     for it, expected in zip(run, counts, strict=True):
         D, log_pi_t = fitted[-1]
         ages = [it.t - 1 - prompt // 4 for prompt, _, _ in listed(D)]
@@ -493,9 +512,9 @@ def test_at_most_30_percent_of_the_last_iterations_new_pairs_are_replayed_then_1
 
 def test_a_response_is_scored_once_a_batch_however_many_its_pairs():
     """6 responses a prompt make 15 pairs. Before the epoch pi_t scores the gold responses, whose log_pi_t nobody recorded."""
-    policy, settings = Spy(8, 4), dno.Practice(samples=5, prompts_per_step=3, **PLAIN)
+    policy, settings = Spy(8, 4), Practice(samples=5, prompts_per_step=3, **PLAIN)
     it = next(start("2", policy, random_game(8, 4, seed=0), list(range(8)), [3] * 8, settings=settings,
-                    rule=lambda r, usable: dno.all_pairs(r)))  # fmt: skip
+                    rule=lambda r, usable: all_pairs(r)))  # fmt: skip
     assert (len(it.chosen), it.steps, policy.scored) == (8 * 15, 3, [8, 18, 18, 12])
 
 
@@ -523,12 +542,12 @@ def test_C19_eq_13_and_one_step_on_it_are_dpo_with_reference_pi_t_and_beta_eta(b
     log_ratio = before.log_softmax(-1) - reference.log()
     expected, gradient = float(dpo(before, reference, pairs, beta)), dpo_gradient(before, reference, pairs, beta)
     assert float(dno.contrastive_loss(log_ratio[x, pos], log_ratio[x, neg], beta).mean()) == pytest.approx(expected, abs=EXACT)
-    groups = dno.Groups([0, 1], [list(range(5))] * 2, reference.log())
-    D = dno.form_pairs(groups, torch.zeros(2, 5, dtype=torch.float64), torch.tensor(pairs))
+    groups = Groups([0, 1], [list(range(5))] * 2, reference.log())
+    D = form_pairs(groups, torch.zeros(2, 5, dtype=torch.float64), torch.tensor(pairs))
     norm = float(gradient.norm())
     for longest, step, tolerance in [(1e9, gradient, EXACT), (norm / 2, gradient / 2, 1e-5 * norm)]:  # PyTorch: norm + 1e-6
         policy.logits.data.copy_(before)
-        settings = dno.Practice(**{**PLAIN, "max_grad_norm": longest})
+        settings = Practice(**{**PLAIN, "max_grad_norm": longest})
         fit = dno.fit_pairs(policy, D, dno.hard_targets(beta), sgd(policy), settings, 0.25, torch.Generator())
         chosen = pytest.approx(float(log_ratio[x, pos].mean()), abs=EXACT)
         assert fit == {"loss": pytest.approx(expected, abs=EXACT), "steps": 1, "chosen_log_ratio": chosen}
@@ -547,7 +566,7 @@ def test_C19_an_iteration_is_dpo_from_pi_t_on_new_and_replayed_pairs(
     policy, eta, tau = Shared(9, 4), 0.7, 0.2
     policy.logits.data = random_policy(9, 4, 0).log()
     logits, log_pi_1 = policy.logits.detach().clone(), policy.log_probs().detach()
-    settings = dno.Practice(
+    settings = Practice(
         samples=4, replay=replay, prompts_per_step=per_step, learning_rate=3.0, fall=0.5, **PLAIN
     )
     prompts = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
@@ -586,7 +605,7 @@ def test_the_order_of_the_batches_is_drawn_anew_in_every_iteration_and_for_every
         settings = replace(SMALL, prompts_per_step=1, replay=0.0)
         run = start(
             name, policy, random_game(8, 3, seed=0), list(range(8)), [0] * 8, T=4, seed=seed,
-            rule=dno.gold_against_students, settings=settings,
+            rule=gold_against_students, settings=settings,
         )  # fmt: skip
         assert [it.steps for it in run] == [8] * 4
         order = [x for (x,) in policy.trained]
@@ -599,14 +618,14 @@ def test_the_order_of_the_batches_is_drawn_anew_in_every_iteration_and_for_every
 def test_pi_t_stays_frozen_during_the_epoch():
     """The same pair under two prompts, a batch each: the second sees the moved policy against the reference of before."""
     policy, reference, seen = tabular(random_policy(1, 3, 0)), random_policy(1, 3, 5).log(), []
-    groups = dno.Groups([0, 0], [[0, 1]] * 2, reference[:, :2].expand(2, 2))
-    D = dno.form_pairs(groups, torch.zeros(2, 2), torch.tensor([[0, 0, 1], [1, 0, 1]]))
+    groups = Groups([0, 0], [[0, 1]] * 2, reference[:, :2].expand(2, 2))
+    D = form_pairs(groups, torch.zeros(2, 2), torch.tensor([[0, 0, 1], [1, 0, 1]]))
 
     def loss(log_ratio1, log_ratio2, r1, r2):
         seen.append((policy.log_probs().detach().clone(), log_ratio1.item(), log_ratio2.item()))
         return dno.contrastive_loss(log_ratio1, log_ratio2, 1.0)
 
-    fit = dno.fit_pairs(policy, D, loss, sgd(policy), dno.Practice(**PLAIN, prompts_per_step=1), 0.5, torch.Generator())
+    fit = dno.fit_pairs(policy, D, loss, sgd(policy), Practice(**PLAIN, prompts_per_step=1), 0.5, torch.Generator())
     assert (seen[1][0] - seen[0][0]).abs().max() > 0.05
     for log_pi, *log_ratios in seen:
         assert log_ratios == pytest.approx((log_pi - reference)[0, :2].tolist(), abs=EXACT)
@@ -617,14 +636,14 @@ def test_pi_t_stays_frozen_during_the_epoch():
 
 def test_what_is_recorded_of_a_sample_is_pi_t_whatever_the_temperature_and_top_p():
     policy = tabular(random_policy(3, 6, 0))
-    groups = dno.sample_groups(policy, [0, 1, 2, 1], [5, 4, 3, 2], dno.Practice(samples=8, temperature=0.7, top_p=0.9), seed=1)
+    groups = dno.sample_groups(policy, [0, 1, 2, 1], [5, 4, 3, 2], Practice(samples=8, temperature=0.7, top_p=0.9), seed=1)
     assert [(len(ys), ys[-1]) for ys in groups.responses] == [(9, 5), (9, 4), (9, 3), (9, 2)]
     for x, ys, recorded in zip(groups.prompts, groups.responses, groups.log_pi_t, strict=True):
         assert (recorded[:8] - policy.log_prob([x] * 8, ys[:8])).abs().max() < EXACT
         assert recorded[8].isnan()  # the gold response's is not known yet
     unequal = tabular(torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64))
     for likeliest_only in ({"top_p": 0.5}, {"temperature": 0.01}):
-        groups = dno.sample_groups(unequal, [0], None, dno.Practice(samples=20, **likeliest_only), seed=0)
+        groups = dno.sample_groups(unequal, [0], None, Practice(samples=20, **likeliest_only), seed=0)
         assert groups.responses == [[0] * 20]
         assert (groups.log_pi_t.exp() - 0.6).abs().max() < EXACT
 
@@ -633,7 +652,7 @@ def test_what_is_recorded_of_a_sample_is_pi_t_whatever_the_temperature_and_top_p
 def test_no_gradient_flows_through_pi_t_nor_r_t(kind):
     """At pi = pi_t, eta = 1, the gradient of Eq. (8) is that of (1/2 - z) log pi(y1)/pi(y2). Through pi_t as well it were 0."""
     P, policy = rock_paper_scissors(0.1, 0.2, 0.3).P.clone().requires_grad_(), kind(1, 3)
-    settings = dno.Practice(samples=4, **PLAIN)
+    settings = Practice(samples=4, **PLAIN)
     it = next(start("3", policy, PreferenceTable(P), [0] * 5, tau=0.0, settings=settings, optimizer=sgd(policy)))
     expected = torch.zeros(3, dtype=torch.float64)
     for x, i, j in it.chosen.tolist():
@@ -650,14 +669,14 @@ def test_the_learning_rate_falls_to_0_within_an_iteration_and_by_its_share_from_
     optimizer = dno.adam(policy)
     step = optimizer.step
     optimizer.step = lambda: (rates.append(optimizer.param_groups[0]["lr"]), step())
-    settings = dno.Practice(samples=3, prompts_per_step=2, learning_rate=0.1, fall=0.8, replay=0.0, **PLAIN)
-    list(start("2", policy, random_game(4, 3, seed=0), [0, 1, 2, 3], [0] * 4, T=3, rule=dno.gold_against_students,
+    settings = Practice(samples=3, prompts_per_step=2, learning_rate=0.1, fall=0.8, replay=0.0, **PLAIN)
+    list(start("2", policy, random_game(4, 3, seed=0), [0, 1, 2, 3], [0] * 4, T=3, rule=gold_against_students,
                settings=settings, optimizer=optimizer))  # fmt: skip
     assert rates == pytest.approx([0.1, 0.05, 0.06, 0.03, 0.02, 0.01])
 
 
 def test_the_learning_rate_of_iteration_t_by_hand():
-    settings = dno.Practice(learning_rate=0.1, fall=0.8)
+    settings = Practice(learning_rate=0.1, fall=0.8)
     assert [settings.rate(t, 3) for t in (1, 2, 3)] == pytest.approx([0.1, 0.06, 0.02])
     assert [settings.rate(t, 2) for t in (1, 2)] == pytest.approx([0.1, 0.02])
     assert settings.rate(1, 1) == pytest.approx(0.1)
@@ -666,8 +685,8 @@ def test_the_learning_rate_of_iteration_t_by_hand():
 def test_the_loss_of_a_single_pair_is_its_own():
     """At pi = pi_t it is ln 2, Eq. (13)."""
     policy = TabularPolicy(1, 2)
-    D = dno.form_pairs(dno.Groups([0], [[0, 1]], policy.log_probs().detach()), torch.zeros(1, 2), torch.tensor([[0, 0, 1]]))
-    fit = dno.fit_pairs(policy, D, dno.hard_targets(1.0), sgd(policy), dno.Practice(**PLAIN), 0.1, torch.Generator())
+    D = form_pairs(Groups([0], [[0, 1]], policy.log_probs().detach()), torch.zeros(1, 2), torch.tensor([[0, 0, 1]]))
+    fit = dno.fit_pairs(policy, D, dno.hard_targets(1.0), sgd(policy), Practice(**PLAIN), 0.1, torch.Generator())
     assert fit == {"loss": pytest.approx(math.log(2), abs=EXACT), "steps": 1, "chosen_log_ratio": 0}
 
 
@@ -788,10 +807,10 @@ def test_the_reference_is_pi_1_until_it_moves_to_the_policy_after_the_iterations
 def test_algorithms_4_and_3_told_nothing_else_sample_from_pi_t_keep_their_reference_and_have_seed_0():
     """And Algorithm 3 has no pull; Algorithm 4 in option I, at a tau that would show."""
     given = (random_game(1, 3, seed=0), lambda t: ([0] * 20, [0] * 20), 1.0, 3)
-    rule = dno.gold_against_students
+    rule = gold_against_students
     plain, told = ([list(run) for run in (
-        dno.algorithm4(Mixable(1, 3), *given, rule, lambda: 0.0, 0.5, settings=SMALL, **of_4),
-        dno.algorithm3_sampled(TabularPolicy(1, 3), *given, lambda: 0.0, settings=SMALL, **of_3))]
+        regularized.algorithm4(Mixable(1, 3), *given, rule, lambda: 0.0, 0.5, settings=SMALL, **of_4),
+        regularized.algorithm3_sampled(TabularPolicy(1, 3), *given, lambda: 0.0, settings=SMALL, **of_3))]
         for of_4, of_3 in (({}, {}), ({"option": "I", "move_reference_every": 0, "seed": 0},
                                       {"tau": 0.0, "move_reference_every": 0, "seed": 0})))  # fmt: skip
     for a, b in zip(plain, told, strict=True):
@@ -801,15 +820,15 @@ def test_algorithms_4_and_3_told_nothing_else_sample_from_pi_t_keep_their_refere
 def test_the_reference_in_the_loss_is_the_mixture_also_at_tau_1_and_pi_t_alone_at_tau_0():
     policy, pi_ref, (D, *_) = tabular(random_policy(2, 8, 0)), tabular(random_policy(2, 8, 1)), random_pairs(2, 4)
     pi_ref_log_prob = pi_ref.log_prob(D.prompts, D.responses).detach()
-    mixed = dno.mixed_reference(D, policy, pi_ref, 1.0, 4.0)
+    mixed = regularized.mixed_reference(D, policy, pi_ref, 1.0, 4.0)
     assert (mixed.log_reference - (0.75 * D.log_reference + 0.25 * pi_ref_log_prob)).abs().max() < EXACT
-    assert torch.equal(dno.mixed_reference(D, policy, pi_ref, 0.0, 4.0).log_reference, D.log_reference)
+    assert torch.equal(regularized.mixed_reference(D, policy, pi_ref, 0.0, 4.0).log_reference, D.log_reference)
 
 
 def test_algorithm_4_without_a_pull_is_algorithm_2():
     one, other = Mixable(3, 4), Mixable(3, 4)
     for a, b in zip(four_iterations("2", one), four_iterations("4-I", other, tau=0.0), strict=True):
-        assert same(dno.replace(a, pi_ref=None), dno.replace(b, pi_ref=None))
+        assert same(replace(a, pi_ref=None), replace(b, pi_ref=None))
     assert same(one, other)
 
 
@@ -818,7 +837,7 @@ def test_algorithm_4_samples_from_pi_t_or_the_normalised_mixture_and_refers_to_t
     """12,000 samples of one prompt in iteration 3, to 5 standard deviations of a frequency. The reference moves after it."""
     policy, tau, eta = Mixable(1, 4), 0.3, 0.5
     policy.logits.data = torch.tensor([[1.5, 0.0, 0.0, -1.0]], dtype=torch.float64)
-    settings = dno.Practice(samples=2, prompts_per_step=600, learning_rate=0.3, fall=0.0, **PLAIN)
+    settings = Practice(samples=2, prompts_per_step=600, learning_rate=0.3, fall=0.0, **PLAIN)
     records = list(start(f"4-{option}", policy, random_game(1, 4, seed=3), [0] * 6000, [0] * 6000, eta, 4, tau, 0.5, every=3,
                          settings=settings))  # fmt: skip
     pi_1, pi_3, pi_4 = (fitted[t][1][0] for t in (0, 2, 3))
@@ -836,7 +855,7 @@ def test_algorithm_4_samples_from_pi_t_or_the_normalised_mixture_and_refers_to_t
 def test_one_iteration_of_algorithm_3_with_many_samples_is_soft_policy_iteration():
     """K = 32, 1,200 groups, 8 of each trained on. TV to Eq. (9): at most 0.0045 over 8 seeds; the step is 0.043."""
     policy, eta = tabular(COMAL_START), 1.0
-    settings = dno.Practice(samples=32, prompts_per_step=12, learning_rate=0.05, trained=8, **PLAIN)
+    settings = Practice(samples=32, prompts_per_step=12, learning_rate=0.05, trained=8, **PLAIN)
     it = next(start("3", policy, PreferenceTable(COMAL), [0] * 1200, eta=eta, tau=0.0, settings=settings))
     assert len(it.chosen) == 1200 * 28
     target = COMAL_START * ((COMAL @ COMAL_START[0]) / eta).exp()
@@ -850,7 +869,7 @@ def test_on_a_cycle_the_last_iterate_of_algorithm_3_with_a_moving_reference_near
     oracle, late = PreferenceTable(COMAL), {}
     for name, samples in {"3": 32, "2": 5}.items():
         policy = tabular(COMAL_START)
-        settings = dno.Practice(samples=samples, prompts_per_step=4, learning_rate=0.05, trained=8, **PLAIN)
+        settings = Practice(samples=samples, prompts_per_step=4, learning_rate=0.05, trained=8, **PLAIN)
         run = start(name, policy, oracle, [0] * 48, eta=0.3, T=60, tau=0.2, rule=0.4, every=4, settings=settings)
         late[name] = sum([dno.duality_gap(COMAL, policy.log_probs().detach().exp()) for _ in run][-10:]) / 10
     assert late["3"] < 0.1
@@ -864,16 +883,16 @@ def test_the_defaults_are_those_of_section_5_and_where_it_has_none_those_of_the_
     section_5 = {"samples": 5, "temperature": 0.7, "top_p": 0.95, "ngram": 3, "replay": 0.3}
     ours = {"judgments": "outcomes", "replay_iterations": 4, "prompts_per_step": 12, "learning_rate": 1e-3, "fall": 0.8,
             "max_grad_norm": 0.05, "recorded": True, "at_once": None, "trained": None}  # fmt: skip
-    assert asdict(dno.Practice()) == section_5 | ours
+    assert asdict(Practice()) == section_5 | ours
 
 
 def test_what_holds_for_shares_and_counts_at_their_bounds_is_accepted():
-    dno.Practice(top_p=1.0, replay=1.0, fall=1.0, replay_iterations=0, trained=2)
-    dno.Practice(replay=0.0, fall=0.0, trained=None)
+    Practice(top_p=1.0, replay=1.0, fall=1.0, replay_iterations=0, trained=2)
+    Practice(replay=0.0, fall=0.0, trained=None)
 
 
-@pytest.mark.parametrize("kind", [dno.Regression, dno.Iteration, dno.Groups, dno.Practice, dno.Pairs, dno.Best, dno.Round,
-                                  dno.Solution])  # fmt: skip
+@pytest.mark.parametrize("kind", [dno.Regression, dno.Iteration, Groups, Practice, Pairs, dno.Best, dno.Round,
+                                  solvers.Solution])  # fmt: skip
 def test_no_record_and_no_settings_can_be_changed_afterwards(kind):
     """The settings are default arguments, shared by all calls; records of one iteration are kept by the next."""
     with pytest.raises(FrozenInstanceError):
@@ -894,7 +913,7 @@ def test_no_record_and_no_settings_can_be_changed_afterwards(kind):
 ])  # fmt: skip
 def test_bad_practice_is_one_clear_error_that_names_the_value(bad, message):
     with pytest.raises(ValueError, match=message):
-        dno.Practice(**bad)
+        Practice(**bad)
 
 
 @pytest.mark.parametrize(("names", "bad", "message"), [

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from oracle import TasteJudge, check_oracle, text_properties
+from judge.synthetic import TasteJudge, text_properties
+from oracle import check_oracle
 
 JUDGE = TasteJudge()
 DOCSTRING = " ".join(TasteJudge.__doc__.split())

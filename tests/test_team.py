@@ -18,11 +18,14 @@ from test_train import refused
 
 import dno
 import train
-from checkpoints import Chat
-from judge import Stopped, TooDear
-from model import ChatPolicy, Team, Transformer, add_low_rank
-from oracle import TasteJudge
-from train import SharedJudge
+from chat.checkpoints import read_transformer
+from chat.low_rank import add_low_rank
+from chat.policy import ChatPolicy
+from chat.team import SharedJudge, Team
+from chat.template import Chat
+from experiments.rounds import CLASSES_KEPT
+from judge.ledger import Stopped, TooDear
+from judge.synthetic import TasteJudge
 
 ROOT = Path(train.__file__).parent
 LONG = (*SHORT.split(), "--dtype", "float32", "--iterations", "4", "--at-once", "1", "--sample-batch", "7", "--batch-size", "9")
@@ -94,7 +97,7 @@ def killed(directory, prompts_file, tmp_path_factory):
 
 
 def state(out):
-    with torch.serialization.safe_globals(list(train.CLASSES_KEPT)):
+    with torch.serialization.safe_globals(list(CLASSES_KEPT)):
         return torch.load(out / "checkpoint/state.pt", weights_only=True)
 
 
@@ -141,7 +144,7 @@ def test_two_processes_with_a_sharded_model_go_on_and_end_as_one_does(killed, al
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert same(out, alone)
-    mine, theirs = (Transformer.from_pretrained(path / "best").state_dict() for path in (out, alone))
+    mine, theirs = (read_transformer(path / "best").state_dict() for path in (out, alone))
     assert all((mine[name] - theirs[name]).abs().max() < ADAM for name in theirs)
 
 
@@ -281,7 +284,7 @@ def test_a_copy_has_the_weights_that_the_model_has_not_been_given_yet(directory)
 
 
 def low_rank_policy(directory, dtype=torch.float32, rank=4):
-    model = Transformer.from_pretrained(directory, dtype)
+    model = read_transformer(directory, dtype)
     add_low_rank(model, rank)
     return ChatPolicy(model, Chat.from_pretrained(directory), 10)
 
@@ -311,7 +314,7 @@ def test_a_low_rank_term_adds_2_B_A_to_its_map_and_its_gradient_is_autograds(dir
     policy = low_rank_policy(directory)
     torch.manual_seed(0)
     x, block = torch.randn(5, 32), policy.model.blocks[0]
-    plain = Transformer.from_pretrained(directory).blocks[0].attention
+    plain = read_transformer(directory).blocks[0].attention
     for part, bias in ((block.gate, 0.0), (block.attention.q, plain.q.bias), (block.attention.v, plain.v.bias)):
         with torch.no_grad():
             part.B.normal_()
@@ -333,8 +336,8 @@ def test_a_model_with_low_rank_terms_is_saved_as_the_model_that_it_is(directory,
     tokens = torch.randint(0, 300, (2, 20))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     with torch.no_grad():
-        ours, plain = model(tokens), Transformer.from_pretrained(directory)(tokens)
-        assert (Transformer.from_pretrained(tmp_path / "saved")(tokens) - ours).abs().max() < 1e-4
+        ours, plain = model(tokens), read_transformer(directory)(tokens)
+        assert (read_transformer(tmp_path / "saved")(tokens) - ours).abs().max() < 1e-4
         assert (theirs(tokens).logits - ours).abs().max() < 1e-4
         assert (ours - plain).abs().max() > 0.1
 
@@ -342,7 +345,7 @@ def test_a_model_with_low_rank_terms_is_saved_as_the_model_that_it_is(directory,
 def test_a_run_with_low_rank_terms_saves_whole_maps_and_small_checkpoints(directory, prompts_file, tmp_path):
     out = tmp_path / "run"
     assert run(directory, prompts_file, out, "--low-rank", "2", "--lr", "0.02") == 0
-    saved, base = (Transformer.from_pretrained(path).state_dict() for path in (out / "best", directory))
+    saved, base = (read_transformer(path).state_dict() for path in (out / "best", directory))
     assert saved.keys() == base.keys()
     base = {name: weight.bfloat16().float() for name, weight in base.items()}
     assert torch.equal(saved["embedding.weight"], base["embedding.weight"])

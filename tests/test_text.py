@@ -18,33 +18,10 @@ from test_model import random_model
 from test_section_3_algorithm_1 import chi_square
 
 import dno
-from model import (
-    ANSWER,
-    END,
-    Cache,
-    Config,
-    Response,
-    TextPolicy,
-    TokenMixture,
-    UniformMixture,
-    choose,
-    generate,
-    learn_byte_pairs,
-    make_tokenizer,
-    uniform_numbers,
-)
-from oracle import (
-    CLASSES,
-    PROMPTS,
-    REGISTERS,
-    VERBS,
-    RegisterJudge,
-    check_oracle,
-    classify,
-    student_answer,
-    teacher_answer,
-    topic,
-)
+from model import Cache, Config, choose, generate, uniform_numbers
+from oracle import RegisterJudge, check_oracle
+from text import ANSWER, END, Response, TextPolicy, TokenMixture, UniformMixture, learn_byte_pairs, make_tokenizer
+from world import CLASSES, PROMPTS, REGISTERS, VERBS, classify, student_answer, teacher_answer, topic
 
 SPREAD = 5  # standard deviations a statistic of many samples may lie off; the seeds are fixed
 CONCISE, VIVID, PRECISE, MALFORMED = range(4)

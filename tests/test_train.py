@@ -16,6 +16,7 @@ import torch
 from games import LP, random_rho
 
 import dno
+import solvers
 import train
 from oracle import random_feature_game, rock_paper_scissors, style_game
 
@@ -86,7 +87,7 @@ def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
     assert policies.shape == tables["tabular_policies"].shape == (7, 2, 9)
     assert torch.equal(P, style_game(2, 3, 2, seed=0).P)
     assert (tables["average"] - policies[:-1].mean(0)).abs().max() < 1e-15
-    assert torch.equal(tables["tabular_policies"], dno.solve(P, "dno", 1.0, 6).policies)
+    assert torch.equal(tables["tabular_policies"], solvers.solve(P, "dno", 1.0, 6).policies)
     for t, row in enumerate(rows(finished)):
         pi_t, pi_next = policies[t], policies[t + 1]
         target = dno.soft_policy_iteration(pi_t.log(), dno.expected_win_rate(P, pi_t), 1.0).exp()
@@ -97,7 +98,7 @@ def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
             "tv_to_target": float((pi_next - target).abs().sum(-1).mean() / 2),
             "win_rate_vs_previous": dno.win_rate(P, pi_next, pi_t, rho),
             "win_rate_predicted": dno.win_rate(P, target, pi_t, rho),
-            "concentrability": dno.concentrability(target, pi_next, pi_t, pi_t, rho),
+            "concentrability": solvers.concentrability(target, pi_next, pi_t, pi_t, rho),
         }
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, abs=1e-9, rel=1e-6), name

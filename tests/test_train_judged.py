@@ -27,8 +27,12 @@ from test_train_text import jsonl, policy_of, repeats
 
 import dno
 import train
-from oracle import CLASSES, OpenAIJudge, classify, teacher_answer
-from runs import Endpoint
+from experiments.judging import demonstrations
+from experiments.text import fine_tune
+from judge.endpoint import Endpoint
+from oracle import OpenAIJudge
+from pairs import Groups, large_margin_pairs
+from world import CLASSES, HELD_OUT, classify, teacher_answer
 
 KEY = 'sk-seldom/2718"281828'  # to be found nowhere, with two letters that JSON may escape
 PRICES = (10, 30)  # dollars per million tokens of prompt and completion
@@ -52,10 +56,10 @@ def environment(monkeypatch):
     """A key, no other endpoint, and fine-tuning, which no test here is about, done once for all runs of these settings."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr(train, "fine_tune", tuned_once)
+    monkeypatch.setattr("experiments.text.fine_tune", tuned_once)
 
 
-TUNED, FINE_TUNE = {}, train.fine_tune
+TUNED, FINE_TUNE = {}, fine_tune
 
 
 def tuned_once(config, policy, pairs, run):
@@ -77,7 +81,7 @@ def finished(server, tmp_path_factory):
             server.control(**behaviour)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("OPENAI_API_KEY", KEY)
-                patch.setattr(train, "fine_tune", tuned_once)
+                patch.setattr("experiments.text.fine_tune", tuned_once)
                 assert train.main([*judged(server), *arguments.split(), "--out", str(out)]) == 0
             done[name] = out, server.stats()
         return done[name]
@@ -190,18 +194,18 @@ def test_a_judged_run_writes_the_files_of_a_text_run_with_its_own_columns_and_va
     for file in (path for path in out.iterdir() if path.suffix in (".json", ".jsonl")):
         assert strictly(file)
     assert [set(row) for row in rows(out)] == [OF_ALL | MORE.get(name, OF_PAIRS)] * 3
-    assert name == "taught" or all(row["n"] == JUDGED * len(train.HELD_OUT) for row in rows(out))
+    assert name == "taught" or all(row["n"] == JUDGED * len(HELD_OUT) for row in rows(out))
 
 
 def compared(out, t, form):
     """By hand, of the saved policy pi_{t+1}: (P of winning, lead in characters, prompt) for each of its samples against the
     teacher, and P of winning against the samples of pi_t."""
     draw = random.Random(0)
-    gold = [teacher_answer(x, draw) for x in train.HELD_OUT]
+    gold = [teacher_answer(x, draw) for x in HELD_OUT]
     names = f"{t:03}", f"{t - 1:03}" if t > 1 else "base"
-    new, old = (policy_of(out, name).survey(train.HELD_OUT, JUDGED, 1) for name in names)
+    new, old = (policy_of(out, name).survey(HELD_OUT, JUDGED, 1) for name in names)
     against_gold = [(preference(y, z, form), len(y) - len(z), x)
-                    for x, ys, z in zip(train.HELD_OUT, new, gold, strict=True) for y in ys]  # fmt: skip
+                    for x, ys, z in zip(HELD_OUT, new, gold, strict=True) for y in ys]  # fmt: skip
     against_old = [preference(y, z, form) for ys, zs in zip(new, old, strict=True) for y, z in zip(ys, zs, strict=True)]
     return against_gold, against_old
 
@@ -215,7 +219,7 @@ def test_win_rates_are_those_of_the_saved_policies_by_the_judges_mind(finished, 
         against_gold, against_old = compared(out, t, name)
         wins, lead, prompts = map(list, zip(*against_gold, strict=True))
         mean = sum(wins) / len(wins)
-        sums = [sum(win - mean for win, x in zip(wins, prompts, strict=True) if x == prompt) for prompt in train.HELD_OUT]
+        sums = [sum(win - mean for win, x in zip(wins, prompts, strict=True) if x == prompt) for prompt in HELD_OUT]
         half_width = 1.96 * math.sqrt(24 / 23 * sum(part**2 for part in sums)) / len(wins)
         assert row["win_rate_vs_teacher"] == pytest.approx(mean, abs=EXACT)
         assert row["win_rate_vs_teacher_interval"] == pytest.approx(half_width, abs=EXACT)
@@ -362,19 +366,19 @@ def test_gold_responses_are_the_teachers_and_prompts_without_one_are_dropped_and
     answered = {x for x, outcome in lessons if outcome == "complete"}
     assert all(times == 6 for x, times in Counter(x for x, _ in lessons).items() if x not in answered)
     for t, row in enumerate(rows(out), 1):
-        drawn, _ = train.demonstrations(0, PROMPTS)(t)
+        drawn, _ = demonstrations(0, PROMPTS)(t)
         kept = [x for x in drawn if x in answered]
         assert [group[0]["prompt"] for group in groups_of(out, t)] == kept
         assert [group[-1]["response"] for group in groups_of(out, t)] == [f"A gold answer to {x}" for x in kept]
         assert row["prompts_dropped"] == PROMPTS - len(kept)
         assert {line["by"] for group in groups_of(out, t) for line in group[:-1]} == {"student"}
-        assert row["n"] == JUDGED * len(answered & set(train.HELD_OUT))
+        assert row["n"] == JUDGED * len(answered & set(HELD_OUT))
     assert 0 < sum(row["prompts_dropped"] for row in rows(out)) < 3 * PROMPTS
 
 
 def test_an_iteration_whose_prompts_have_no_gold_response_ends_the_run_in_one_line_or_is_passed_over(server, capsys, tmp_path):
     """The only prompt of iteration 1 is one that the teacher has no answer to."""
-    (prompt,), _ = train.demonstrations(0, 1)(1)
+    (prompt,), _ = demonstrations(0, 1)(1)
     server.control(filters=prompt.split()[0])
     options = ["--prompts", 1, "--max-failed", 1, "--teacher", "openai:local-judge", "--out", tmp_path / "run"]
     code = train.main(judged(server, *options, preset=SHORT))
@@ -506,12 +510,12 @@ DRIVER = """
 import json, os, signal, sys
 root, arguments, deaths = sys.argv[1], *map(json.loads, sys.argv[2:])
 sys.path.insert(0, root)
-import judge, openai, train
+import judge.ledger, openai, train
 import torch._dynamo  # making an optimizer does that
 
 def run(death):
     name, number, before = death or ("complete", 0, False)
-    original, calls = getattr(judge.Ledger, name), []
+    original, calls = getattr(judge.ledger.Ledger, name), []
 
     def deadly(*given, **named):
         calls.append(name)
@@ -523,7 +527,7 @@ def run(death):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(judge.Ledger, name, deadly)
+    setattr(judge.ledger.Ledger, name, deadly)
     sys.exit(train.main(arguments))
 
 codes = []
@@ -674,11 +678,11 @@ def test_a_response_of_which_no_judgment_can_be_had_is_in_no_pair_even_if_it_was
     server.control(filters="unspeakable")
     with_failures = OpenAIJudge(Endpoint("local-judge", server.url, None, max_failed=1), "pairwise")
     texts = ["worth 6", "worth 3", "worth 1", "unspeakable", "unspeakable", "worth 0"]
-    groups = dno.Groups(["Describe the sea."], [texts], torch.zeros(1, 6))
+    groups = Groups(["Describe the sea."], [texts], torch.zeros(1, 6))
     wins = dno.judge_groups(with_failures, groups)
     assert wins[0, 3, :3].isnan().all()
     for rated in (wins, dno.draw_outcomes(wins, torch.Generator().manual_seed(0))):
-        chosen = dno.large_margin_pairs(dno.group_win_rates(rated), torch.ones(1, 6, dtype=torch.bool), MARGIN)
+        chosen = large_margin_pairs(dno.group_win_rates(rated), torch.ones(1, 6, dtype=torch.bool), MARGIN)
         assert [[x, i, j] for x, i, j in chosen.tolist() if {i, j} & {3, 4}] == []
         assert [0, 0, 5] in chosen.tolist()
 
@@ -699,7 +703,7 @@ def test_with_more_failures_than_allowed_it_exits_with_1_and_one_line_and_goes_o
 
 def test_an_iteration_of_which_nothing_was_judged_is_written_as_valid_json(server, tmp_path):
     """Its only prompt's questions are filtered; validation goes on with the prompts of other verbs."""
-    (prompt,), _ = train.demonstrations(0, 1)(1)
+    (prompt,), _ = demonstrations(0, 1)(1)
     server.control(filters=prompt.split()[0])
     options = ["--prompts", 1, "--max-failed", 1, "--out", tmp_path / "run"]
     assert train.main(judged(server, *options, preset=SHORT)) == 0

@@ -21,10 +21,35 @@ from games import EXACT, LP
 from test_train import ROOT, everything_in, refused, rows, timeless
 
 import dno
-import runs
+import regularized
 import train
-from model import make_tokenizer
-from oracle import CLASSES, RegisterJudge, classify, prompt_class, topic
+from experiments.ablations import (
+    METHODS,
+    AblationsConfig,
+    Start,
+    dno_lookahead,
+    dno_practical,
+    dno_restrictive,
+    dno_without_margin,
+    interval,
+    offline_dpo,
+    regularized_dno,
+    run_method,
+    settings_to_try,
+    sft_on_positives,
+    soft_targets_moving_reference,
+    spin,
+    summarise_ablations,
+)
+from experiments.judging import demonstrations
+from experiments.rounds import CLASSES_KEPT, round_numbers
+from experiments.settings import parse
+from experiments.text import TextConfig
+from experiments.validation import KINDS, Validation
+from oracle import RegisterJudge
+from pairs import Practice
+from text import make_tokenizer
+from world import CLASSES, HELD_OUT, TRAINING, classify, prompt_class, topic
 
 # A transformer this small still writes a quarter of its answers malformed after 100 steps: all four classes are there to count.
 SHAPE = {"layers": 1, "width": 32}
@@ -65,7 +90,7 @@ def jsonl(path):
 def policy_of(out, name, **changes):
     """A policy of the run, rebuilt from its files."""
     ranks = json.loads((out / "tokenizer.json").read_text())["ranks"]
-    policy = train.TextConfig(**SHAPE, **changes).policy(make_tokenizer({bytes.fromhex(y): i for i, y in enumerate(ranks)}))
+    policy = TextConfig(**SHAPE, **changes).policy(make_tokenizer({bytes.fromhex(y): i for i, y in enumerate(ranks)}))
     policy.load_state_dict(torch.load(out / "policies" / f"{name}.pt", weights_only=True))
     return policy
 
@@ -79,7 +104,7 @@ def test_a_run_writes_the_files_and_columns_it_promises(finished):
     each = {name.format(t) for t in range(1, 7) for name in ("responses-{:03}.jsonl", "pairs-{:03}.jsonl", "policies/{:03}.pt")}
     assert names == always | each | {"checkpoint/state.pt", "checkpoint/phases.pt"}
     config = json.loads((finished / "config.json").read_text())
-    assert set(config) == {field.name for field in fields(train.TextConfig)} | {"preset"}
+    assert set(config) == {field.name for field in fields(TextConfig)} | {"preset"}
     assert [(row["iteration"], row["algorithm"], row["t"]) for row in rows(finished)] == [
         (1, 2, 1), (2, 2, 2), (3, 2, 3), (4, 3, 1), (5, 3, 2), (6, 3, 3)]  # fmt: skip
     required = "seconds loss win_rate_vs_previous gap_last gap_average gap_nash win_rate_vs_teacher mean_length".split()
@@ -92,35 +117,35 @@ def test_a_run_writes_the_files_and_columns_it_promises(finished):
 
 def shares_by_hand(out, name):
     """How often each class occurs among 4 answers to each held-out prompt, counted one by one, [prompt][class]."""
-    answers = policy_of(out, name).survey(train.HELD_OUT, 4, 0)
+    answers = policy_of(out, name).survey(HELD_OUT, 4, 0)
     return [[sum(classify(y) == kind for y in ys) / 4 for kind in range(4)] for ys in answers]
 
 
 def rate_by_hand(shares, others):
     """P(a > b), a and b being classes drawn by these shares: the mean over the held-out prompts."""
     total = 0.0
-    for x, f, g in zip(train.HELD_OUT, shares, others, strict=True):
+    for x, f, g in zip(HELD_OUT, shares, others, strict=True):
         total += sum(f[i] * g[j] * JUDGE.P[prompt_class(x), i, j].item() for i in range(4) for j in range(4))
-    return total / len(train.HELD_OUT)
+    return total / len(HELD_OUT)
 
 
 def gap_by_hand(shares):
     """The mean over the held-out prompts of twice the best class's win rate, less 1."""
     total = 0.0
-    for x, f in zip(train.HELD_OUT, shares, strict=True):
+    for x, f in zip(HELD_OUT, shares, strict=True):
         total += 2 * max(sum(f[j] * JUDGE.P[prompt_class(x), i, j].item() for j in range(4)) for i in range(4)) - 1
-    return total / len(train.HELD_OUT)
+    return total / len(HELD_OUT)
 
 
 @pytest.mark.parametrize("algorithm", STAGES)
 def test_gaps_and_win_rates_are_those_of_the_saved_policies(finished, algorithm):
     """Each policy is loaded, surveyed with the run's k and seed, and its classes are counted anew."""
     shares = [shares_by_hand(finished, name) for name in STAGES[algorithm]]
-    teacher = [[0, 1, 0, 0] for _ in train.HELD_OUT]
+    teacher = [[0, 1, 0, 0] for _ in HELD_OUT]
     scores = [rate_by_hand(f, teacher) for f in shares]
     assert len({round(score, 6) for score in scores}) >= 3, "the policies differ, and so can their numbers"
     for t, row in enumerate((row for row in rows(finished) if row["algorithm"] == algorithm), 1):
-        mixture = [[sum(f[x][kind] for f in shares[:t]) / t for kind in range(4)] for x in range(len(train.HELD_OUT))]
+        mixture = [[sum(f[x][kind] for f in shares[:t]) / t for kind in range(4)] for x in range(len(HELD_OUT))]
         expected = {
             "gap_last": gap_by_hand(shares[t]),
             "gap_average": gap_by_hand(mixture),
@@ -199,7 +224,8 @@ DRIVER = """
 import json, os, shutil, signal, sys
 root, folder, legs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 sys.path.insert(0, root)
-import dno, runs, train
+import dno, regularized, train
+from experiments.folder import Run
 import torch._dynamo  # making an optimizer does that
 
 def kill(*_):
@@ -212,7 +238,8 @@ def run(number, arguments, name, when, before):
                 print(number, function, file=file)
             return original(*given)
         setattr(dno, function, counted)
-    keep = runs.Run.keep
+        setattr(regularized, function, counted)
+    keep = Run.keep
 
     def deadly(self, written, content):
         due = written == name and eval(when, {"content": content})
@@ -222,7 +249,7 @@ def run(number, arguments, name, when, before):
         if due:
             kill()
 
-    runs.Run.keep = deadly
+    Run.keep = deadly
     sys.exit(train.main(arguments))
 
 for number, leg in enumerate(legs):  # each in a process of its own, which has imported everything and run nothing
@@ -249,7 +276,7 @@ def kill(folder, legs):
 
 def on_disk(out):
     """In a line: what the checkpoint is of, the phases reached, rows of metrics, policies, files left half-written."""
-    with torch.serialization.safe_globals(list(train.CLASSES_KEPT)):
+    with torch.serialization.safe_globals(list(CLASSES_KEPT)):
         state, phases = (torch.load(path, weights_only=True) if (path := out / "checkpoint" / name).exists() else {}
                          for name in ("state.pt", "phases.pt"))  # fmt: skip
     at = f"{state['sft_steps']} steps" if "sft_steps" in state else f"{[state['stage'], state['round'].t]}"
@@ -303,7 +330,7 @@ def assert_same_run(whole, cut):
     assert timeless(cut) == timeless(whole)
     for name in names - {"config.json", "metrics.jsonl", "summary.json", "text.png"}:
         if name.endswith(".pt"):
-            with torch.serialization.safe_globals(list(train.CLASSES_KEPT)):
+            with torch.serialization.safe_globals(list(CLASSES_KEPT)):
                 mine, other = (torch.load(out / name, weights_only=True) for out in (whole, cut))
             for content in (mine, other):
                 for row in content.get("metrics", []):
@@ -333,7 +360,7 @@ def fine_tuned_already(finished, out, arguments):
     """A folder of a run with these arguments that got as far as policies/base.pt."""
     (out / "policies").mkdir(parents=True)
     shutil.copy(finished / "policies" / "base.pt", out / "policies")
-    preset, config = runs.parse(arguments, {"text": train.TextConfig}, "text")
+    preset, config = parse(arguments, {"text": TextConfig}, "text")
     (out / "config.json").write_text(json.dumps({"preset": preset, **asdict(config)}))
 
 
@@ -468,7 +495,7 @@ def test_a_checkpoint_of_a_run_with_other_settings_is_refused(finished, name, ca
 def test_an_error_of_ours_in_taking_up_a_run_is_not_blamed_on_its_checkpoint(finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    monkeypatch.setattr(train.Validation, "restore", lambda self, state: state and self.shapes)
+    monkeypatch.setattr(Validation, "restore", lambda self, state: state and self.shapes)
     with pytest.raises(AttributeError, match="shapes"):
         train.main([*TINY, "--out", str(out), "--resume"])
 
@@ -476,9 +503,9 @@ def test_an_error_of_ours_in_taking_up_a_run_is_not_blamed_on_its_checkpoint(fin
 def with_foreign_checkpoint(finished, out):
     """A copy of the run with the checkpoint of one whose transformer is half as wide, after its first iteration."""
     shutil.copytree(finished, out)
-    with torch.serialization.safe_globals(list(train.CLASSES_KEPT)):
+    with torch.serialization.safe_globals(list(CLASSES_KEPT)):
         state = torch.load(out / STATE, weights_only=True)
-    narrow = train.TextConfig(layers=1, width=16).policy(policy_of(out, "base").tokenizer)
+    narrow = TextConfig(layers=1, width=16).policy(policy_of(out, "base").tokenizer)
     torch.save({**state, "policy": narrow.state_dict(), "metrics": state["metrics"][:1]}, out / STATE)
     return out
 
@@ -541,7 +568,7 @@ NASH = [(c / s, -b / s, a / s) for a, b, c in [(-e[0], -e[1], -e[2]) for e in ED
 
 
 def measured(*texts, k=4, seed=0):
-    validation = train.Validation(Reciter(*texts), JUDGE, k, seed)
+    validation = Validation(Reciter(*texts), JUDGE, k, seed)
     validation()
     return validation
 
@@ -549,8 +576,8 @@ def measured(*texts, k=4, seed=0):
 def test_always_concise_has_by_hand_a_gap_of_seven_tenths_and_beats_the_teacher_in_a_third():
     """Whoever knows it answers vividly (to praise: precisely) and leads by .40, .35 and .30. Held out are 8 prompts a verb."""
     validation = measured(*[TEXTS[CONCISE]] * 4)
-    assert Counter(map(prompt_class, train.HELD_OUT)) == {0: 8, 1: 8, 2: 8}
-    assert not set(train.HELD_OUT) & set(train.TRAINING)
+    assert Counter(map(prompt_class, HELD_OUT)) == {0: 8, 1: 8, 2: 8}
+    assert not set(HELD_OUT) & set(TRAINING)
     gap, half = validation.gap(validation.shares[0])
     assert gap == pytest.approx((0.8 + 0.7 + 0.6) / 3)
     assert half == pytest.approx(1.96 * (8 * (0.1**2 + 0 + 0.1**2) / 23) ** 0.5 / 24**0.5)
@@ -576,10 +603,10 @@ def test_the_row_of_a_policy_by_hand():
 def test_the_noise_floor_by_hand_for_one_sample_and_below_a_bound_that_goes_down_with_k():
     """For k = 1 a prompt's gap is that of one register drawn from Nash. For any k, counts of a class are within 2 of k times
     its probability, registers lead by at most .4, so a gap is at most 2 * .4 * 3 * 2 / k."""
-    nash = torch.tensor([[*NASH[prompt_class(x)], 0.0] for x in train.HELD_OUT], dtype=torch.float64)
+    nash = torch.tensor([[*NASH[prompt_class(x)], 0.0] for x in HELD_OUT], dtype=torch.float64)
     floors = {}
     for k in (1, 4, 16, 64):
-        validation = train.Validation(Reciter(), JUDGE, k, seed=0)
+        validation = Validation(Reciter(), JUDGE, k, seed=0)
         assert validation.gap(nash)[0] == pytest.approx(0, abs=EXACT)
         floors[k] = validation.floor(nash)
         assert 0 <= floors[k] <= 4.8 / k
@@ -594,9 +621,9 @@ def test_the_noise_floor_by_hand_for_one_sample_and_below_a_bound_that_goes_down
 
 def test_the_t_interval_by_hand():
     """The 97.5% quantile of Student's t is tan(.475 pi) with 1 degree of freedom, .95 / sqrt(2 * .975 * .025) with 2."""
-    mean, half = train.interval([0.2, 0.6])
+    mean, half = interval([0.2, 0.6])
     assert (mean, half) == (pytest.approx(0.4), pytest.approx(math.tan(0.475 * math.pi) * 0.2))
-    mean, half = train.interval([1.0, 2.0, 6.0])
+    mean, half = interval([1.0, 2.0, 6.0])
     assert (mean, half) == (pytest.approx(3.0), pytest.approx(0.95 / math.sqrt(2 * 0.975 * 0.025) * math.sqrt(7 / 3)))
 
 
@@ -629,11 +656,11 @@ def begin(finished):
     """Makes what a method is given: the small run's fine-tuned policy in float64, 8 prompts an iteration, 2 iterations."""
 
     def make(iterations=2, margin=MARGIN, prompts=8, **practice):
-        settings = dno.Practice(**{"temperature": 1.0, "top_p": 1.0, "learning_rate": 0.01, "prompts_per_step": 3, **practice})
+        settings = Practice(**{"temperature": 1.0, "top_p": 1.0, "learning_rate": 0.01, "prompts_per_step": 3, **practice})
         policy = policy_of(finished, "base", dtype="float64")
-        validation = train.Validation(policy, JUDGE, 2, 0)
-        data = train.demonstrations(5, prompts)
-        return train.Start(policy, data, validation, iterations, 8.0, None, margin, 5, settings, JUDGE)
+        validation = Validation(policy, JUDGE, 2, 0)
+        data = demonstrations(5, prompts)
+        return Start(policy, data, validation, iterations, 8.0, None, margin, 5, settings, JUDGE)
 
     return make
 
@@ -648,6 +675,7 @@ def fitted(monkeypatch):
         return fit_pairs(policy, D, *arguments)
 
     monkeypatch.setattr(dno, "fit_pairs", spy)
+    monkeypatch.setattr(regularized, "fit_pairs", spy)
     return calls
 
 
@@ -669,28 +697,28 @@ def off(log_probs, policy, D):
         return (log_probs - policy.log_prob(D.prompts, D.responses)).abs().max().item()
 
 
-@pytest.mark.parametrize("label", train.METHODS)
+@pytest.mark.parametrize("label", METHODS)
 def test_every_method_trains_pi_1_and_has_it_validated_first_and_after_each_iteration(label, begin):
     start = begin()
     before = [parameter.clone() for parameter in start.policy.parameters()]
-    its = list(train.METHODS[label][1](start))
+    its = list(METHODS[label][1](start))
     assert [it.t for it in its] == [1, 2]
     assert all(it.steps > 0 for it in its)
     assert len(start.validation.shares) == 3
     assert not same(before, list(start.policy.parameters()))
     hard = label != "soft targets, moving reference"
-    assert ("student_wins" in train.round_numbers(its[-1], hard)) == hard
+    assert ("student_wins" in round_numbers(its[-1], hard)) == hard
 
 
 def test_of_spin_the_pairs_are_gold_over_each_student_and_nothing_else(begin):
-    for it in train.spin(begin()):
+    for it in spin(begin()):
         assert it.chosen.tolist() == [[x, K, student] for x in range(8) for student in range(K)]
-        gold = train.demonstrations(5, 8)(it.t)[1]
+        gold = demonstrations(5, 8)(it.t)[1]
         assert [ys[K] for ys in it.groups.responses] == gold
 
 
 def test_of_restrictive_the_pairs_are_those_of_dno_in_which_the_teacher_is_first(begin):
-    its, dno_1 = list(train.dno_restrictive(begin())), next(train.dno_practical(begin()))
+    its, dno_1 = list(dno_restrictive(begin())), next(dno_practical(begin()))
     assert its[0].chosen.tolist() == [pair for pair in dno_1.chosen.tolist() if pair[1] == K]
     for it in its:
         assert len(it.chosen) > 0
@@ -699,7 +727,7 @@ def test_of_restrictive_the_pairs_are_those_of_dno_in_which_the_teacher_is_first
 
 
 def test_without_a_margin_all_of_dnos_pairs_are_there_and_others_below_the_margin(begin):
-    without, practical = (next(method(begin())) for method in (train.dno_without_margin, train.dno_practical))
+    without, practical = (next(method(begin())) for method in (dno_without_margin, dno_practical))
     assert without.groups.responses == practical.groups.responses
     assert same(without.r_t, practical.r_t)
     lead = {(x, i, j): (without.r_t[x, i] - without.r_t[x, j]).item() for x, i, j in without.chosen.tolist()}
@@ -707,7 +735,7 @@ def test_without_a_margin_all_of_dnos_pairs_are_there_and_others_below_the_margi
     assert 0 < min(lead.values()) < MARGIN - 0.1  # win rates of five games lie .2 apart
 
 
-@pytest.mark.parametrize("method", [train.offline_dpo, train.sft_on_positives])
+@pytest.mark.parametrize("method", [offline_dpo, sft_on_positives])
 def test_offline_samples_and_reference_are_those_of_pi_1_in_every_iteration(method, begin, fitted):
     start, untouched = begin(), begin().policy
     for t, it in enumerate(method(start), 1):
@@ -721,7 +749,7 @@ def test_offline_samples_and_reference_are_those_of_pi_1_in_every_iteration(meth
 
 def test_on_policy_samples_and_reference_are_those_of_pi_t(begin, fitted):
     start, untouched, pi_2 = begin(), begin().policy, begin().policy
-    its = train.dno_practical(start)
+    its = dno_practical(start)
     next(its)
     pi_2.load_state_dict(start.policy.state_dict())
     it, D = next(its), fitted[-1][1]
@@ -735,7 +763,7 @@ def test_the_step_of_sft_on_positives_is_along_the_likelihood_of_each_pairs_bett
     """One step of plain gradient descent at rate 1, so the difference of the weights is the gradient of the mean over pairs."""
     monkeypatch.setattr(dno, "adam", lambda policy, momentum: torch.optim.SGD(policy.parameters(), lr=math.nan))
     start, pi_1 = begin(1, learning_rate=1.0, max_grad_norm=1e9, prompts_per_step=100), begin().policy
-    (it,) = train.sft_on_positives(start)
+    (it,) = sft_on_positives(start)
     times = Counter((x, i) for x, i, _ in it.chosen.tolist())
     assert len(set(times.values())) > 1, "some are the better one of more pairs than others"
     for (x, i), n in times.items():
@@ -747,10 +775,10 @@ def test_the_step_of_sft_on_positives_is_along_the_likelihood_of_each_pairs_bett
 
 
 def test_lookahead_trains_pi_1_on_each_pair_that_dno_comes_to_see_once_and_in_another_order(begin, fitted):
-    seen = [chosen(it) for it in train.dno_practical(begin())]
+    seen = [chosen(it) for it in dno_practical(begin())]
     fitted.clear()
     start, pi_1 = begin(), begin().policy
-    assert len(list(train.dno_lookahead(start))) == 2
+    assert len(list(dno_lookahead(start))) == 2
     parts = [D for policy, D in fitted if policy is start.policy]
     assert sum((triples(D) for D in parts), Counter()) == seen[0] + seen[1]
     for D in parts:
@@ -761,13 +789,13 @@ def test_lookahead_trains_pi_1_on_each_pair_that_dno_comes_to_see_once_and_in_an
 
 def test_lookahead_has_as_many_iterations_as_the_others_however_few_its_pairs(begin):
     start = begin(4, prompts=2, margin=0.9)
-    assert len(list(train.dno_lookahead(start))) == 4
+    assert len(list(dno_lookahead(start))) == 4
 
 
 def test_soft_targets_look_at_no_teacher_and_at_as_many_responses_as_the_others(begin):
-    gold = {y for t in (1, 2) for y in train.demonstrations(5, 8)(t)[1]}
+    gold = {y for t in (1, 2) for y in demonstrations(5, 8)(t)[1]}
     start = begin()
-    for it in train.soft_targets_moving_reference(start):
+    for it in soft_targets_moving_reference(start):
         assert [len(ys) for ys in it.groups.responses] == [K + 1] * 8
         assert not gold & {y for ys in it.groups.responses for y in ys}
         assert it.chosen.tolist() == [[x, i, j] for x in range(8) for i in range(6) for j in range(i + 1, 6)]
@@ -775,9 +803,9 @@ def test_soft_targets_look_at_no_teacher_and_at_as_many_responses_as_the_others(
 
 def test_regularised_dno_is_dno_in_iteration_1_and_then_mixes_pi_1_into_the_reference(begin, fitted):
     """tau = eta / 20 by default. In iteration 1 both references are pi_1."""
-    first = next(train.dno_practical(begin()))
+    first = next(dno_practical(begin()))
     start, pi_1, pi_2 = begin(), begin().policy, begin().policy
-    its = train.regularized_dno(start)
+    its = regularized_dno(start)
     assert chosen(next(its)) == chosen(first)
     pi_2.load_state_dict(start.policy.state_dict())
     next(its)
@@ -790,10 +818,10 @@ def test_regularised_dno_is_dno_in_iteration_1_and_then_mixes_pi_1_into_the_refe
 
 
 def test_each_method_may_try_equally_many_settings():
-    tried = train.settings_to_try(train.AblationsConfig())
-    assert set(tried) == set(train.METHODS)
+    tried = settings_to_try(AblationsConfig())
+    assert set(tried) == set(METHODS)
     assert {len(set(settings)) for settings in tried.values()} == {4}
-    assert set(train.settings_to_try(train.AblationsConfig(algorithm=4))) == {"regularised DNO"}
+    assert set(settings_to_try(AblationsConfig(algorithm=4))) == {"regularised DNO"}
 
 
 @pytest.mark.slow
@@ -811,8 +839,8 @@ def test_the_ablations_write_what_they_promise_and_do_not_repeat_finished_runs(c
     assert [(row["method"], row["seed"], row["iteration"]) for row in table] == [
         ("regularised DNO", seed, t) for seed in "01" for t in "12"]  # fmt: skip
     assert {(float(row["lr"]), float(row["eta"])) for row in table} == {(summary["lr"], summary["eta"])}
-    _, config = runs.parse(arguments, {"ablations": train.AblationsConfig}, "ablations")
-    here = train.run_method(config, "regularised DNO", summary["lr"], summary["eta"], 1, 2)
+    _, config = parse(arguments, {"ablations": AblationsConfig}, "ablations")
+    here = run_method(config, "regularised DNO", summary["lr"], summary["eta"], 1, 2)
     assert [{name: str(value) for name, value in row.items()} for row in here] == table[2:]
 
     jobs = sorted((out / "jobs").iterdir())
@@ -831,15 +859,15 @@ def test_the_summary_of_the_ablations_by_hand():
 
     def curve(*late):
         names = ("gap_last", "gap_average", "share_malformed", "mean_length", "best_of_n", "student_wins")
-        kinds = dict.fromkeys(f"pairs_{kind}" for kind in train.KINDS)
+        kinds = dict.fromkeys(f"pairs_{kind}" for kind in KINDS)
         return [[{**dict.fromkeys([*names, *kinds], t), "win_rate_vs_teacher": 0 if t < 3 else value} for t in (1, 2, 3)]
                 for value in late]  # fmt: skip
 
     curves = {"DNO": curve(0.60, 0.64), "DNO-Restrictive": curve(0.50, 0.54), "SPIN": curve(0.55, 0.59),
               "offline DPO": curve(0.50, 0.70), "DNO without margin": curve(0.60, 0.64)}  # fmt: skip
     scores = {label: {(1e-3, 2.0): 0.5, (1e-3, 8.0): 0.6} for label in curves}
-    config = replace(train.AblationsConfig(), iterations=3, seeds=2)
-    summary = train.summarise_ablations(config, curves, scores, dict.fromkeys(curves, (1e-3, 8.0)))
+    config = replace(AblationsConfig(), iterations=3, seeds=2)
+    summary = summarise_ablations(config, curves, scores, dict.fromkeys(curves, (1e-3, 8.0)))
     row = summary["methods"]["DNO"]
     assert row["win_rate_vs_teacher"] == pytest.approx((0.62, 0.02 * math.tan(0.475 * math.pi)))
     assert row["gap_last"] == pytest.approx((3, 0))

@@ -1,0 +1,78 @@
+"""A scorer of responses that several processes, or float32 master weights, train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.func import functional_call
+
+from chat.scoring import shared_log_prob
+from model import Transformer
+
+
+class Scores(torch.autograd.Function):
+    """The scores [B] of all from each process's own [m], which are those at place [m]. Everybody then has the whole loss, and
+    passes the gradient on to its own part; times the number of processes, over which the gradients will be averaged."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, place: Tensor, total: int, size: int) -> Tensor:
+        ctx.place, ctx.size = place, size
+        scores = own.new_zeros(total).index_copy(0, place, own)
+        dist.all_reduce(scores)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.size * gradient[ctx.place], None, None, None
+
+
+class Scorer(nn.Module):
+    """`shared_log_prob` of a transformer as a module, for `DistributedDataParallel` and `fully_shard` to wrap."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+        return shared_log_prob(self.model, prompts, responses)
+
+
+class InPlaceOf(torch.autograd.Function):
+    """A master weight's copy in a lower precision, used in its place: the gradient is the master's, in its precision."""
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, weight: Tensor) -> Tensor:
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.float(), None
+
+
+class MasterWeights(nn.Module):
+    """A `Scorer` that computes in its low precision and trains float32 copies of its weights (master weights): in bfloat16
+    most small steps would round to nothing."""
+
+    def __init__(self, scorer: Scorer):
+        super().__init__()
+        self.scorer = [scorer]  # in a list, for its parameters are not among this module's
+        self.masters = nn.ParameterList(weight.detach().float() for weight in scorer.parameters())
+
+    def forward(self, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
+        named = zip(self.scorer[0].named_parameters(), self.masters, strict=True)
+        weights = {name: InPlaceOf.apply(master, weight) for (name, weight), master in named}
+        return functional_call(self.scorer[0], weights, (prompts, responses))
+
+
+def sharded(scorer: Scorer, dtype: torch.dtype, device: torch.device) -> Scorer:
+    """The scorer with every parameter, its gradient and what an optimizer keeps of it cut in as many parts as there are
+    processes; a block's are gathered, as dtype, while it computes."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*scorer.model.blocks, scorer):
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    return scorer

@@ -1,0 +1,269 @@
+"""The folder of a run: config.json, metrics.jsonl, the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import pickle
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import UnionType
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+
+from chat.team import Team
+from experiments.settings import BadInput
+from judge.ledger import Refused
+
+MAY_DIFFER = (  # between the start of a run and its resumption
+    "out", "resume", "device", "threads", "jobs", "fsdp", "checkpointing", "compile", "judge_url", "judge_prices",
+    "judge_cache", "judge_concurrency", "judge_timeout", "max_failed", "max_usd", "dry_run", "teacher_url", "teacher_prices",
+)  # fmt: skip
+BESIDE = (".part", ".lock", ".sqlite", ".sqlite-wal", ".sqlite-shm")  # may lie in the folder before a run starts
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # why a file cannot grow, though it could be made
+
+
+@contextmanager
+def claimed(out: str, resume: bool | None) -> Iterator[None]:
+    """Around all that a run does: its folder, made if need be, which is this process's alone until
+    it ends. resume: whether it goes on with a run; None if it never does.
+
+    BadInput, before anything is loaded, if the folder cannot be written to, if another living
+    process has it, or if it is to be resumed and is not there; later, if its disk is full."""
+    folder, begun = Path(out), False
+    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        yield  # the first of torchrun's processes has it for all
+        return
+    try:
+        if resume and not folder.exists():
+            raise BadInput(f"there is no run in {out} to go on with; leave --resume out to start one")
+        with made(folder), locked(folder):
+            begun = True
+            yield
+    except OSError as error:
+        if begun and error.errno not in FULL:
+            raise
+        if not begun:
+            reason = f"out {out} is no folder that can be written to ({error.strerror})"
+            raise BadInput(f"{reason}; choose another --out") from error
+        again = "the same command" if resume is None else "the same command with --resume"
+        reason = f"{error.filename or out} cannot be written ({error.strerror})"
+        raise BadInput(f"{reason}; make room, then {again} goes on from there") from error
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """The folder, made if need be; if the work in it fails on bad input, it goes again if empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except (BadInput, Refused, OSError):
+        for path in new:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """run.lock in the folder, which one process at a time can have: the kernel takes it back from
+    one that ends, however it does. BadInput if another process has it. Where there are no such
+    locks, as on Windows, that is said and nothing is locked."""
+    path = folder / "run.lock"
+    file = None if fcntl is None else lock(path)
+    try:
+        if file is None:
+            print(f"{folder} cannot be locked on this system; let no other process write there")
+        else:
+            file.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", file=file, end="", flush=True)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if file is not None:
+            file.close()
+
+
+def lock(path: Path) -> IO[str] | None:
+    """The file, made if need be, with the kernel's lock on it; None where there are no locks.
+    BadInput if another process has it."""
+    while True:
+        file = path.open("a+", errors="replace")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            reason = f"{path.parent} is in use by {file.read() or 'another process'}"
+            raise BadInput(f"{reason}; wait for it to end, or choose another --out") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return None
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # whoever had it has removed it since: there may be a new one
+
+
+class Run:
+    """The folder of one run: config.json, metrics.jsonl, checkpoint/state.pt, and what the preset adds.
+
+    Raises BadInput, before anything is written, if `out` holds anything but a run of the same config, or one without --resume.
+    `state` is the last checkpoint, or None at the start. classes: what it may hold beside tensors and plain values. device: for
+    its tensors. Of several processes, which must share the folder, all read and the first one writes."""
+
+    def __init__(self, preset: str, config: Any, classes: tuple[type, ...] = (), device: str | None = None):
+        self.out, self.classes, self.device, team = Path(config.out), list(classes), device or config.device, Team()
+        settings = {"preset": preset, **dataclasses.asdict(config)}
+        fixed = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+        self.mark = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()  # of what it writes to go on from
+        started = self.out.exists() and any(path.suffix not in BESIDE for path in self.out.iterdir())
+        self.state = self._earlier(settings) if started else None
+        self.phases = (self._own("checkpoint/phases.pt", key=list) if started else None) or {}
+        self.metrics, self.writes = self.state["metrics"] if self.state else [], team.rank == 0
+        seen = team.together([(started, len(self.metrics), sorted(map(str, self.phases)))])  # after which it may be written to
+        if any(other != seen[0] for other in seen):
+            raise BadInput(f"the processes see different content in {self.out}; expected --out to be a folder that all share")
+        if self.writes:
+            (self.out / "checkpoint").mkdir(parents=True, exist_ok=True)
+        if not started:
+            self.write("config.json", json.dumps(settings, indent=2) + "\n")
+
+    def _earlier(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            earlier = json.loads((self.out / "config.json").read_text())
+            check_like(earlier, dict, "it")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.out} holds something, but no readable config.json; choose another --out") from error
+        for name in sorted(settings.keys() | earlier.keys()):
+            if name not in MAY_DIFFER and settings.get(name) != earlier.get(name):
+                difference = f"{name} is {earlier.get(name)!r} there and {settings.get(name)!r} here"
+                raise BadInput(f"{self.out} holds another run: {difference}; choose another --out")
+        if not settings["resume"]:
+            raise BadInput(f"{self.out} holds this run already; add --resume to go on with it, or choose another --out")
+        return self._own("checkpoint/state.pt", metrics=list)
+
+    def _own(self, name: str, **kinds: type) -> dict[str, Any] | None:
+        content = self.load(name)
+        if content is None:
+            return None
+        if any(not isinstance(content.get(key), kind) for key, kind in {"mark": str, **kinds}.items()):
+            raise BadInput(f"{self.out}/{name} is not a checkpoint of a run; choose another --out")
+        if content.pop("mark") != self.mark:
+            raise BadInput(f"{self.out}/{name} is not of this run, but of one with other settings; choose another --out")
+        return content
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """What `keep` wrote, or None if it wrote nothing of that name. BadInput if it is not that."""
+        path = self.out / name
+        if not path.exists():
+            return None
+        try:
+            with torch.serialization.safe_globals(self.classes):
+                content = torch.load(path, weights_only=True, map_location=self.device)
+        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__}); choose another --out") from error
+        if not isinstance(content, dict):
+            raise BadInput(f"{path} is not a checkpoint of a run; choose another --out")
+        return content
+
+    def expect(self, content: dict[str, Any], like: dict[str, Any]) -> None:
+        """BadInput unless a checkpoint's content has what `like` has, as `check_like` compares the two."""
+        try:
+            check_like({name: content[name] for name in like if name in content}, like, "its content")
+        except ValueError as error:
+            raise self.foreign(str(error)) from error
+
+    def foreign(self, reason: str) -> BadInput:
+        """The error to raise if the checkpoint is not one of this run."""
+        return BadInput(f"the checkpoint in {self.out} is not of this run ({reason}); choose another --out")
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file of the folder in one piece: whoever looks sees the old content or the new, also after a crash."""
+        if not self.writes:
+            return
+        part = self.out / f".{Path(name).name}.part"
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, self.out / name)
+
+    def write_lines(self, name: str, items: Iterable[dict[str, Any]]) -> None:
+        """Write a .jsonl file of the folder, an object a line, in one piece."""
+        self.write(name, "".join(json.dumps(item) + "\n" for item in items))
+
+    def save(self, row: dict[str, Any], state: dict[str, Any]) -> None:
+        """End an iteration: its row joins metrics.jsonl, then row and state become the checkpoint, atomically."""
+        self.metrics.append(row)
+        self.write_lines("metrics.jsonl", self.metrics)
+        self.checkpoint(state)
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Make state, and the rows so far, what --resume goes on from."""
+        self.keep("checkpoint/state.pt", {**state, "metrics": self.metrics, "mark": self.mark})
+
+    def keep(self, name: str, content: dict[str, Any]) -> None:
+        """Write a file of tensors and values in one piece."""
+        if not self.writes:
+            return
+        part = self.out / f"{name}.part"
+        with part.open("wb") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # by which torch replaces what it met while writing
+                raise error.__context__ or error from None
+        os.replace(part, self.out / name)
+
+    def remember(self, key: list[int], phase: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments), or what it was when this phase of the key (an iteration) was last reached: a run killed between
+        phases does not repeat them. Only the last key's phases are kept."""
+        if self.phases.get("key") != key:
+            self.phases = {"key": key}
+        if phase not in self.phases:
+            self.phases[phase] = function(*arguments)
+            self.keep("checkpoint/phases.pt", {**self.phases, "mark": self.mark})
+        return self.phases[phase]
+
+    def figure(self, name: str, figure: plt.Figure) -> None:
+        """Save a figure as a PNG."""
+        figure.savefig(self.out / name)
+        plt.close(figure)
+
+
+def check_like(found: Any, like: Any, name: str) -> None:
+    """ValueError unless found is like: a type, of which it must be one; a tensor, whose shape and type it must have; a dict or
+    list of such, whose keys or length it must have; or another value, to which it is not compared."""
+    if isinstance(like, type | UnionType):
+        fits = isinstance(found, like)
+    elif isinstance(like, torch.Tensor):
+        fits = isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (like.shape, like.dtype)
+    elif isinstance(like, dict):
+        fits = isinstance(found, dict) and found.keys() == like.keys()
+    else:
+        fits = not isinstance(like, list) or (isinstance(found, list) and len(found) == len(like))
+    if not fits:
+        raise ValueError(f"{name} is {outline(found)}; expected {outline(like)}")
+    parts = like.items() if isinstance(like, dict) else enumerate(like) if isinstance(like, list) else ()
+    for key, part in parts:
+        check_like(found[key], part, f"{name}[{key!r}]")
+
+
+def outline(thing: Any) -> str:
+    """What sort of thing it is, in a few words."""
+    if isinstance(thing, torch.Tensor):
+        return f"{thing.dtype} of shape {list(thing.shape)}"
+    if isinstance(thing, dict | list):
+        return f"a {type(thing).__name__} of {len(thing)}"
+    return str(getattr(thing, "__name__", type(thing).__name__))

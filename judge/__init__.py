@@ -1,0 +1,1 @@
+"""Asking language models for judgments: prices, the ledger of all requests, questions, replies, statistics."""

@@ -1,0 +1,260 @@
+"""The ledger of all requests, in an SQLite file, and the reasons for which asking stops."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+
+class Stopped(Exception):
+    """Asking ended before its time, for a reason in one line. What was paid for is in the ledger; to ask again is to go on."""
+
+
+class Refused(Stopped):
+    """The endpoint will never answer this: a wrong key, model or setting. The user can mend it."""
+
+
+class TooDear(Stopped):
+    """The next request could pass the limit on dollars."""
+
+
+def for_terminal(text: str) -> str:
+    """A text of others on one line, with U+FFFD for what could move the cursor or do worse."""
+    return "".join(
+        letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split())
+    )
+
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, run TEXT NOT NULL, model TEXT NOT NULL, url TEXT NOT NULL,
+    question TEXT NOT NULL,      -- version, messages and sampling settings, as JSON
+    pid INTEGER NOT NULL, sent REAL NOT NULL,
+    bound REAL NOT NULL,         -- dollars that it may cost at most, counted as spent until it is known better
+    outcome TEXT,                -- NULL: in flight, or killed there; complete; unreadable; lost: no reply; not charged:
+                                 -- refused, filtered (the question will never be answered)
+    reply TEXT, parsed TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL, seconds REAL);
+CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);
+CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);
+"""
+COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed,
+prompt_tokens, completion_tokens, dollars, seconds"""
+
+
+class Ledger:
+    """All requests ever sent, in an SQLite file: a row is written before its request is sent and completed by its reply.
+    Threads and processes may share it. It survives the death of a process at any moment; that of the machine may cost the last
+    few replies."""
+
+    def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
+        self.path, self.run, self.read_only, self.lock = path or "memory", run, read_only, threading.RLock()
+        with self.lock, self.refusing():
+            above = next(
+                (folder for folder in Path(path or ".").absolute().parents if folder.exists()),
+                Path("/"),
+            )
+            if not above.is_dir():
+                raise Refused(
+                    f"{path} cannot be used as a cache of judgments: {above} is no folder; "
+                    "choose another file"
+                )
+            there = read_only or (path and Path(path).exists())
+        if there:
+            _ = self.db  # Refused at once if it is none
+
+    @cached_property
+    def db(self) -> sqlite3.Connection:
+        """The connection; made, with the file, when it is first needed. Refused if there can be none."""
+        with self.lock, self.refusing():  # another thread may be faster
+            return self.__dict__["db"] if "db" in self.__dict__ else self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path == "memory":
+            return _prepare(_connect(":memory:"))
+        path = Path(self.path)
+        if self.read_only:
+            return self._examined(path)
+        if path.exists():
+            self._examined(path).close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _prepare(_connect(path.resolve().as_uri()))
+
+    def _examined(self, path: Path) -> sqlite3.Connection:
+        """A connection that cannot write, to a sound ledger, or to an empty file if it is to be
+        written; errors of SQLite if it is something else or damaged. The file stays as it is, and
+        nothing is left beside it."""
+        while True:
+            logged = _has_log(path)
+            db = _connect(
+                path.resolve().as_uri() + ("?mode=ro" if logged else "?mode=ro&immutable=1")
+            )
+            try:
+                if self.read_only or db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    db.execute(f"SELECT {COLUMNS} FROM requests LIMIT 1")
+                (found,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+                if found != "ok":
+                    raise sqlite3.DatabaseError(f"damaged: {found}")
+                return db
+            except BaseException as error:
+                db.close()
+                changed = logged != _has_log(path)  # its last user just left, or the first one came
+                if not (changed and isinstance(error, sqlite3.DatabaseError)):
+                    raise
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Around every use of the file: Refused, in a line, if it cannot be read or written. It takes
+        no lock: Control-C between this function and its caller would leave it locked."""
+        try:
+            yield
+        except (sqlite3.DatabaseError, OSError) as error:
+            if isinstance(error, sqlite3.ProgrammingError):
+                raise
+            told = for_terminal(str(error))[:200]
+            raise Refused(
+                f"{self.path} cannot be used as a cache of judgments ({told}); {_remedy(error)}"
+            ) from None
+
+    def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
+        """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered, oldest first, by key; a complete
+        one's raw text only if its parsed form is NULL."""
+        found: dict[str, list[tuple[str, str | None, str | bytes | None]]] = {}
+        keys = list(keys)
+        for at in range(0, len(keys), 500):
+            part = keys[at : at + 500]
+            query = f"""SELECT key, outcome, parsed, CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
+                        FROM requests WHERE key IN ({",".join("?" * len(part))})
+                        AND outcome IN ('complete', 'unreadable', 'filtered') ORDER BY id"""
+            with self.lock, self.refusing():
+                rows = self.db.execute(query, part).fetchall()
+            for key, *reply in rows:
+                found.setdefault(key, []).append(tuple(reply))
+        return found
+
+    def spent(self) -> float:
+        """Dollars of this run, requests of unknown cost counted with the most they can have cost."""
+        with self.lock, self.refusing():
+            (dollars,) = self.db.execute(
+                "SELECT TOTAL(dollars) FROM spending WHERE run = ?", (self.run,)
+            ).fetchone()
+        return max(0.0, dollars)  # up to rounding
+
+    def models(self, teacher: bool) -> list[str]:
+        """The models whose replies to a teacher's, or else to a judge's, questions are here."""
+        sql = """SELECT DISTINCT model FROM requests
+                 WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"""
+        with self.lock, self.refusing():
+            return [model for (model,) in self.db.execute(sql, (teacher,))]
+
+    def totals(self) -> dict[str, float]:
+        """Requests sent in this run, how many of them were never answered, tokens, dollars known to be paid, and the most that
+        the others can have cost."""
+        query = """SELECT COUNT(*), COALESCE(SUM(outcome IS NULL OR outcome = 'lost'), 0), COALESCE(SUM(prompt_tokens), 0),
+                   COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(dollars), 0),
+                   COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0) FROM requests WHERE run = ?"""
+        names = ("requests", "unanswered", "prompt_tokens", "completion_tokens", "dollars", "dollars_unknown_at_most")
+        with self.lock, self.refusing():
+            return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
+
+    def reserve(self, row: dict[str, Any], known: int, limit: float, patience: float) -> int | str:
+        """The id of a new row for a request about to be sent; or "too dear" if its bound could take this run past the limit,
+        "answered" if there are more replies than the `known` ones, "busy" if another living process has sent it less than
+        `patience` seconds ago."""
+        with self._transaction():
+            others = self.db.execute("SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)).fetchall()
+            if sum(outcome in ("complete", "unreadable", "filtered") for outcome, _, _ in others) > known:
+                return "answered"
+            if any(outcome is None and pid != os.getpid() and row["sent"] - sent < patience and _alive(pid)
+                   for outcome, pid, sent in others):  # fmt: skip
+                return "busy"
+            if self.spent() + row["bound"] > limit:
+                return "too dear"
+            row = {**row, "run": self.run, "pid": os.getpid()}
+            sql = f"INSERT INTO requests ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+            number = self.db.execute(sql, list(row.values())).lastrowid
+            self._spend(row["bound"])
+            return number
+
+    def complete(self, number: int, bound: float, **columns: Any) -> None:
+        """Write what became of a request; where its dollars are known they take the place of its bound."""
+        assignments = ", ".join(f"{name} = ?" for name in columns)
+        with self._transaction():
+            self.db.execute(f"UPDATE requests SET {assignments} WHERE id = ?", [*columns.values(), number])
+            if columns.get("dollars") is not None:
+                self._spend(columns["dollars"] - bound)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self.lock, self.refusing():
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self.db.in_transaction:  # a full disk ends it by itself
+                    self.db.execute("ROLLBACK")
+                raise
+            self.db.execute("COMMIT")
+
+    def _spend(self, dollars: float) -> None:
+        sql = "INSERT INTO spending VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET dollars = dollars + excluded.dollars"
+        self.db.execute(sql, (self.run, dollars))
+
+
+def _remedy(error: Exception) -> str:
+    """How to mend what SQLite, or the system, met. What Python finds in a text has no code:
+    damage."""
+    damage = sqlite3.SQLITE_CORRUPT if isinstance(error, sqlite3.Error) else 0
+    return {
+        sqlite3.SQLITE_FULL: "make room for it, and go on",
+        sqlite3.SQLITE_IOERR: "see to it that the disk works and has room, and go on",
+        sqlite3.SQLITE_BUSY: "another program holds it: wait for its end, or choose another file",
+        sqlite3.SQLITE_READONLY: "make it writable, or choose another file",
+        sqlite3.SQLITE_CORRUPT: "put back a copy of it, or choose another file",
+    }.get(getattr(error, "sqlite_errorcode", damage) & 0xFF, "choose another file")
+
+
+def _has_log(path: Path) -> bool:
+    """Whether what was written is in SQLite's log: somebody is writing, or was killed there."""
+    try:
+        return Path(f"{path}-wal").stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
+
+
+def _prepare(db: sqlite3.Connection) -> sqlite3.Connection:
+    """Make the tables. Another process may be about to, and SQLite does not wait by itself to change the journal's mode."""
+    for wait in (0.01, 0.1, 0.5, 1.0, 2.0, None):
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.executescript(SCHEMA)
+            return db
+        except sqlite3.OperationalError as error:
+            if wait is None or "locked" not in str(error):
+                raise
+            time.sleep(wait)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie sends nothing
+    except OSError:
+        pass  # no such process, or no such file system
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
