@@ -29,8 +29,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dno
-import pairs
-import regularized
 import solvers
 from experiments.ablations import AblationsConfig, run_ablations
 from experiments.figures import STYLE, draw_simplex, on_simplex
@@ -54,6 +52,8 @@ from experiments.text import TextConfig, run_text
 from judge.ledger import Stopped
 from model import Config, TabularPolicy, Transformer, TransformerPolicy
 from oracle import response_styles, style_game
+from pairs import check_positive
+from regularized import algorithm3, check_regularization
 
 # --- The game --------------------------------------------------------------------------------------
 
@@ -111,8 +111,8 @@ class GameConfig:
                      steps=(1, 10**6), pairs=(1, 10**7), layers=(1, 100), width=(1, 4096), seed=(0, 10**9),
                      threads=THREADS, tolerance=(0, 10), move_reference_every=(0, 10**5))  # fmt: skip
         check_ranges(self, eta=(0, 10**6), lr=(0, 10))
-        pairs.check_positive(eta=self.eta, lr=self.lr)
-        regularized.check_regularization(self.tau, self.eta)
+        check_positive(eta=self.eta, lr=self.lr)
+        check_regularization(self.tau, self.eta)
         if self.vocabulary and self.vocabulary**self.length > 5_000:
             raise ValueError(f"{self.vocabulary}^{self.length} responses are too many for a table P; expected at most 5,000")
         if self.game is None and (entries := self.num_prompts * self.vocabulary ** (2 * self.length)) > 10**9:
@@ -302,7 +302,7 @@ def train_game(config: GameConfig, game: Game, policy: dno.Policy, twin: solvers
     if config.algorithm == 1:
         loop = dno.algorithm1(policy, game.P, config.eta, config.iterations, **common)
     else:
-        loop = regularized.algorithm3(policy, game.P, config.eta, config.iterations, config.tau, option=config.option,
+        loop = algorithm3(policy, game.P, config.eta, config.iterations, config.tau, option=config.option,
                               move_reference_every=config.move_reference_every, **common)  # fmt: skip
     game_hash, gap_nash, start = fingerprint(game), dno.duality_gap(game.P, game.nash, game.rho), time.perf_counter()
     print("   t | gap: last  average (table) | TV to target | P(new > old)  predicted | loss - bound")

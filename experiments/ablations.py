@@ -25,8 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dno
-import pairs
-import regularized
 from experiments.figures import STYLE
 from experiments.folder import Run
 from experiments.judging import demonstrations
@@ -35,6 +33,18 @@ from experiments.settings import DTYPES, THREADS, changed, check_device, check_r
 from experiments.text import TextConfig, fine_tuned
 from experiments.validation import KINDS, Validation
 from oracle import RegisterJudge
+from pairs import (
+    Practice,
+    check_positive,
+    demote_repetitions,
+    form_pairs,
+    gold_against_students,
+    join,
+    large_margin_pairs,
+    replay,
+    teacher_pairs,
+)
+from regularized import algorithm3_sampled, algorithm4, check_regularization
 from text import TextPolicy, make_tokenizer
 
 # --- Settings --------------------------------------------------------------------------------------
@@ -70,7 +80,7 @@ class AblationsConfig:
         check_ranges(self, iterations=(1, 10**5), seeds=(2, 1000), tuning_iterations=(1, 10**5), tuning_seeds=(1, 1000),
                      prompts_per_step=(1, 10_000), threads=THREADS, jobs=THREADS)  # fmt: skip
         if self.eta is not None:
-            pairs.check_positive(eta=self.eta)
+            check_positive(eta=self.eta)
             check_ranges(self, eta=(0, 10**6))
         if self.tau is not None and self.algorithm == 2:
             raise ValueError("tau belongs to the regularised methods, variants of Algorithms 3 and 4; leave it out")
@@ -78,7 +88,7 @@ class AblationsConfig:
             raise ValueError("margin belongs to variants of Algorithms 2 and 4; leave it out")
         for label, settings in settings_to_try(self).items():
             for _, eta in settings if METHODS[label][0] != 2 and self.tau is not None else ():
-                regularized.check_regularization(self.tau, eta)
+                check_regularization(self.tau, eta)
         self.world()
 
     def world(self) -> TextConfig:
@@ -102,7 +112,7 @@ class Start:
     tau: float | None
     margin: float
     seed: int
-    settings: pairs.Practice
+    settings: Practice
     judge: RegisterJudge
 
     def algorithm2(self, rule: Callable[[Tensor, Tensor], Tensor]) -> Iterator[dno.Round]:
@@ -119,9 +129,9 @@ class Start:
             groups = dno.sample_groups(pi_1, *self.data(t), settings, seed)
             wins = dno.judge_groups(self.judge, groups)
             r = dno.group_win_rates(dno.draw_outcomes(wins, generator))
-            r, usable = pairs.demote_repetitions(r, groups, str.split, settings.ngram)
-            chosen = pairs.large_margin_pairs(r, usable, self.margin)
-            D = dno.with_reference(pairs.form_pairs(groups, r, chosen), pi_1)
+            r, usable = demote_repetitions(r, groups, str.split, settings.ngram)
+            chosen = large_margin_pairs(r, usable, self.margin)
+            D = dno.with_reference(form_pairs(groups, r, chosen), pi_1)
             fit = dno.fit_pairs(self.policy, D, loss, optimizer, settings, settings.rate(t, self.iterations), generator)
             best = dno.validated(self.policy, t + 1, self.validation, best)
             yield dno.Round(t, groups, wins, r, chosen, [], best, **fit)
@@ -139,22 +149,22 @@ def offline_dpo(start: Start) -> Iterator[dno.Round]:
 
 def spin(start: Start) -> Iterator[dno.Round]:
     """The teacher's response against each of the student's, on policy, without a judge."""
-    return start.algorithm2(pairs.gold_against_students)
+    return start.algorithm2(gold_against_students)
 
 
 def dno_restrictive(start: Start) -> Iterator[dno.Round]:
     """Only pairs in which the teacher beats the student."""
-    return start.algorithm2(partial(pairs.teacher_pairs, margin=start.margin))
+    return start.algorithm2(partial(teacher_pairs, margin=start.margin))
 
 
 def dno_without_margin(start: Start) -> Iterator[dno.Round]:
     """Every pair that is no tie."""
-    return start.algorithm2(partial(pairs.large_margin_pairs, margin=0.0))
+    return start.algorithm2(partial(large_margin_pairs, margin=0.0))
 
 
 def dno_practical(start: Start) -> Iterator[dno.Round]:
     """Algorithm 2 as it is."""
-    return start.algorithm2(partial(pairs.large_margin_pairs, margin=start.margin))
+    return start.algorithm2(partial(large_margin_pairs, margin=start.margin))
 
 
 def dno_lookahead(start: Start) -> Iterator[dno.Round]:
@@ -163,7 +173,7 @@ def dno_lookahead(start: Start) -> Iterator[dno.Round]:
     pi_1 = copy.deepcopy(start.policy)
     explorer = replace(start, policy=copy.deepcopy(pi_1), validation=lambda: 0.0)
     rounds = list(dno_practical(explorer))
-    D = dno.with_reference(pairs.join(pairs.replay([it.earlier[0] for it in rounds], 1.0, torch.Generator(), decay=1.0)), pi_1)
+    D = dno.with_reference(join(replay([it.earlier[0] for it in rounds], 1.0, torch.Generator(), decay=1.0)), pi_1)
     generator, optimizer = dno.random_numbers(start.seed, 0)[1], dno.adam(start.policy, 0.0)
     best = dno.validated(start.policy, 1, start.validation)
     parts = D.batches(-(-len(D.group.unique()) // start.iterations), generator)
@@ -178,8 +188,8 @@ def dno_lookahead(start: Start) -> Iterator[dno.Round]:
 def regularized_dno(start: Start) -> Iterator[dno.Round]:
     """Algorithm 4, option I, reference pi_1."""
     tau = start.eta / 20 if start.tau is None else start.tau
-    return regularized.algorithm4(start.policy, start.judge, start.data, start.eta, start.iterations,
-                          partial(pairs.large_margin_pairs, margin=start.margin), start.validation, tau, settings=start.settings,
+    return algorithm4(start.policy, start.judge, start.data, start.eta, start.iterations,
+                          partial(large_margin_pairs, margin=start.margin), start.validation, tau, settings=start.settings,
                           seed=start.seed, optimizer=dno.adam(start.policy, 0.0))  # fmt: skip
 
 
@@ -188,7 +198,7 @@ def soft_targets_moving_reference(start: Start) -> Iterator[dno.Round]:
     reference moved every 5 iterations."""
     tau = start.eta / 2 if start.tau is None else start.tau
     settings = replace(start.settings, samples=start.settings.samples + 1)
-    return regularized.algorithm3_sampled(start.policy, start.judge, start.data, start.eta, start.iterations, start.validation, tau,
+    return algorithm3_sampled(start.policy, start.judge, start.data, start.eta, start.iterations, start.validation, tau,
                                   move_reference_every=5, settings=settings, seed=start.seed,
                                   optimizer=dno.adam(start.policy, 0.0))  # fmt: skip
 
@@ -224,7 +234,7 @@ def run_method(config: AblationsConfig, label: str, lr: float, eta: float, seed:
     policy = world.policy(make_tokenizer(ranks))
     policy.load_state_dict(base)
     validation = Validation(policy, RegisterJudge(), config.survey, seed)
-    settings = pairs.Practice(temperature=1.0, top_p=1.0, learning_rate=lr, prompts_per_step=config.prompts_per_step)
+    settings = Practice(temperature=1.0, top_p=1.0, learning_rate=lr, prompts_per_step=config.prompts_per_step)
     start = Start(policy, demonstrations(seed, config.prompts), validation, iterations, eta, config.tau, config.margin, seed,
                   settings, RegisterJudge())  # fmt: skip
     algorithm, method, _ = METHODS[label]

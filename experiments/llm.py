@@ -19,8 +19,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import dno
-import pairs
-import regularized
 from chat.checkpoints import read_checkpoint, read_transformer, write_transformer
 from chat.formats import BadCheckpoint
 from chat.low_rank import add_low_rank
@@ -47,6 +45,8 @@ from judge.ledger import Stopped, for_terminal
 from judge.synthetic import TasteJudge
 from model import Config
 from oracle import OpenAIJudge, Oracle
+from pairs import Practice, check_positive, pair_kinds
+from regularized import algorithm3_sampled, algorithm4, check_regularization
 
 # --- Settings and prompts --------------------------------------------------------------------------
 
@@ -96,8 +96,8 @@ class LlmConfig(JudgeOptions):
         self.check_judge()
         if not self.model:
             raise ValueError("model is missing; give --model with a Hugging Face directory or a .gguf file")
-        pairs.check_positive(eta=self.eta, lr=self.lr, temperature=self.temperature)
-        regularized.check_regularization(self.tau, self.eta)
+        check_positive(eta=self.eta, lr=self.lr, temperature=self.temperature)
+        check_regularization(self.tau, self.eta)
         if self.tau and self.algorithm in (1, 2):
             raise ValueError(f"tau belongs to Algorithms 3 and 4, and algorithm is {self.algorithm}")
         if (self.rule == "scored") != (self.judgments == "scores") or (self.rule == "scored" and self.oracle == "synthetic"):
@@ -113,11 +113,11 @@ class LlmConfig(JudgeOptions):
             raise ValueError("fsdp cuts the model into parts for several processes; start them by torchrun --nproc-per-node N")
         self.practice()
 
-    def practice(self, processes: int = 1) -> pairs.Practice:
+    def practice(self, processes: int = 1) -> Practice:
         """The settings of the loop; a batch is of prompts that have about `batch_size` pairs, at K pairs a prompt, and each of
         the processes scores those of `at_once` prompts together."""
         prompts = max(1, round(self.batch_size / self.samples))
-        return pairs.Practice(self.samples, self.temperature, self.top_p, self.judgments, replay=self.replay,
+        return Practice(self.samples, self.temperature, self.top_p, self.judgments, replay=self.replay,
                             prompts_per_step=prompts, learning_rate=self.lr, max_grad_norm=1.0,
                             recorded=self.dtype == "float32", at_once=self.at_once * processes)  # fmt: skip
 
@@ -230,18 +230,18 @@ def llm_loop(config: LlmConfig, policy: ChatPolicy, judge: Oracle, training: lis
     common |= {"settings": config.practice(policy.team.size), "seed": config.seed}
     first = (policy, judge, data, config.eta, config.iterations)
     if not hard:
-        return regularized.algorithm3_sampled(*first, validation, config.tau, **common)
+        return algorithm3_sampled(*first, validation, config.tau, **common)
     rule = RULES[config.rule](config.margin)
     if config.algorithm == 2:
         return dno.algorithm2(*first, rule, validation, **common)
-    return regularized.algorithm4(*first, rule, validation, config.tau, **common)
+    return algorithm4(*first, rule, validation, config.tau, **common)
 
 
 def llm_row(it: dno.Round, config: LlmConfig, judge: Oracle, gold: bool) -> dict[str, float | None]:
     """The numbers of an iteration that are not of validation: loss, pairs by kind, gold responses beaten, judgments, money."""
     i, j = torch.triu_indices(*it.wins.shape[1:], 1)
     samples = [y for ys in it.groups.responses for y in (ys[:-1] if gold else ys)]
-    kinds = pairs.pair_kinds(it.chosen, it.wins.shape[1] - 1 if gold else -1)
+    kinds = pair_kinds(it.chosen, it.wins.shape[1] - 1 if gold else -1)
     row = {"loss": it.loss, "steps": it.steps, "chosen_log_ratio": it.chosen_log_ratio,
            "sampled_words": sum(len(y.split()) for y in samples) / len(samples),
            **{f"pairs_{kind}": count for kind, count in kinds.items()},

@@ -11,21 +11,30 @@ import torch
 from tqdm import tqdm
 
 import dno
-import pairs
 from experiments.folder import Run
 from experiments.judging import Judging
 from oracle import OpenAIJudge
+from pairs import (
+    Groups,
+    Pairs,
+    best_against_worst,
+    gold_against_students,
+    large_margin_pairs,
+    pair_kinds,
+    scored_pairs,
+    teacher_pairs,
+)
 from text import Response
 from world import CLASSES, classify
 
 RULES = {
-    "large-margin": lambda margin: partial(pairs.large_margin_pairs, margin=margin),
-    "best-worst": lambda margin: pairs.best_against_worst,
-    "teacher": lambda margin: partial(pairs.teacher_pairs, margin=margin),
-    "spin": lambda margin: pairs.gold_against_students,
-    "scored": lambda margin: pairs.scored_pairs,
+    "large-margin": lambda margin: partial(large_margin_pairs, margin=margin),
+    "best-worst": lambda margin: best_against_worst,
+    "teacher": lambda margin: partial(teacher_pairs, margin=margin),
+    "spin": lambda margin: gold_against_students,
+    "scored": lambda margin: scored_pairs,
 }  # fmt: skip
-CLASSES_KEPT = (dno.Round, pairs.Groups, pairs.Pairs, dno.Best, Response)  # what checkpoints of text runs hold beside tensors
+CLASSES_KEPT = (dno.Round, Groups, Pairs, dno.Best, Response)  # what checkpoints of text runs hold beside tensors
 
 
 def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
@@ -36,7 +45,7 @@ def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
     samples = [y for ys in it.groups.responses for y in (ys[:-1] if hard else ys)]
     row["mean_length"] = sum(len(y.split()) for y in samples) / len(samples)
     if hard:
-        row |= {f"pairs_{kind}": count for kind, count in pairs.pair_kinds(it.chosen, n - 1).items()}
+        row |= {f"pairs_{kind}": count for kind, count in pair_kinds(it.chosen, n - 1).items()}
         wins = it.wins[:, :-1, -1]
         beaten = (wins > 0.5).double().masked_fill(wins.isnan(), float("nan"))
         best = beaten.nan_to_num(-1).amax(1)

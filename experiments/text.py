@@ -20,8 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dno
-import pairs
-import regularized
 from experiments.figures import STYLE
 from experiments.folder import Run
 from experiments.judging import Judging, judging
@@ -41,6 +39,8 @@ from experiments.validation import KINDS, JudgedValidation, Validation
 from judge.prices import Plan
 from model import Config, Transformer, token_log_prob
 from oracle import OpenAIJudge, RegisterJudge
+from pairs import Practice, check_positive
+from regularized import algorithm3_sampled, algorithm4, check_regularization
 from text import ANSWER, END, SPLIT, TextPolicy, learn_byte_pairs, make_tokenizer
 from world import CLASSES, HELD_OUT, PROMPTS, TRAINING, classify, examples, student_answer, teacher_answer
 
@@ -113,8 +113,8 @@ class TextConfig(JudgeOptions):
             raise ValueError(f"{given[0]} differs between algorithms; add --algorithm, or leave it out")
         check_ranges(self, eta=(0, 10**6), lr=(0, 10), sft_lr=(0, 10))
         for stage in self.stages():
-            pairs.check_positive(eta=stage.eta, iterations=stage.iterations)
-            regularized.check_regularization(stage.tau, stage.eta)
+            check_positive(eta=stage.eta, iterations=stage.iterations)
+            check_regularization(stage.tau, stage.eta)
             self.practice(stage)
             if stage.algorithm in (1, 3) and stage.samples < 2:
                 raise ValueError(f"samples is {stage.samples}; expected at least 2, each other's opponents")
@@ -131,7 +131,7 @@ class TextConfig(JudgeOptions):
                      prompts=(1, 72), sft_steps=(1, 10**6), vocabulary=(256, 10**5), layers=(1, 100), width=(8, 4096),
                      max_new_tokens=(1, 4096), survey=(1, 10_000), judged=(1, 10_000), seed=(0, 10**9),
                      move_reference_every=(0, 10**5), temperature=TEMPERATURES, threads=THREADS)  # fmt: skip
-        pairs.check_positive(sft_lr=self.sft_lr)
+        check_positive(sft_lr=self.sft_lr)
         self.transformer(2)  # checks its shape
 
     def check_idle(self) -> None:
@@ -159,10 +159,10 @@ class TextConfig(JudgeOptions):
         chosen = {name: value for name, value in asdict(self).items() if value is not None}
         return [SimpleNamespace(**{**RECIPES[number], **chosen, "algorithm": number}) for number in self.algorithms()]
 
-    def practice(self, stage: SimpleNamespace) -> pairs.Practice:
+    def practice(self, stage: SimpleNamespace) -> Practice:
         """The settings of the algorithm's loop."""
         trained = TRAINED if stage.algorithm in (1, 3) else None
-        return pairs.Practice(stage.samples, stage.temperature, stage.top_p, stage.judgments, replay=stage.replay,
+        return Practice(stage.samples, stage.temperature, stage.top_p, stage.judgments, replay=stage.replay,
                             prompts_per_step=stage.prompts_per_step, learning_rate=stage.lr, fall=stage.fall,
                             trained=trained)  # fmt: skip
 
@@ -255,11 +255,11 @@ def loop_of(stage: SimpleNamespace, config: TextConfig, policy: TextPolicy, judg
     regularized = {"tau": stage.tau, "move_reference_every": stage.move_reference_every}
     common |= {"settings": config.practice(stage), "seed": config.seed}
     if stage.algorithm in (1, 3):
-        return regularized.algorithm3_sampled(*first, validation, **regularized, **common)
+        return algorithm3_sampled(*first, validation, **regularized, **common)
     rule = RULES[stage.rule](stage.margin)
     if stage.algorithm == 2:
         return dno.algorithm2(*first, rule, validation, **common)
-    return regularized.algorithm4(*first, rule, validation, option=stage.option, **regularized, **common)
+    return algorithm4(*first, rule, validation, option=stage.option, **regularized, **common)
 
 
 def show_responses(validation: Validation) -> None:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dno
-import pairs
 from chat.policy import ChatPolicy
 from experiments.judging import Judging, answered
 from judge.ledger import Stopped
 from judge.statistics import win_rate_report
 from model import choose
 from oracle import OpenAITeacher, Oracle, RegisterJudge
+from pairs import repeats_ngrams
 from text import Response, TextPolicy
 from world import CLASSES, HELD_OUT, classify, prompt_class, teacher_answer
 
@@ -217,7 +217,7 @@ class ChatValidation:
         tokens, n = sum(len(y.tokens) for y in samples), len(samples)
         return {"mean_length": sum(len(y.split()) for y in samples) / n,
                 "truncated": sum(not self.policy.finished(y) for y in samples) / n,
-                "repeated": sum(pairs.repeats_ngrams(y.split(), 3) for y in samples) / n,
+                "repeated": sum(repeats_ngrams(y.split(), 3) for y in samples) / n,
                 "empty": sum(not y.strip() for y in samples) / n,
                 "kl_to_first": (own - first).mean().item(),
                 "perplexity_under_first": math.exp(-first.double().sum().item() / tokens)}  # fmt: skip
