@@ -94,7 +94,7 @@ def prompt_mean(values: Tensor, rho: Tensor | None = None) -> Tensor:
     return values @ check_policy(rho, values.shape[-1:], "rho").to(values)
 
 
-def _against(P: Tensor, pi: Tensor) -> Tensor:
+def win_rate_against(P: Tensor, pi: Tensor) -> Tensor:
     """P(y > pi | x) for every y, [X, Y]: one matrix-vector product a prompt, nothing checked. As a row times P^T, which the
     CPU's batched product does four times as fast as P times a column."""
     return torch.bmm(pi.unsqueeze(1), P.mT).squeeze(1)
@@ -103,7 +103,7 @@ def _against(P: Tensor, pi: Tensor) -> Tensor:
 def expected_win_rate(P: Tensor, pi: Tensor) -> Tensor:
     """r(x, y) = E_{y'~pi(.|x)} P(y > y' | x), [X, Y] in [0, 1]: Alg. 1, line 3. ValueError on a bad P or pi."""
     P = check_preferences(P)
-    return _against(P, check_policy(pi, P.shape[:2]).to(P))
+    return win_rate_against(P, check_policy(pi, P.shape[:2]).to(P))
 
 
 def win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, rho: Tensor | None = None) -> float:
@@ -146,7 +146,7 @@ def nash(P: Tensor) -> Tensor:
             raise RuntimeError(f"the linear program of prompt {len(rows)} failed: {found.message}")
         rows.append(found.x[:Y].clip(0) / found.x[:Y].clip(0).sum())
     pi = torch.from_numpy(np.stack(rows)).to(P.device)
-    worst = float((2 * _against(P, pi).amax(-1) - 1).max())
+    worst = float((2 * win_rate_against(P, pi).amax(-1) - 1).max())
     if worst >= NASH_TOLERANCE:
         raise RuntimeError(f"the linear program left a duality gap of {worst:.1e}; expected below {NASH_TOLERANCE:.0e}")
     return pi
@@ -276,7 +276,7 @@ def draw_tuples(rho: Tensor | None, mu1: Tensor, mu2: Tensor, n: int, generator:
     return tuple(part.to(mu1.device) for part in (x, draw(mu1), draw(mu2)))
 
 
-def _mus(settings: Regression, pi_t: Tensor, pi_star: Tensor) -> tuple[Tensor, ...]:
+def where_tuples_come_from(settings: Regression, pi_t: Tensor, pi_star: Tensor) -> tuple[Tensor, ...]:
     """The tables mu_{1,t}, mu_{2,t}."""
     mus = (settings.mu1, settings.mu2)
     tables = (MU[mu](pi_t, pi_star) if isinstance(mu, str) else mu for mu in mus)
@@ -324,7 +324,7 @@ def algorithm1(policy: Policy, P: Tensor, eta: float, iterations: int, *, rho: T
         pi_t = log_pi_t.exp()
         r_t = expected_win_rate(P, pi_t)  # Alg. 1, line 3
         log_pi_star = soft_policy_iteration(log_pi_t, r_t, eta)  # Eq. (9): where line 4 leads
-        D_t = draw_tuples(rho, *_mus(settings, pi_t, log_pi_star.exp()), settings.steps * settings.pairs, generator)
+        D_t = draw_tuples(rho, *where_tuples_come_from(settings, pi_t, log_pi_star.exp()), settings.steps * settings.pairs, generator)
         fit = regress(policy, log_pi_t, r_t, D_t, eta, optimizer, settings)  # Alg. 1, line 4
         log_pi_next = log_table(policy)
         pi_bar = pi_bar + (pi_t - pi_bar) / t

@@ -23,7 +23,7 @@ from dno import (
     Remember,
     Round,
     SampledPolicy,
-    _mus,
+    where_tuples_come_from,
     adam,
     check_policy,
     check_preferences,
@@ -126,7 +126,7 @@ def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: floa
         pi_t, log_mixture = log_pi_t.exp(), geometric_mixture(log_pi_t, log_pi_ref, tau, eta)
         r_t = expected_win_rate(P, pi_t if option == "I" else log_mixture.softmax(-1))  # Alg. 3, line 3
         log_pi_star = soft_policy_iteration(log_mixture, r_t, eta)  # Eq. (7): where line 4 leads
-        D_t = draw_tuples(rho, *_mus(settings, pi_t, log_pi_star.exp()), settings.steps * settings.pairs, generator)
+        D_t = draw_tuples(rho, *where_tuples_come_from(settings, pi_t, log_pi_star.exp()), settings.steps * settings.pairs, generator)
         fit = regress(policy, log_mixture, r_t, D_t, eta, optimizer, settings)  # Alg. 3, line 4
         log_pi_next = log_table(policy)
         pi_bar = pi_bar + (pi_t - pi_bar) / t

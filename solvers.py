@@ -14,7 +14,7 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from dno import _against, check_policy, check_preferences, gap_of_rewards, prompt_mean
+from dno import win_rate_against, check_policy, check_preferences, gap_of_rewards, prompt_mean
 from pairs import FLOAT32, check_positive, real_tensor
 from regularized import check_loop, geometric_mixture
 
@@ -137,7 +137,7 @@ def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
         return eye - A @ (torch.diag_embed(pi) - pi.unsqueeze(-1) * pi.unsqueeze(-2)) / tau
 
     def residual(u: Tensor) -> Tensor:
-        return u - log_ref - _against(A, u.softmax(-1)) / tau
+        return u - log_ref - win_rate_against(A, u.softmax(-1)) / tau
 
     return newton(residual, jacobian, log_ref, tolerance=1e-13 * (1 + 1 / tau)).softmax(-1)
 
@@ -214,13 +214,13 @@ def solve(P: Tensor, method: str = "dno", eta: float = 1.0, iterations: int = 10
     every = move_reference_every or (6 if method == "moving-reference" else iterations + 1)
     log_pi, log_ref = pi.log(), pi_ref.log()
     policies, rewards = (P.new_empty(iterations + 1, *pi.shape) for _ in range(2))
-    policies[0], rewards[0] = pi, _against(P, pi)
+    policies[0], rewards[0] = pi, win_rate_against(P, pi)
     for t in range(iterations):
         mixture = geometric_mixture(log_pi, log_ref, tau, eta)
-        update = METHODS[method](mixture, rewards[t], rewards[max(t - 1, 0)], lambda pi: _against(P, pi), eta, **options)
+        update = METHODS[method](mixture, rewards[t], rewards[max(t - 1, 0)], lambda pi: win_rate_against(P, pi), eta, **options)
         log_pi = update.log_softmax(-1)
         policies[t + 1] = pi = log_pi.exp()
-        rewards[t + 1] = _against(P, pi)
+        rewards[t + 1] = win_rate_against(P, pi)
         if (t + 1) % every == 0:
             log_ref = log_pi
     average_rewards = rewards[:-1].cumsum(0) / torch.arange(1, iterations + 1).to(P)[:, None, None]

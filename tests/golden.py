@@ -115,24 +115,25 @@ def record(folder: Path, checkout: Path, only: list[str]) -> None:
         if only and name not in only:
             continue
         out = folder / "runs" / name
-        words = command.format(model=folder / "model", prompts=folder / "prompts.jsonl").split()
+        words = command.format(model="model", prompts="prompts.jsonl").split()
         processes = THREADS.get(name, 1)
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        program = [sys.executable, *(launch if processes > 1 else []), "train.py"]
+        program = [sys.executable, *(launch if processes > 1 else []), str(checkout / "train.py")]
         more = ["--threads", str(processes), "--out", str(out)]
         print(name, flush=True)
-        in_checkout(checkout, [*program, *words, *more])
-        digest = in_checkout(checkout, [sys.executable, __file__, "digest", str(out)])
+        of_checkout(checkout, [*program, *words, *more], folder)
+        digest = of_checkout(checkout, [sys.executable, __file__, "digest", str(out)], folder)
         (folder / f"{name}.json").write_text(digest)
     if not only or "replay" in only:
         (folder / "replay.json").write_text(json.dumps(replayed(checkout), indent=0))
 
 
-def in_checkout(checkout: Path, command: list[str]) -> str:
-    """What the command prints, run in the checkout on one thread. CalledProcessError if it fails."""
+def of_checkout(checkout: Path, command: list[str], folder: Path) -> str:
+    """What a command of the checkout prints, run in the folder, on one thread. CalledProcessError if
+    it fails."""
     paths = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=checkout, env=os.environ | paths, text=True, stdout=subprocess.PIPE, check=True
+        command, cwd=folder, env=os.environ | paths, text=True, stdout=subprocess.PIPE, check=True
     )
     return done.stdout
 
@@ -144,7 +145,7 @@ def replayed(checkout: Path) -> list[Any]:
         imports = "from judge.endpoint import Endpoint\nfrom oracle import OpenAIJudge"
     cache = str(checkout / "recordings" / "smollm2-135m-instruct.sqlite")
     code = REPLAY.format(imports=imports, model="smollm2-135m-instruct", cache=cache)
-    lines = in_checkout(checkout, [sys.executable, "-c", code]).splitlines()
+    lines = of_checkout(checkout, [sys.executable, "-c", code], checkout).splitlines()
     return [json.loads(line) for line in lines]
 
 

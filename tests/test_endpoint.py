@@ -1401,9 +1401,11 @@ for scenes in SCENES.values():
 CHATTY = """
 import json, logging, os, sys, traceback
 from pathlib import Path
-from judge import Endpoint, Price, Stopped, only_model
+from judge.endpoint import Endpoint, only_model
+from judge.ledger import Stopped
+from judge.prices import Price
 from endpoint_server import Served
-from judge import OpenAIJudge, OpenAITeacher
+from oracle import OpenAIJudge, OpenAITeacher
 
 logging.basicConfig(level=logging.DEBUG)
 server, endpoints = Served(int(sys.argv[1])), []

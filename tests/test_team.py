@@ -18,7 +18,7 @@ from test_train import refused
 
 import dno
 import train
-from chat.checkpoints import read_transformer
+from chat.checkpoints import read_transformer, write_transformer
 from chat.low_rank import add_low_rank
 from chat.policy import ChatPolicy
 from chat.team import SharedJudge, Team
@@ -332,7 +332,7 @@ def test_a_model_with_low_rank_terms_is_saved_as_the_model_that_it_is(directory,
         for name, weight in model.named_parameters():
             if name.endswith(".B"):
                 weight.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "saved")
+    write_transformer(model, tmp_path / "saved")
     tokens = torch.randint(0, 300, (2, 20))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     with torch.no_grad():
