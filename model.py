@@ -1,7 +1,7 @@
 """A decoder-only transformer from scratch, its sampler, and policies over enumerable responses.
 
-Axes: B sequences, T tokens, C channels (width), H query heads, G key-value heads, D channels of a head;
-X prompts, Y responses, V words, L words of a response, K samples of a prompt.
+Axes: B sequences, T tokens, C channels (width), H query heads, G key-value heads, D channels of a
+head; X prompts, Y responses, V words, L words of a response, K samples of a prompt.
 """
 
 from __future__ import annotations
@@ -16,21 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# --- The transformer -------------------------------------------------------------------------------
+# --- The transformer
+# -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of a `Transformer`; the defaults have about 94,000 parameters. Raises ValueError if the heads do not divide."""
+    """Shape of a `Transformer`; the defaults have about 94,000 parameters. Raises ValueError if the
+    heads do not divide."""
 
     vocab_size: int  # tokens
     layers: int = 2
     width: int = 64  # C, channels of the residual stream
     heads: int = 4  # H, divides width
-    kv_heads: int = 2  # G, divides heads; G = H is multi-head attention, G < H grouped-query attention
+    kv_heads: int = (
+        2  # G, divides heads; G = H is multi-head attention, G < H grouped-query attention
+    )
     hidden: int = 176  # channels inside the feed-forward network
     rope_theta: float = 10_000.0  # base of the rotary wavelengths, tokens
-    rope_scaling: Callable[[Tensor], Tensor] | None = None  # of the rotary frequencies, as Llama 3's for long contexts
+    rope_scaling: Callable[[Tensor], Tensor] | None = (
+        None  # of the rotary frequencies, as Llama 3's for long contexts
+    )
     head_width: int | None = None  # D, channels of a head; width / heads when None
     qkv_bias: bool = False  # of the maps to queries, keys and values, as in Qwen2
     qk_norm: bool = False  # RMSNorm of each query and key, as in Qwen3
@@ -40,7 +46,9 @@ class Config:
     tied: bool = False  # one matrix for the embedding and the head
 
     def __post_init__(self) -> None:
-        if (self.head_width is None and self.width % (2 * self.heads)) or self.heads % self.kv_heads:
+        if (
+            self.head_width is None and self.width % (2 * self.heads)
+        ) or self.heads % self.kv_heads:
             raise ValueError(
                 f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}: expected width a multiple of "
                 "2 * heads (rotary pairs) and heads a multiple of kv_heads"
@@ -50,7 +58,8 @@ class Config:
 
 
 def rotary(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., T, D/2], float64, of the angles position * theta^(-2i/D), scaled if need be (Su et al. 2021)."""
+    """cos and sin [..., T, D/2], float64, of the angles position * theta^(-2i/D), scaled if need be
+    (Su et al. 2021)."""
     pairs = torch.arange(0, config.head_width, 2, dtype=torch.float64, device=positions.device)
     frequencies = config.rope_theta ** (-pairs / config.head_width)
     if config.rope_scaling is not None:
@@ -60,8 +69,8 @@ def rotary(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., T, D] with channels i and i + D/2 turned by the position's i-th angle: dot products of turned queries and keys
-    depend on positions only through their difference."""
+    """x [..., T, D] with channels i and i + D/2 turned by the position's i-th angle: dot products
+    of turned queries and keys depend on positions only through their difference."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -78,14 +87,16 @@ class RMSNorm(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens read so far, [layers, B, G, capacity, D]; `length` of the capacity is filled."""
+    """Keys and values of the tokens read so far, [layers, B, G, capacity, D]; `length` of the
+    capacity is filled."""
 
     def __init__(self, config: Config, batch: int, capacity: int, like: Tensor):
         shape = (2, config.layers, batch, config.kv_heads, capacity, config.head_width)
         self.tables, self.length = like.new_zeros(shape), 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, G, T, D] of new tokens; return those of all tokens. `length` moves on when every layer has done so."""
+        """Store k, v [B, G, T, D] of new tokens; return those of all tokens. `length` moves on when
+        every layer has done so."""
         end = self.length + k.shape[2]
         self.tables[0, layer, :, :, self.length : end] = k
         self.tables[1, layer, :, :, self.length : end] = v
@@ -102,11 +113,14 @@ class Cache:
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What q [B, H, T, D] read in keys and values [B, G, S, D], [B, H, T, D], by plain matrix products: the H/G heads that
-    share keys are H/G times as many queries. On a CPU nearly four times as fast, forward and backward, as the fused kernel,
-    which on a GPU is the faster one and needs no T x S numbers."""
+    """What q [B, H, T, D] read in keys and values [B, G, S, D], [B, H, T, D], by plain matrix
+    products: the H/G heads that share keys are H/G times as many queries. On a CPU nearly four
+    times as fast, forward and backward, as the fused kernel, which on a GPU is the faster one and
+    needs no T x S numbers."""
     grouped = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))  # (B, G, H/G, T, D)
-    scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, grouped.shape[2:4])  # (B, G, H/G, T, S)
+    scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(
+        2, grouped.shape[2:4]
+    )  # (B, G, H/G, T, S)
     if mask is not None:
         scores = scores + mask.unsqueeze(-3)
     return (scores.softmax(-1).flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
@@ -121,22 +135,41 @@ class Attention(nn.Module):
         self.q = nn.Linear(config.width, config.heads * self.D, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, config.kv_heads * self.D, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, config.kv_heads * self.D, bias=config.qkv_bias)
-        self.q_norm, self.k_norm = (RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.D, config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
         self.out = nn.Linear(config.heads * self.D, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.D)).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H or G, T, D)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        q, k, v = (
+            f(x).unflatten(-1, (-1, self.D)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )  # (B, H or G, T, D)
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         causal, half = mask is None and q.shape[2] > 1, q.dtype == torch.bfloat16
         if half and not causal and q.device.type == "cpu":
             y = grouped_attention(q, k, v, mask)
-        elif half and q.shape[2] == 1:  # on a GPU, heads that share keys as queries of one head: (B, G, H/G, D)
-            y = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, attn_mask=mask)
+        elif (
+            half and q.shape[2] == 1
+        ):  # on a GPU, heads that share keys as queries of one head: (B, G, H/G, D)
+            y = F.scaled_dot_product_attention(
+                q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, attn_mask=mask
+            )
             y = y.flatten(1, 2).unsqueeze(2)
-        else:  # float32 always, for the order of its sums, so the last digit, is that of the runs that are recorded
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        # float32 always, for the order of its sums, so the last digit, is that of the runs that are
+        # recorded
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+            )
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, H D)
 
 
@@ -151,19 +184,28 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
         x = x + self.attention(self.norm1(x), rope, mask, cache, layer)
         h = self.norm2(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 class Transformer(nn.Module):
-    """Token sequences to next-token logits. A new one is exactly uniform over tokens (the head starts at 0) unless tied."""
+    """Token sequences to next-token logits. A new one is exactly uniform over tokens (the head
+    starts at 0) unless tied."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # in training, keep what enters a block only and compute the rest again for the gradient
+        # in training, keep what enters a block only and compute the rest again for the gradient
+        self.checkpointing = False
         self.read_block = Block.__call__  # how a block is called in training; may be compiled
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -171,7 +213,9 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                shrink = 2 * config.layers if name.endswith(("out.weight", "down.weight")) else 1  # 2 residual sums a block
+                shrink = (
+                    2 * config.layers if name.endswith(("out.weight", "down.weight")) else 1
+                )  # 2 residual sums a block
                 nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1] * shrink))
         if config.embedding_std:
             nn.init.normal_(self.embedding.weight, std=config.embedding_std)
@@ -180,12 +224,18 @@ class Transformer(nn.Module):
         else:
             nn.init.zeros_(self.head.weight)
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
-               cache: Cache | None = None) -> Tensor:  # fmt: skip
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """What the head reads after each of tokens [B, T] int64, [B, T, C].
 
-        positions: [T] or [B, T], counted on from the cache when None. mask: True where a query may look, broadcastable to
-        [B, 1, T, tokens in all]; causal when None. cache: earlier tokens' keys and values, to which these tokens' are added."""
+        positions: [T] or [B, T], counted on from the cache when None. mask: True where a query may
+        look, broadcastable to [B, 1, T, tokens in all]; causal when None. cache: earlier tokens'
+        keys and values, to which these tokens' are added."""
         T, past = tokens.shape[1], cache.length if cache else 0
         if positions is None:
             positions = torch.arange(past, past + T, device=tokens.device)
@@ -195,7 +245,9 @@ class Transformer(nn.Module):
         if mask is not None:  # as a number to add to the scores, made once for all layers
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
         cos, sin = rotary(positions, self.config)
-        rope = tuple(part.unsqueeze(-3).to(x.dtype) for part in (cos, sin))  # the same for every head
+        rope = tuple(
+            part.unsqueeze(-3).to(x.dtype) for part in (cos, sin)
+        )  # the same for every head
         call = self.read_block if cache is None else Block.__call__
         if self.checkpointing and torch.is_grad_enabled():
             call = partial(checkpoint, call, use_reentrant=False)
@@ -205,41 +257,68 @@ class Transformer(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:  # fmt: skip
-        """Logits [B, T, vocab_size] of the token after each of tokens [B, T]; arguments as of `hidden`."""
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits [B, T, vocab_size] of the token after each of tokens [B, T]; arguments as of
+        `hidden`."""
         return self.head(self.hidden(tokens, positions, mask, cache))
 
 
-# --- Scoring and sampling --------------------------------------------------------------------------
+# --- Scoring and sampling
+# --------------------------------------------------------------------------
 
 
-def token_log_prob(models: dict[Transformer, float], prompts: Sequence[Tensor], responses: Sequence[Tensor],
-                   words: int) -> Tensor:  # fmt: skip
-    """log pi(y|x) [B] of responses [L_b] after prompts [T_b], any lengths: the sum of its tokens' log-probabilities, never the
-    mean, each given all before it, among the first `words` tokens of the vocabulary; models as for `generate`. Pads on the
-    right, where causality hides it, and asks the head about the responses' tokens only."""
+def token_log_prob(
+    models: dict[Transformer, float],
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    words: int,
+) -> Tensor:
+    """log pi(y|x) [B] of responses [L_b] after prompts [T_b], any lengths: the sum of its tokens'
+    log-probabilities, never the mean, each given all before it, among the first `words` tokens of
+    the vocabulary; models as for `generate`. Pads on the right, where causality hides it, and asks
+    the head about the responses' tokens only."""
     rows = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
     place = torch.arange(1, tokens.shape[1], device=tokens.device)
-    start, end = (torch.tensor([len(part) for part in parts], device=tokens.device)[:, None] for parts in (prompts, rows))
+    start, end = (
+        torch.tensor([len(part) for part in parts], device=tokens.device)[:, None]
+        for parts in (prompts, rows)
+    )
     read = (place >= start) & (place < end)  # token t is predicted at t - 1
-    logits = sum(weight * model.head(model.hidden(tokens[:, :-1])[read])[:, :words] for model, weight in models.items())
+    logits = sum(
+        weight * model.head(model.hidden(tokens[:, :-1])[read])[:, :words]
+        for model, weight in models.items()
+    )
     log_probs = -F.cross_entropy(logits, tokens[:, 1:][read], reduction="none")
     return log_probs.new_zeros(len(rows)).index_add(0, read.nonzero()[:, 0], log_probs)
 
 
 def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The token [B] that u [B] in [0, 1) picks from the distribution function of softmax(log_probs [B, V] / temperature),
-    cut down to the fewest most probable tokens that hold `top_p` of it (nucleus sampling, Holtzman et al. 2020)."""
+    """The token [B] that u [B] in [0, 1) picks from the distribution function of softmax(log_probs
+    [B, V] / temperature), cut down to the fewest most probable tokens that hold `top_p` of it
+    (nucleus sampling, Holtzman et al. 2020)."""
     p = (log_probs / temperature).softmax(-1)
     if top_p >= 1:
         return invert(p, u)
     token, rows = torch.zeros_like(u, dtype=torch.long), torch.arange(len(u), device=u.device)
-    for few in (64, 1024, p.shape[-1]):  # sorting all is slow, so first see for which rows some, most probable first, will do
-        top, order = p.topk(few) if few < p.shape[-1] else p.sort(dim=-1, descending=True, stable=True)
+    for few in (
+        64,
+        1024,
+        p.shape[-1],
+    ):  # sorting all is slow, so first see for which rows some, most probable first, will do
+        top, order = (
+            p.topk(few) if few < p.shape[-1] else p.sort(dim=-1, descending=True, stable=True)
+        )
         held = top.cumsum(-1, dtype=torch.float64)
-        token[rows] = order.gather(-1, invert(top * (held - top < top_p), u).unsqueeze(-1)).squeeze(-1)
+        token[rows] = order.gather(-1, invert(top * (held - top < top_p), u).unsqueeze(-1)).squeeze(
+            -1
+        )
         more = held[:, -1] < top_p
         if not more.any():
             break
@@ -250,25 +329,39 @@ def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Te
 def invert(p: Tensor, u: Tensor) -> Tensor:
     """Where [B] the running sums, in float64, of p [B, V] first exceed u [B] of their total."""
     cdf = p.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
+    return (
+        torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True)
+        .squeeze(-1)
+        .clamp(max=p.shape[-1] - 1)
+    )
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Token rows [T_b] as one tensor [B, T], ending together, and how many places before each are empty, [B]."""
+    """Token rows [T_b] as one tensor [B, T], ending together, and how many places before each are
+    empty, [B]."""
     tokens = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_side="left")
     return tokens, tokens.shape[1] - torch.tensor([len(row) for row in rows], device=tokens.device)
 
 
 @torch.no_grad()
-def generate(models: dict[Transformer, float], prompts: Sequence[Tensor], u: Tensor, words: int, end: int | None = None,
-             temperature: float = 1.0, top_p: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """k responses to each of prompts [T_b], drawn by numbers u [B, k, length] in [0, 1), one a token: tokens [B, k, length],
-    the number that counts [B, k] (up to the token `end`, it included), and their log-probabilities [B, k] under the policy
-    itself (temperature 1, nothing cut off), whatever they were drawn with.
+def generate(
+    models: dict[Transformer, float],
+    prompts: Sequence[Tensor],
+    u: Tensor,
+    words: int,
+    end: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k responses to each of prompts [T_b], drawn by numbers u [B, k, length] in [0, 1), one a
+    token: tokens [B, k, length], the number that counts [B, k] (up to the token `end`, it
+    included), and their log-probabilities [B, k] under the policy itself (temperature 1, nothing
+    cut off), whatever they were drawn with.
 
-    models: usually one, of weight 1; of several, the next token follows the normalised product of their probabilities to the
-    power of their weights. Each prompt is read once; then every step reads one token a response, the rest being in the cache;
-    responses that have ended leave the batch."""
+    models: usually one, of weight 1; of several, the next token follows the normalised product of
+    their probabilities to the power of their weights. Each prompt is read once; then every step
+    reads one token a response, the rest being in the cache; responses that have ended leave the
+    batch."""
     (B, k, length), (tokens, empty) = u.shape, left_padded(prompts)
     T, device = tokens.shape[1], tokens.device
     caches = [Cache(model.config, B, T + length, model.head.weight) for model in models]
@@ -278,11 +371,15 @@ def generate(models: dict[Transformer, float], prompts: Sequence[Tensor], u: Ten
     mask = None
     if seen is not None:
         causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        mask = ((seen[:, None, :T] & causal) | torch.eye(T, dtype=torch.bool, device=device))[:, None]  # (B, 1, T, T)
+        mask = ((seen[:, None, :T] & causal) | torch.eye(T, dtype=torch.bool, device=device))[
+            :, None
+        ]  # (B, 1, T, T)
 
     def read(tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        last = (model.head(model.hidden(tokens, positions, mask, cache)[:, -1])[:, :words]
-                for model, cache in zip(models, caches, strict=True))  # fmt: skip
+        last = (
+            model.head(model.hidden(tokens, positions, mask, cache)[:, -1])[:, :words]
+            for model, cache in zip(models, caches, strict=True)
+        )
         logits = sum(weight * logits for weight, logits in zip(models.values(), last, strict=True))
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
@@ -294,7 +391,9 @@ def generate(models: dict[Transformer, float], prompts: Sequence[Tensor], u: Ten
     out, count = tokens.new_zeros(B * k, length), tokens.new_zeros(B * k)
     total, going = log_probs.new_zeros(B * k), torch.ones(B * k, dtype=torch.bool, device=device)
     for step in range(length):
-        token = choose(log_probs, u.view(B * k, length)[rows.cpu(), step].to(device), temperature, top_p)
+        token = choose(
+            log_probs, u.view(B * k, length)[rows.cpu(), step].to(device), temperature, top_p
+        )
         out[rows, step] = token
         count[rows] += going
         total[rows] += going * log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
@@ -315,15 +414,20 @@ def generate(models: dict[Transformer, float], prompts: Sequence[Tensor], u: Ten
 
 
 def uniform_numbers(n: int, k: int, length: int, seed: int) -> Tensor:
-    """Numbers in [0, 1) for `generate`, [n, k, length] float64: those of a prompt do not depend on how many follow it."""
-    return torch.rand(n, k, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """Numbers in [0, 1) for `generate`, [n, k, length] float64: those of a prompt do not depend on
+    how many follow it."""
+    return torch.rand(
+        n, k, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
-# --- Policies over enumerable responses ------------------------------------------------------------
+# --- Policies over enumerable responses
+# ------------------------------------------------------------
 
 
 class TabularPolicy(nn.Module):
-    """One free logit for every prompt and response; a new one is uniform. Prompts and responses are named by their index."""
+    """One free logit for every prompt and response; a new one is uniform. Prompts and responses are
+    named by their index."""
 
     def __init__(self, X: int, Y: int, dtype: torch.dtype = torch.float64):
         super().__init__()
@@ -338,19 +442,24 @@ class TabularPolicy(nn.Module):
         return self.log_probs()[prompts, responses]
 
     @torch.no_grad()
-    def sample(self, prompts: Tensor, k: int, temperature: float = 1.0, top_p: float = 1.0,
-               seed: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """k responses for each of prompts [B], [B, k], with their log-probabilities under the policy itself, [B, k]."""
+    def sample(
+        self, prompts: Tensor, k: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """k responses for each of prompts [B], [B, k], with their log-probabilities under the
+        policy itself, [B, k]."""
         rows = self.log_probs()[prompts].repeat_interleave(k, dim=0)
-        u = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(rows.device)
+        u = torch.rand(
+            len(rows), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).to(rows.device)
         y = choose(rows, u, temperature, top_p)
         return y.view(-1, k), rows.gather(-1, y.unsqueeze(-1)).view(-1, k)
 
 
 def prefix_tree(V: int, L: int, prompt_length: int) -> tuple[Tensor, Tensor]:
-    """All proper prefixes of the V^L responses as one sequence after the prompt: words [N - prompt_length] of the nodes, level
-    by level in lexicographic order, and mask [N, N], by which a node sees the prompt, its ancestors and itself. With
-    N = prompt_length + V + ... + V^(L-1) tokens read, the logits of all V^L responses are known."""
+    """All proper prefixes of the V^L responses as one sequence after the prompt: words [N -
+    prompt_length] of the nodes, level by level in lexicographic order, and mask [N, N], by which a
+    node sees the prompt, its ancestors and itself. With N = prompt_length + V + ... + V^(L-1)
+    tokens read, the logits of all V^L responses are known."""
     N = prompt_length + sum(V**level for level in range(1, L))
     mask = torch.ones(N, N, dtype=torch.bool).tril()
     mask[prompt_length:] = False
@@ -366,7 +475,8 @@ def prefix_tree(V: int, L: int, prompt_length: int) -> tuple[Tensor, Tensor]:
 
 
 def chain(next_word: Tensor, V: int, L: int) -> Tensor:
-    """log pi(y|x) [X, V^L] from next-word log-probabilities at every node of the prefix tree, [X, 1 + V + ... + V^(L-1), V]."""
+    """log pi(y|x) [X, V^L] from next-word log-probabilities at every node of the prefix tree, [X, 1
+    + V + ... + V^(L-1), V]."""
     log_pi = next_word.new_zeros(len(next_word), 1)
     for level in next_word.split([V**level for level in range(L)], dim=1):
         log_pi = (log_pi.unsqueeze(-1) + level).flatten(1)
@@ -374,10 +484,12 @@ def chain(next_word: Tensor, V: int, L: int) -> Tensor:
 
 
 class TransformerPolicy(nn.Module):
-    """A transformer's policy over all Y = V^L sequences of L of the first V tokens: response y is the y-th in lexicographic
-    order (its words are y's digits in base V), prompt x is the row x of prompts [X, T]. Every probability is exact.
+    """A transformer's policy over all Y = V^L sequences of L of the first V tokens: response y is
+    the y-th in lexicographic order (its words are y's digits in base V), prompt x is the row x of
+    prompts [X, T]. Every probability is exact.
 
-    The prefixes that responses share are read once: 1 + V + ... + V^(L-1) nodes a prompt in place of L V^L tokens."""
+    The prefixes that responses share are read once: 1 + V + ... + V^(L-1) nodes a prompt in place
+    of L V^L tokens."""
 
     def __init__(self, model: Transformer, prompts: Tensor, V: int, L: int):
         super().__init__()
@@ -385,11 +497,17 @@ class TransformerPolicy(nn.Module):
         words, mask = prefix_tree(V, L, prompts.shape[1])
         tree = torch.cat([prompts, words.to(prompts.device).expand(len(prompts), -1)], dim=1)
         powers = V ** torch.arange(L - 1, -1, -1)  # the worth of each digit of a response's number
-        for name, buffer in {"prompts": prompts, "tree": tree, "mask": mask, "powers": powers}.items():
+        for name, buffer in {
+            "prompts": prompts,
+            "tree": tree,
+            "mask": mask,
+            "powers": powers,
+        }.items():
             self.register_buffer(name, buffer.to(prompts.device), persistent=False)
 
     def next_word_log_probs(self) -> Tensor:
-        """log pi(word | prompt, prefix) at every node of the prefix tree, [X, 1 + V + ... + V^(L-1), V]."""
+        """log pi(word | prompt, prefix) at every node of the prefix tree, [X, 1 + V + ... +
+        V^(L-1), V]."""
         logits = self.model(self.tree, positions=self.mask.sum(-1) - 1, mask=self.mask)
         return logits[:, self.prompts.shape[1] - 1 :, : self.V].log_softmax(-1)
 
@@ -402,12 +520,19 @@ class TransformerPolicy(nn.Module):
         return responses.unsqueeze(-1) // self.powers % self.V
 
     def log_prob(self, prompts: Tensor, responses: Tensor) -> Tensor:
-        """log pi(y|x) [B] of responses [B] to prompts [B], each read by itself: what `log_probs` must agree with."""
-        return token_log_prob({self.model: 1.0}, list(self.prompts[prompts]), list(self.words(responses)), self.V)
+        """log pi(y|x) [B] of responses [B] to prompts [B], each read by itself: what `log_probs`
+        must agree with."""
+        return token_log_prob(
+            {self.model: 1.0}, list(self.prompts[prompts]), list(self.words(responses)), self.V
+        )
 
-    def sample(self, prompts: Tensor, k: int, temperature: float = 1.0, top_p: float = 1.0,
-               seed: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """k responses for each of prompts [B], [B, k], with their log-probabilities under the policy itself, [B, k]."""
+    def sample(
+        self, prompts: Tensor, k: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """k responses for each of prompts [B], [B, k], with their log-probabilities under the
+        policy itself, [B, k]."""
         u = uniform_numbers(len(prompts), k, self.L, seed)
-        tokens, _, log_probs = generate({self.model: 1.0}, self.prompts[prompts], u, self.V, None, temperature, top_p)
+        tokens, _, log_probs = generate(
+            {self.model: 1.0}, self.prompts[prompts], u, self.V, None, temperature, top_p
+        )
         return (tokens * self.powers).sum(-1), log_probs

@@ -23,7 +23,6 @@ from dno import (
     Remember,
     Round,
     SampledPolicy,
-    where_tuples_come_from,
     adam,
     check_policy,
     check_preferences,
@@ -45,10 +44,21 @@ from dno import (
     soft_policy_iteration,
     soft_targets,
     validated,
+    where_tuples_come_from,
     win_rate,
     with_reference,
 )
-from pairs import Pairs, Practice, all_pairs, check_positive, check_whole, demote_repetitions, form_pairs, join, replay
+from pairs import (
+    Pairs,
+    Practice,
+    all_pairs,
+    check_positive,
+    check_whole,
+    demote_repetitions,
+    form_pairs,
+    join,
+    replay,
+)
 
 
 def check_loop(eta: float, iterations: int, tau: float, move_reference_every: int) -> None:
@@ -72,16 +82,18 @@ def check_regularization(tau: float, eta: float) -> None:
 
 
 def geometric_mixture(log_pi: Tensor, log_pi_ref: Tensor, tau: float, eta: float) -> Tensor:
-    """log of pi^(1 - tau/eta) pi_ref^(tau/eta), unnormalised: log_softmax makes it Eq. (7)'s pi^tau. At tau = 0, log_pi."""
+    """log of pi^(1 - tau/eta) pi_ref^(tau/eta), unnormalised: log_softmax makes it Eq. (7)'s
+    pi^tau. At tau = 0, log_pi."""
     if tau == eta:  # whatever pi: where it is 0, its logarithm times 0 would be NaN
         return log_pi_ref
     return log_pi if tau == 0 else (1 - tau / eta) * log_pi + (tau / eta) * log_pi_ref
 
 
-def regularized_win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, pi_ref: Tensor, tau: float,
-                         rho: Tensor | None = None) -> float:  # fmt: skip
-    """P_tau(pi > pi') = P(pi > pi') - tau E_x KL(pi || pi_ref) + tau E_x KL(pi' || pi_ref): Eq. (6), that is the expectation
-    of Eq. (5). ValueError on a bad table."""
+def regularized_win_rate(
+    P: Tensor, pi: Tensor, pi_prime: Tensor, pi_ref: Tensor, tau: float, rho: Tensor | None = None
+) -> float:
+    """P_tau(pi > pi') = P(pi > pi') - tau E_x KL(pi || pi_ref) + tau E_x KL(pi' || pi_ref): Eq.
+    (6), that is the expectation of Eq. (5). ValueError on a bad table."""
     P = check_preferences(P).double()
     named = {"pi": pi, "pi_prime": pi_prime, "pi_ref": pi_ref}.items()
     pi, pi_prime, pi_ref = (check_policy(table, P.shape[:2], name).to(P) for name, table in named)
@@ -90,10 +102,13 @@ def regularized_win_rate(P: Tensor, pi: Tensor, pi_prime: Tensor, pi_ref: Tensor
     return win_rate(P, pi, pi_prime, rho) + tau * float(prompt_mean(costs, rho))
 
 
-def regularized_gap(P: Tensor, pi: Tensor, pi_ref: Tensor, tau: float, rho: Tensor | None = None) -> float:
-    """Duality gap of P_tau, max_pi' P_tau(pi' > pi) - min_pi' P_tau(pi > pi') = 2 max_pi' P_tau(pi' > pi) - 1 >= 0; the best
-    reply is Eq. (2): E_x[2 tau log sum_y pi_ref exp(r/tau) + 2 tau KL(pi || pi_ref) - 1], r = P(. > pi). At tau = 0 it is the
-    duality gap. ValueError on a bad table, or unless tau >= 0."""
+def regularized_gap(
+    P: Tensor, pi: Tensor, pi_ref: Tensor, tau: float, rho: Tensor | None = None
+) -> float:
+    """Duality gap of P_tau, max_pi' P_tau(pi' > pi) - min_pi' P_tau(pi > pi') = 2 max_pi' P_tau(pi'
+    > pi) - 1 >= 0; the best reply is Eq. (2): E_x[2 tau log sum_y pi_ref exp(r/tau) + 2 tau KL(pi
+    || pi_ref) - 1], r = P(. > pi). At tau = 0 it is the duality gap. ValueError on a bad table, or
+    unless tau >= 0."""
     if tau == 0:
         return duality_gap(P, pi, rho)
     check_positive(tau=tau)
@@ -101,21 +116,37 @@ def regularized_gap(P: Tensor, pi: Tensor, pi_ref: Tensor, tau: float, rho: Tens
     pi = check_policy(pi, P.shape[:2]).to(P)
     log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").to(P).log()
     best = (log_ref + expected_win_rate(P, pi) / tau).logsumexp(-1)
-    return float(prompt_mean((2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1).clamp(min=0), rho))
+    return float(
+        prompt_mean((2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1).clamp(min=0), rho)
+    )
 
 
-# --- Algorithm 3 -----------------------------------------------------------------------------------
+# --- Algorithm 3
+# -----------------------------------------------------------------------------------
 
 
-def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: float, *, option: str = "I",
-               move_reference_every: int = 0, rho: Tensor | None = None, settings: Regression = Regression(),
-               optimizer: torch.optim.Optimizer | None = None, generator: torch.Generator | None = None,
-               after: Iteration | None = None) -> Generator[Iteration, None, Tensor]:  # fmt: skip
-    """Algorithm 3, regularised DNO: `algorithm1` with pi_t in the loss replaced by pi_t^(1 - tau/eta) pi_ref^(tau/eta), left
-    unnormalised, pi_ref = pi_1. What else changes: r_t is against pi_t (option "I": average iterate) or against the normalised
-    mixture pi_t^tau (option "II": last iterate). Ours, not the paper's: every `move_reference_every` iterations (0: never) the
-    reference becomes pi_{t+1}, so that the last iterate heads for the Nash policy of P itself (MPO, COMAL; with option II only
-    if tau/eta < 1/2 and rounds are long). ValueError also unless 0 <= tau <= eta and option is I or II."""
+def algorithm3(
+    policy: Policy,
+    P: Tensor,
+    eta: float,
+    iterations: int,
+    tau: float,
+    *,
+    option: str = "I",
+    move_reference_every: int = 0,
+    rho: Tensor | None = None,
+    settings: Regression = Regression(),
+    optimizer: torch.optim.Optimizer | None = None,
+    generator: torch.Generator | None = None,
+    after: Iteration | None = None,
+) -> Generator[Iteration, None, Tensor]:
+    """Algorithm 3, regularised DNO: `algorithm1` with pi_t in the loss replaced by pi_t^(1 -
+    tau/eta) pi_ref^(tau/eta), left unnormalised, pi_ref = pi_1. What else changes: r_t is against
+    pi_t (option "I": average iterate) or against the normalised mixture pi_t^tau (option "II": last
+    iterate). Ours, not the paper's: every `move_reference_every` iterations (0: never) the
+    reference becomes pi_{t+1}, so that the last iterate heads for the Nash policy of P itself (MPO,
+    COMAL; with option II only if tau/eta < 1/2 and rounds are long). ValueError also unless 0 <=
+    tau <= eta and option is I or II."""
     check_loop(eta, iterations, tau, move_reference_every)
     check_option(option)
     optimizer, generator = optimizer or adam(policy), generator or torch.Generator().manual_seed(0)
@@ -124,9 +155,16 @@ def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: floa
     pi_bar = after.pi_bar if after else torch.zeros_like(log_pi_t)
     for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 3, line 2
         pi_t, log_mixture = log_pi_t.exp(), geometric_mixture(log_pi_t, log_pi_ref, tau, eta)
-        r_t = expected_win_rate(P, pi_t if option == "I" else log_mixture.softmax(-1))  # Alg. 3, line 3
+        r_t = expected_win_rate(
+            P, pi_t if option == "I" else log_mixture.softmax(-1)
+        )  # Alg. 3, line 3
         log_pi_star = soft_policy_iteration(log_mixture, r_t, eta)  # Eq. (7): where line 4 leads
-        D_t = draw_tuples(rho, *where_tuples_come_from(settings, pi_t, log_pi_star.exp()), settings.steps * settings.pairs, generator)
+        D_t = draw_tuples(
+            rho,
+            *where_tuples_come_from(settings, pi_t, log_pi_star.exp()),
+            settings.steps * settings.pairs,
+            generator,
+        )
         fit = regress(policy, log_mixture, r_t, D_t, eta, optimizer, settings)  # Alg. 3, line 4
         log_pi_next = log_table(policy)
         pi_bar = pi_bar + (pi_t - pi_bar) / t
@@ -137,11 +175,15 @@ def algorithm3(policy: Policy, P: Tensor, eta: float, iterations: int, tau: floa
     return pi_bar  # Alg. 3, line 6
 
 
-# --- Algorithm 4, and Algorithm 3 from samples -----------------------------------------------------
+# --- Algorithm 4, and Algorithm 3 from samples
+# -----------------------------------------------------
 
 
-def mixed_reference(D: Pairs, policy: SampledPolicy, pi_ref: SampledPolicy, tau: float, eta: float) -> Pairs:
-    """D with the unnormalised log pi_t^(1 - tau/eta) pi_ref^(tau/eta) of its responses as the loss's reference."""
+def mixed_reference(
+    D: Pairs, policy: SampledPolicy, pi_ref: SampledPolicy, tau: float, eta: float
+) -> Pairs:
+    """D with the unnormalised log pi_t^(1 - tau/eta) pi_ref^(tau/eta) of its responses as the
+    loss's reference."""
     D = with_reference(D, policy)
     if tau == 0 or not D.responses:
         return D
@@ -150,49 +192,90 @@ def mixed_reference(D: Pairs, policy: SampledPolicy, pi_ref: SampledPolicy, tau:
     return replace(D, log_reference=geometric_mixture(D.log_reference, log_pi_ref, tau, eta))
 
 
-def algorithm4(policy: SampledPolicy, oracle: Any, data: Data, eta: float, iterations: int,
-               rule: Callable[[Tensor, Tensor], Tensor], validate: Callable[[], float], tau: float, *, option: str = "I",
-               move_reference_every: int = 0, settings: Practice = Practice(),
-               words: Callable[[Any], Sequence[Any]] = str.split, optimizer: torch.optim.Optimizer | None = None, seed: int = 0,
-               after: Round | None = None, remember: Remember = compute_anew) -> Generator[Round, None, Best]:  # fmt: skip
-    """Algorithm 4, regularised DNO-Prct: `algorithm2` with pi_t in the loss replaced as in `algorithm3`, pi_ref = pi_1. What
-    else changes: samples are of pi_t (option "I") or of the mixture of pi_t and pi_ref (option "II"), for which the policy
-    has a method mixed_with(pi_ref, weight); the paper suggests to mix token by token, another policy than pi_t^tau.
-    Every `move_reference_every` iterations (0: never) the reference becomes pi_{t+1}. ValueError on a bad tau or option too."""
+def algorithm4(
+    policy: SampledPolicy,
+    oracle: Any,
+    data: Data,
+    eta: float,
+    iterations: int,
+    rule: Callable[[Tensor, Tensor], Tensor],
+    validate: Callable[[], float],
+    tau: float,
+    *,
+    option: str = "I",
+    move_reference_every: int = 0,
+    settings: Practice = Practice(),
+    words: Callable[[Any], Sequence[Any]] = str.split,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+    after: Round | None = None,
+    remember: Remember = compute_anew,
+) -> Generator[Round, None, Best]:
+    """Algorithm 4, regularised DNO-Prct: `algorithm2` with pi_t in the loss replaced as in
+    `algorithm3`, pi_ref = pi_1. What else changes: samples are of pi_t (option "I") or of the
+    mixture of pi_t and pi_ref (option "II"), for which the policy has a method mixed_with(pi_ref,
+    weight); the paper suggests to mix token by token, another policy than pi_t^tau. Every
+    `move_reference_every` iterations (0: never) the reference becomes pi_{t+1}. ValueError on a bad
+    tau or option too."""
     check_loop(eta, iterations, tau, move_reference_every)
     check_option(option)
     optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)
-    best, earlier = (after.best, after.earlier) if after else (validated(policy, 1, validate), [])  # Alg. 4, line 1
+    best, earlier = (
+        (after.best, after.earlier) if after else (validated(policy, 1, validate), [])
+    )  # Alg. 4, line 1
     for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 4, line 2
         sample_seed, generator = random_numbers(seed, t)
         prompts, gold = data(t)  # Alg. 4, line 3
         sampler = policy if option == "I" else policy.mixed_with(pi_ref, tau / eta)
-        groups = remember(t, "sampled", sample_groups, sampler, prompts, gold, settings, sample_seed)  # Alg. 4, line 4
+        groups = remember(
+            t, "sampled", sample_groups, sampler, prompts, gold, settings, sample_seed
+        )  # Alg. 4, line 4
         if option == "II":  # what was recorded is the mixture's log-probability
             groups = replace(groups, log_pi_t=torch.full_like(groups.log_pi_t, float("nan")))
         wins = remember(t, "judged", judge_groups, oracle, groups)
         r_t = rate_groups(oracle, groups, wins, settings, generator)  # Alg. 4, line 5
         r_t, usable = demote_repetitions(r_t, groups, words, settings.ngram)
         chosen = rule(r_t, usable)  # Alg. 4, line 6
-        D = join([new := form_pairs(groups, r_t, chosen), *replay(earlier, settings.replay, generator)])
-        D, loss, rate = mixed_reference(D, policy, pi_ref, tau, eta), hard_targets(eta), settings.rate(t, iterations)
+        D = join(
+            [new := form_pairs(groups, r_t, chosen), *replay(earlier, settings.replay, generator)]
+        )
+        D, loss, rate = (
+            mixed_reference(D, policy, pi_ref, tau, eta),
+            hard_targets(eta),
+            settings.rate(t, iterations),
+        )
         fit = fit_pairs(policy, D, loss, optimizer, settings, rate, generator)  # Alg. 4, line 7
-        best, earlier = validated(policy, t + 1, validate, best), [new, *earlier][: settings.replay_iterations]
+        best, earlier = (
+            validated(policy, t + 1, validate, best),
+            [new, *earlier][: settings.replay_iterations],
+        )
         if move_reference_every and t % move_reference_every == 0:
             pi_ref = copy.deepcopy(policy)
         yield Round(t, groups, wins, r_t, chosen, earlier, best, **fit, pi_ref=pi_ref)
     return best  # Alg. 4, line 9
 
 
-def algorithm3_sampled(policy: SampledPolicy, oracle: Any, data: Data, eta: float, iterations: int,
-                       validate: Callable[[], float], tau: float = 0.0, *, move_reference_every: int = 0,
-                       settings: Practice = Practice(), optimizer: torch.optim.Optimizer | None = None, seed: int = 0,
-                       after: Round | None = None, remember: Remember = compute_anew,
-                       ) -> Generator[Round, None, Best]:  # fmt: skip
-    """Algorithm 3, option I (Algorithm 1 at tau = 0), for responses that can only be sampled: `algorithm4` with soft targets,
-    Eq. (8). r_t is estimated, without bias, from the K samples of the prompt itself: each one's opponents are the other
-    K - 1 (among them the other of its pair, so that differences of r_t are K/(K - 1) times as large on average). P itself is
-    averaged, whatever settings.judgments says. There is no teacher, no ranking and no filter."""
+def algorithm3_sampled(
+    policy: SampledPolicy,
+    oracle: Any,
+    data: Data,
+    eta: float,
+    iterations: int,
+    validate: Callable[[], float],
+    tau: float = 0.0,
+    *,
+    move_reference_every: int = 0,
+    settings: Practice = Practice(),
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+    after: Round | None = None,
+    remember: Remember = compute_anew,
+) -> Generator[Round, None, Best]:
+    """Algorithm 3, option I (Algorithm 1 at tau = 0), for responses that can only be sampled:
+    `algorithm4` with soft targets, Eq. (8). r_t is estimated, without bias, from the K samples of
+    the prompt itself: each one's opponents are the other K - 1 (among them the other of its pair,
+    so that differences of r_t are K/(K - 1) times as large on average). P itself is averaged,
+    whatever settings.judgments says. There is no teacher, no ranking and no filter."""
     check_loop(eta, iterations, tau, move_reference_every)
     optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)
     best = after.best if after else validated(policy, 1, validate)  # Alg. 3, line 1

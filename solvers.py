@@ -1,7 +1,7 @@
 """The same games by exact updates: what a table does where dno.py trains a policy.
 
-Fits of Eq. (1) and Eq. (8) over tables, C_t of Theorem 1, the Nash policy of the regularised game, and
-`solve`, which runs Algorithm 1 and its relatives. Notation and axes are those of dno.py.
+Fits of Eq. (1) and Eq. (8) over tables, C_t of Theorem 1, the Nash policy of the regularised game,
+and `solve`, which runs Algorithm 1 and its relatives. Notation and axes are those of dno.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from dno import win_rate_against, check_policy, check_preferences, gap_of_rewards, prompt_mean
+from dno import check_policy, check_preferences, gap_of_rewards, prompt_mean, win_rate_against
 from pairs import FLOAT32, check_positive, real_tensor
 from regularized import check_loop, geometric_mixture
 
-# --- Fits over tables ------------------------------------------------------------------------------
+# --- Fits over tables
+# ------------------------------------------------------------------------------
 
 
 SOLVE_TOLERANCE = 1e-10  # relative residual of linear equations; elimination leaves below 1e-14
@@ -42,30 +43,47 @@ def solve_linear(A: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def newton(residual: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], u: Tensor, tolerance: float) -> Tensor:
-    """A root of residual, each row of [X, Y] by itself: Newton's method from u, halving a step until it does not lengthen the
-    residual, which reaches a root from anywhere if jacobian(u) [X, Y, Y] is nowhere singular. RuntimeError without success."""
+def newton(
+    residual: Callable[[Tensor], Tensor],
+    jacobian: Callable[[Tensor], Tensor],
+    u: Tensor,
+    tolerance: float,
+) -> Tensor:
+    """A root of residual, each row of [X, Y] by itself: Newton's method from u, halving a step
+    until it does not lengthen the residual, which reaches a root from anywhere if jacobian(u) [X,
+    Y, Y] is nowhere singular. RuntimeError without success."""
     f = residual(u)
     for _ in range(200):
         if f.abs().max() <= tolerance:
             return u
         step, size = solve_linear(jacobian(u), f), torch.ones_like(u[:, :1])
-        while (longer := (new := residual(u - size * step)).norm(dim=-1, keepdim=True) > f.norm(dim=-1, keepdim=True)).any():
+        while (
+            longer := (new := residual(u - size * step)).norm(dim=-1, keepdim=True)
+            > f.norm(dim=-1, keepdim=True)
+        ).any():
             size = torch.where(longer, size / 2, size)
         u, f = u - size * step, new
-    raise RuntimeError(f"Newton's method left a residual of {f.abs().max():.1e} after 200 steps; expected {tolerance:.0e}")
+    raise RuntimeError(
+        f"Newton's method left a residual of {f.abs().max():.1e} after 200 steps; expected {tolerance:.0e}"
+    )
 
 
 def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
-    """argmin_s sum_{y,y'} weight(y, y') cross_entropy(z(y, y'), s(y) - s(y')) for each prompt, [X, Y], of mean 0.
+    """argmin_s sum_{y,y'} weight(y, y') cross_entropy(z(y, y'), s(y) - s(y')) for each prompt, [X,
+    Y], of mean 0.
 
-    z and weight: [X, Y, Y], z complementary, weight >= 0. With z = P it is the Bradley-Terry fit of Eq. (1); with z = sigma of
-    reward differences it is Eq. (8) over a tabular class, s = eta log(pi/pi_t). Newton's method on the gradient (the loss is
-    convex). ValueError if there is no finite or no unique minimiser: some always win, always lose or are never compared."""
-    weight = (weight + weight.mT) / weight.sum((-2, -1), keepdim=True)  # (y, y') and (y', y) say the same
+    z and weight: [X, Y, Y], z complementary, weight >= 0. With z = P it is the Bradley-Terry fit of
+    Eq. (1); with z = sigma of reward differences it is Eq. (8) over a tabular class, s = eta
+    log(pi/pi_t). Newton's method on the gradient (the loss is convex). ValueError if there is no
+    finite or no unique minimiser: some always win, always lose or are never compared."""
+    weight = (weight + weight.mT) / weight.sum(
+        (-2, -1), keepdim=True
+    )  # (y, y') and (y', y) say the same
 
     def gradient(s: Tensor) -> Tensor:
-        return (weight * (torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2)) - z)).sum(-1) + s.mean(-1, keepdim=True)
+        return (weight * (torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2)) - z)).sum(-1) + s.mean(
+            -1, keepdim=True
+        )
 
     def hessian(s: Tensor) -> Tensor:  # the last term, like the gradient's, pins the mean of s to 0
         z_hat = torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2))
@@ -73,15 +91,22 @@ def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
         return torch.diag_embed(curvature.sum(-1)) - curvature + 1 / s.shape[-1]
 
     if any(connected_components(compared > 0)[0] > 1 for compared in weight.cpu().numpy()):
-        raise ValueError("no unique scores: some responses are never compared with the others, directly or through third ones")
+        raise ValueError(
+            "no unique scores: some responses are never compared with the others, directly or through third ones"
+        )
     scores = newton(gradient, hessian, torch.zeros_like(z[..., 0]), tolerance=1e-14)
-    if (scores.amax(-1) - scores.amin(-1)).max() > 25:  # sigma(25) = 1 - 1e-11: the loss still falls towards infinite scores
-        raise ValueError("no finite scores: some responses always win or always lose their comparisons")
+    if (
+        scores.amax(-1) - scores.amin(-1)
+    ).max() > 25:  # sigma(25) = 1 - 1e-11: the loss still falls towards infinite scores
+        raise ValueError(
+            "no finite scores: some responses always win or always lose their comparisons"
+        )
     return scores
 
 
 def pair_weights(like: Tensor, mu1: Tensor | None, mu2: Tensor | None) -> Tensor:
-    """mu1(y) mu2(y'), [X, Y, Y], for tables of the shape of like [X, Y], uniform when None. ValueError on a bad table."""
+    """mu1(y) mu2(y'), [X, Y, Y], for tables of the shape of like [X, Y], uniform when None.
+    ValueError on a bad table."""
     uniform = torch.full_like(like, 1 / like.shape[1])
     mus = (uniform if mu is None else check_policy(mu, like.shape, "mu") for mu in (mu1, mu2))
     mu1, mu2 = (mu.to(like) for mu in mus)
@@ -89,31 +114,41 @@ def pair_weights(like: Tensor, mu1: Tensor | None, mu2: Tensor | None) -> Tensor
 
 
 def bradley_terry_fit(P: Tensor, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
-    """Eq. (1) on infinitely many comparisons of y1 ~ mu1, y2 ~ mu2 (each [X, Y], uniform when None) labelled by P: the reward
-    argmax_r E log sigma(r(y+) - r(y-)), [X, Y], of mean 0. ValueError on a bad P, or if no finite unique reward exists."""
+    """Eq. (1) on infinitely many comparisons of y1 ~ mu1, y2 ~ mu2 (each [X, Y], uniform when None)
+    labelled by P: the reward argmax_r E log sigma(r(y+) - r(y-)), [X, Y], of mean 0. ValueError on
+    a bad P, or if no finite unique reward exists."""
     P = check_preferences(P).double()
     return fit_scores(P, pair_weights(P[..., 0], mu1, mu2))
 
 
-# --- Theorem 1 and the regularised game ------------------------------------------------------------
+# --- Theorem 1 and the regularised game
+# ------------------------------------------------------------
 
 
-def concentrability(pi_star: Tensor, pi: Tensor, mu1: Tensor, mu2: Tensor, rho: Tensor | None = None) -> float:
-    """C_t of Theorem 1: E_x E_{y1~pi_star, y2~pi}[(d(y1) - d(y2))^2] over the same under y1 ~ mu1, y2 ~ mu2, where
-    d = log(pi_star / pi); all [X, Y], pi_star and pi of full support. By how much pairs of mu1, mu2 show less of the difference
-    between pi_star and pi than pairs of these two would. NaN if pi_star = pi (0/0); ValueError where d is undefined."""
+def concentrability(
+    pi_star: Tensor, pi: Tensor, mu1: Tensor, mu2: Tensor, rho: Tensor | None = None
+) -> float:
+    """C_t of Theorem 1: E_x E_{y1~pi_star, y2~pi}[(d(y1) - d(y2))^2] over the same under y1 ~ mu1,
+    y2 ~ mu2, where d = log(pi_star / pi); all [X, Y], pi_star and pi of full support. By how much
+    pairs of mu1, mu2 show less of the difference between pi_star and pi than pairs of these two
+    would. NaN if pi_star = pi (0/0); ValueError where d is undefined."""
     pi_star = real_tensor(pi_star, "pi_star")
     named = {"pi_star": pi_star, "pi": pi, "mu1": mu1, "mu2": mu2}.items()
     tables = (check_policy(table, pi_star.shape, name) for name, table in named)
     pi_star, pi, mu1, mu2 = (table.to(pi_star) for table in tables)
     if not ((pi_star > 0) & (pi > 0)).all():
-        raise ValueError("pi_star or pi has an entry 0; expected full support, or log(pi_star / pi) is undefined")
+        raise ValueError(
+            "pi_star or pi has an entry 0; expected full support, or log(pi_star / pi) is undefined"
+        )
     d = (pi_star / pi).log()
-    return float(_mean_square_difference(d, pi_star, pi, rho) / _mean_square_difference(d, mu1, mu2, rho))
+    return float(
+        _mean_square_difference(d, pi_star, pi, rho) / _mean_square_difference(d, mu1, mu2, rho)
+    )
 
 
 def _mean_square_difference(d: Tensor, p: Tensor, q: Tensor, rho: Tensor | None) -> Tensor:
-    """E_x E_{y1~p, y2~q}[(d(y1) - d(y2))^2] from means and variances, without a [Y, Y] table or cancellation."""
+    """E_x E_{y1~p, y2~q}[(d(y1) - d(y2))^2] from means and variances, without a [Y, Y] table or
+    cancellation."""
     mean_p, mean_q = ((m * d).sum(-1, keepdim=True) for m in (p, q))
     variances = (p * (d - mean_p) ** 2).sum(-1) + (q * (d - mean_q) ** 2).sum(-1)
     return prompt_mean(variances + (mean_p - mean_q).squeeze(-1) ** 2, rho)
@@ -122,9 +157,10 @@ def _mean_square_difference(d: Tensor, p: Tensor, q: Tensor, rho: Tensor | None)
 def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
     """MW(P_tau) of Eq. (6), [X, Y], unique: the solution of pi = pi_ref exp(P(. > pi)/tau) / Z.
 
-    Newton's method on F(u) = u - log pi_ref - P softmax(u)/tau. The Jacobian I - A M/tau, with A = P - 1/2
-    skew-symmetric and M the covariance of softmax(u), is never singular: A M has imaginary eigenvalues only, M being positive
-    semidefinite. Raises ValueError on a bad table, a pi_ref without full support or tau <= 0, RuntimeError without success."""
+    Newton's method on F(u) = u - log pi_ref - P softmax(u)/tau. The Jacobian I - A M/tau, with A =
+    P - 1/2 skew-symmetric and M the covariance of softmax(u), is never singular: A M has imaginary
+    eigenvalues only, M being positive semidefinite. Raises ValueError on a bad table, a pi_ref
+    without full support or tau <= 0, RuntimeError without success."""
     P = check_preferences(P).double()
     check_positive(tau=tau)
     log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").to(P).log()
@@ -142,13 +178,15 @@ def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
     return newton(residual, jacobian, log_ref, tolerance=1e-13 * (1 + 1 / tau)).softmax(-1)
 
 
-# --- Exact updates ---------------------------------------------------------------------------------
+# --- Exact updates
+# ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The run of `solve`: policies [T+1, X, Y], pi_1 first; average = unif(pi_1..pi_T) and last = pi_{T+1}, [X, Y]; and the
-    duality gaps after each iteration t, [T]: of unif(pi_1..pi_t) and of pi_{t+1}."""
+    """The run of `solve`: policies [T+1, X, Y], pi_1 first; average = unif(pi_1..pi_T) and last =
+    pi_{T+1}, [X, Y]; and the duality gaps after each iteration t, [T]: of unif(pi_1..pi_t) and of
+    pi_{t+1}."""
 
     policies: Tensor
     average: Tensor
@@ -157,16 +195,19 @@ class Solution:
     gap_last: Tensor
 
 
-def _dno_regression(mixture: Tensor, r: Tensor, eta: float, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
-    """Eq. (8) minimised over tabular logits by Newton's method, on all pairs of mu1, mu2 [X, Y], uniform when None."""
+def _dno_regression(
+    mixture: Tensor, r: Tensor, eta: float, mu1: Tensor | None = None, mu2: Tensor | None = None
+) -> Tensor:
+    """Eq. (8) minimised over tabular logits by Newton's method, on all pairs of mu1, mu2 [X, Y],
+    uniform when None."""
     z = torch.sigmoid(r.unsqueeze(-1) - r.unsqueeze(-2))
     return mixture + fit_scores(z, pair_weights(r, mu1, mu2)) / eta
 
 
 def _sppo(mixture: Tensor, r: Tensor, eta: float) -> Tensor:
-    """The policy pi_t e^h of least E_{y~pi_t}[(h - g)^2], g = (r - 1/2)/eta. The Lagrangian's derivative is 0 where
-    h + c e^h = g, with c such that the policy sums to 1: Newton's method on h and c together, g growing from 0 by steps of
-    at most 1/2. RuntimeError without success."""
+    """The policy pi_t e^h of least E_{y~pi_t}[(h - g)^2], g = (r - 1/2)/eta. The Lagrangian's
+    derivative is 0 where h + c e^h = g, with c such that the policy sums to 1: Newton's method on h
+    and c together, g growing from 0 by steps of at most 1/2. RuntimeError without success."""
     pi, g = mixture.softmax(-1), (r - 0.5) / eta
     h, c = torch.zeros_like(g), torch.zeros_like(g[:, :1])
     stages = max(1, int(2 * g.abs().max()) + 1)
@@ -177,33 +218,56 @@ def _sppo(mixture: Tensor, r: Tensor, eta: float) -> Tensor:
         dc = dc / (pi * weight**2 / slope).sum(-1, keepdim=True)
         h, c = h - (off + weight * dc) / slope, c + dc
     log_pi = mixture.log_softmax(-1) + h
-    if not (log_pi.logsumexp(-1).abs().max() < 1e-9 and (h + c * h.exp() - g).abs().max() < 1e-9 * (1 + g.abs().max())):
+    if not (
+        log_pi.logsumexp(-1).abs().max() < 1e-9
+        and (h + c * h.exp() - g).abs().max() < 1e-9 * (1 + g.abs().max())
+    ):
         raise RuntimeError(f"no SPPO update found at eta {eta}; expected a larger eta")
     return log_pi
 
 
-# log pi_{t+1}, not normalised, from m = log(pi_t^(1 - tau/eta) pi_ref^(tau/eta)), the expected win rates r against pi_t and r0
+# log pi_{t+1}, not normalised, from m = log(pi_t^(1 - tau/eta) pi_ref^(tau/eta)), the expected win
+# rates r against pi_t and r0
 # against pi_{t-1}, and the function R(pi) that gives those against any pi.
 METHODS = {
-    "dno": lambda m, r, r0, R, eta: m + r / eta,  # Eq. (9); tau > 0: option I of Alg. 3, with pi_ref fixed INPO (Zhang 2024)
+    "dno": lambda m, r, r0, R, eta: (
+        m + r / eta
+    ),  # Eq. (9); tau > 0: option I of Alg. 3, with pi_ref fixed INPO (Zhang 2024)
     "dno-regression": lambda m, r, r0, R, eta, **mus: _dno_regression(m, r, eta, **mus),  # Eq. (8)
-    "nash-md": lambda m, r, r0, R, eta: m + R(m.softmax(-1)) / eta,  # Eq. (7), Munos 2023; option II of Alg. 3
-    "omwu": lambda m, r, r0, R, eta: m + (2 * r - r0) / eta,  # optimistic: r_t twice, r_{t-1} taken back
+    "nash-md": lambda m, r, r0, R, eta: (
+        m + R(m.softmax(-1)) / eta
+    ),  # Eq. (7), Munos 2023; option II of Alg. 3
+    "omwu": lambda m, r, r0, R, eta: (
+        m + (2 * r - r0) / eta
+    ),  # optimistic: r_t twice, r_{t-1} taken back
     "sppo": lambda m, r, r0, R, eta: _sppo(m, r, eta),  # Wu 2024: squared loss in place of Eq. (8)
     "moving-reference": lambda m, r, r0, R, eta: m + r / eta,  # MPO, Wang 2024; COMAL, Liu 2024
-    "extragradient": lambda m, r, r0, R, eta: m + R((m + r / eta).softmax(-1)) / eta,  # EGPO, Zhou 2025: r after a trial step
+    "extragradient": lambda m, r, r0, R, eta: (
+        m + R((m + r / eta).softmax(-1)) / eta
+    ),  # EGPO, Zhou 2025: r after a trial step
 }
 
 
-def solve(P: Tensor, method: str = "dno", eta: float = 1.0, iterations: int = 100, pi_ref: Tensor | None = None,
-          tau: float = 0.0, *, pi_1: Tensor | None = None, rho: Tensor | None = None, move_reference_every: int | None = None,
-          **options: Tensor) -> Solution:  # fmt: skip
+def solve(
+    P: Tensor,
+    method: str = "dno",
+    eta: float = 1.0,
+    iterations: int = 100,
+    pi_ref: Tensor | None = None,
+    tau: float = 0.0,
+    *,
+    pi_1: Tensor | None = None,
+    rho: Tensor | None = None,
+    move_reference_every: int | None = None,
+    **options: Tensor,
+) -> Solution:
     """Run `iterations` exact updates on P [X, Y, Y] by a method of `METHODS`.
 
-    pi_ref [X, Y]: the reference, uniform when None. pi_1: the start, pi_ref when None. tau in [0, eta]: pull towards pi_ref;
-    at 0 the game is P itself, and "nash-md" and "moving-reference" are "dno". "moving-reference" sets pi_ref <- pi_{t+1} every
-    `move_reference_every` iterations (6 when None); other methods do so if told to. options: mu1, mu2 [X, Y] of
-    "dno-regression". ValueError on an unknown method, a bad table or a bad number."""
+    pi_ref [X, Y]: the reference, uniform when None. pi_1: the start, pi_ref when None. tau in [0,
+    eta]: pull towards pi_ref; at 0 the game is P itself, and "nash-md" and "moving-reference" are
+    "dno". "moving-reference" sets pi_ref <- pi_{t+1} every `move_reference_every` iterations (6
+    when None); other methods do so if told to. options: mu1, mu2 [X, Y] of "dno-regression".
+    ValueError on an unknown method, a bad table or a bad number."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     check_loop(eta, iterations, tau, move_reference_every or 0)
@@ -217,7 +281,14 @@ def solve(P: Tensor, method: str = "dno", eta: float = 1.0, iterations: int = 10
     policies[0], rewards[0] = pi, win_rate_against(P, pi)
     for t in range(iterations):
         mixture = geometric_mixture(log_pi, log_ref, tau, eta)
-        update = METHODS[method](mixture, rewards[t], rewards[max(t - 1, 0)], lambda pi: win_rate_against(P, pi), eta, **options)
+        update = METHODS[method](
+            mixture,
+            rewards[t],
+            rewards[max(t - 1, 0)],
+            lambda pi: win_rate_against(P, pi),
+            eta,
+            **options,
+        )
         log_pi = update.log_softmax(-1)
         policies[t + 1] = pi = log_pi.exp()
         rewards[t + 1] = win_rate_against(P, pi)

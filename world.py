@@ -10,11 +10,15 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-# --- Prompts and registers -------------------------------------------------------------------------
+# --- Prompts and registers
+# -------------------------------------------------------------------------
 
 
-# A prompt is a verb and a topic: "Describe the sea." An answer is written in one of three registers, told apart by its words.
-VERBS = tuple("Describe Explain Praise".split())  # the class of a prompt: who beats whom depends on it
+# A prompt is a verb and a topic: "Describe the sea." An answer is written in one of three
+# registers, told apart by its words.
+VERBS = tuple(
+    "Describe Explain Praise".split()
+)  # the class of a prompt: who beats whom depends on it
 TOPICS = tuple(
     "sea moon forest river mountain desert storm garden city bridge clock violin candle mirror library harbour "
     "island volcano glacier meadow lighthouse train market castle winter summer rain snow fire wind star cloud".split()
@@ -25,7 +29,8 @@ _PLACE = {prompt: place for place, prompt in enumerate(PROMPTS)}
 
 @dataclass(frozen=True)
 class Register:
-    """A way to answer: an opening with the topic, then clauses of a word from each slot, no clause twice, then an ending."""
+    """A way to answer: an opening with the topic, then clauses of a word from each slot, no clause
+    twice, then an ending."""
 
     opening: str
     slots: tuple[tuple[str, ...], ...]
@@ -43,12 +48,21 @@ class Register:
         """Is the text exactly of this form?"""
         before, after = self.opening.split("{}")
         topic, found, body = text.removeprefix(before).partition(after)
-        if not (text.startswith(before) and found and topic in TOPICS and body.endswith(self.ending)):
+        if not (
+            text.startswith(before) and found and topic in TOPICS and body.endswith(self.ending)
+        ):
             return False
-        clauses = [tuple(clause.split(" ")) for clause in body.removesuffix(self.ending).split(" and ")]
-        if not self.clauses[0] <= len(clauses) <= self.clauses[1] or len(set(clauses)) < len(clauses):
+        clauses = [
+            tuple(clause.split(" ")) for clause in body.removesuffix(self.ending).split(" and ")
+        ]
+        if not self.clauses[0] <= len(clauses) <= self.clauses[1] or len(set(clauses)) < len(
+            clauses
+        ):
             return False
-        fits = (len(clause) == len(self.slots) and all(map(tuple.__contains__, self.slots, clause)) for clause in clauses)
+        fits = (
+            len(clause) == len(self.slots) and all(map(tuple.__contains__, self.slots, clause))
+            for clause in clauses
+        )
         return all(fits)
 
 
@@ -68,13 +82,18 @@ CLASSES = (*REGISTERS, "malformed")  # the classes of text
 
 @lru_cache(maxsize=1 << 16)
 def classify(text: str) -> int:
-    """The index in `CLASSES` of the register whose form the text has, or of "malformed" if it has none's."""
-    return next((i for i, register in enumerate(REGISTERS.values()) if register.wrote(text)), len(REGISTERS))
+    """The index in `CLASSES` of the register whose form the text has, or of "malformed" if it has
+    none's."""
+    return next(
+        (i for i, register in enumerate(REGISTERS.values()) if register.wrote(text)), len(REGISTERS)
+    )
 
 
 def _place(prompt: str) -> int:
     if prompt not in _PLACE:
-        raise ValueError(f"prompt {prompt!r} is not of this world; expected one like {PROMPTS[0]!r}")
+        raise ValueError(
+            f"prompt {prompt!r} is not of this world; expected one like {PROMPTS[0]!r}"
+        )
     return _PLACE[prompt]
 
 
@@ -88,30 +107,39 @@ def topic(prompt: str) -> str:
     return TOPICS[_place(prompt) % len(TOPICS)]
 
 
-# --- Teacher and student ---------------------------------------------------------------------------
+# --- Teacher and student
+# ---------------------------------------------------------------------------
 
 
 def teacher_answer(prompt: str, draw: random.Random) -> str:
-    """A gold response: the teacher always writes vividly. That beats the usual answer, concise, where one is to describe or to
-    explain; but whoever knows the teacher beats it in turn."""
+    """A gold response: the teacher always writes vividly. That beats the usual answer, concise,
+    where one is to describe or to explain; but whoever knows the teacher beats it in turn."""
     return REGISTERS["vivid"].write(topic(prompt), draw)
 
 
-STUDENT = ((0.75, 0.15, 0.10), (0.75, 0.10, 0.15), (0.15, 0.10, 0.75))  # how often it writes in each register, by verb
+STUDENT = (
+    (0.75, 0.15, 0.10),
+    (0.75, 0.10, 0.15),
+    (0.15, 0.10, 0.75),
+)  # how often it writes in each register, by verb
 
 
 def student_answer(prompt: str, draw: random.Random) -> str:
-    """An answer to learn to write from: mostly concise, but to praise mostly precise, as `STUDENT` has it."""
+    """An answer to learn to write from: mostly concise, but to praise mostly precise, as `STUDENT`
+    has it."""
     (register,) = draw.choices(tuple(REGISTERS.values()), weights=STUDENT[prompt_class(prompt)])
     return register.write(topic(prompt), draw)
 
 
-HELD_OUT = tuple(x for i, x in enumerate(PROMPTS) if (i + i // len(TOPICS)) % 4 == 0)  # their words all occur in training
+HELD_OUT = tuple(
+    x for i, x in enumerate(PROMPTS) if (i + i // len(TOPICS)) % 4 == 0
+)  # their words all occur in training
 TRAINING = tuple(x for x in PROMPTS if x not in HELD_OUT)
 
 
 def examples(seed: int) -> list[tuple[str, str]]:
-    """The corpus of supervised fine-tuning: 200 answers of the student to each training prompt, shuffled."""
+    """The corpus of supervised fine-tuning: 200 answers of the student to each training prompt,
+    shuffled."""
     draw = random.Random(seed)
     pairs = [(x, student_answer(x, draw)) for x in TRAINING for _ in range(200)]
     draw.shuffle(pairs)

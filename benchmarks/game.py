@@ -1,9 +1,11 @@
-"""Achieved against attainable: the tabular loop against memory bandwidth, one neural iteration against the matmul peak.
+"""Achieved against attainable: the tabular loop against memory bandwidth, one neural iteration
+against the matmul peak.
 
     python -m benchmarks.game [--threads N]          (about a minute)
 
-Both attainable rates are measured in the same run, alternating with what is compared to them. On a machine shared with other
-work the ratios are worth more than the seconds; each figure is the median of its repetitions, with the quartiles."""
+Both attainable rates are measured in the same run, alternating with what is compared to them. On a
+machine shared with other work the ratios are worth more than the seconds; each figure is the median
+of its repetitions, with the quartiles."""
 
 from __future__ import annotations
 
@@ -39,23 +41,32 @@ def show(name: str, rates: np.ndarray, unit: str) -> float:
 
 
 def tabular(X: int, Y: int, iterations: int) -> None:
-    """`solve` reads P once an iteration, 8 X Y^2 bytes; compared with summing P, which reads it once too."""
+    """`solve` reads P once an iteration, 8 X Y^2 bytes; compared with summing P, which reads it
+    once too."""
     P = random_feature_game(X, Y, seed=0).P
     gigabytes = P.numel() * 8 / 1e9
     read, solved = [], []
     for _ in range(5):
         read.extend(gigabytes / seconds(P.sum, 10))
-        solved.extend(gigabytes * iterations / seconds(lambda: solvers.solve(P, "dno", 1.0, iterations), 2))
-    print(f"\ntabular loop, {X} prompts x {Y} responses, P of {gigabytes * 1e3:.0f} MB, {iterations} iterations")
+        solved.extend(
+            gigabytes * iterations / seconds(lambda: solvers.solve(P, "dno", 1.0, iterations), 2)
+        )
+    print(
+        f"\ntabular loop, {X} prompts x {Y} responses, P of {gigabytes * 1e3:.0f} MB, {iterations} iterations"
+    )
     peak = show("  attainable: P read once, as by a sum", np.array(read), "GB/s")
     rate = show("  achieved by solve", np.array(solved), "GB/s")
     print(f"  achieved / attainable: {rate / peak:.2f}; {rate / gigabytes:.0f} iterations/s")
 
 
 def forward_flops(policy: TransformerPolicy) -> float:
-    """Multiply-adds twice over: matrix products of the weights and of attention, over the tree's tokens."""
+    """Multiply-adds twice over: matrix products of the weights and of attention, over the tree's
+    tokens."""
     c, (X, T) = policy.model.config, policy.tree.shape
-    weights = sum(weight.numel() for weight in policy.model.parameters() if weight.ndim == 2) - c.vocab_size * c.width
+    weights = (
+        sum(weight.numel() for weight in policy.model.parameters() if weight.ndim == 2)
+        - c.vocab_size * c.width
+    )
     return X * T * (2 * weights + c.layers * 4 * T * c.width)
 
 
@@ -69,7 +80,9 @@ def neural(X: int, V: int, L: int, config: Config, steps: int) -> None:
     flops = 3 * settings.steps * forward_flops(policy) / 1e9
     a, b = torch.randn(2, 1024, 1024)
     prefixes = torch.cat([policy.prompts[x].expand(V ** (L - 1), -1) for x in range(X)])
-    rows = torch.cat([prefixes, policy.words(torch.arange(0, V**L, V)).repeat(X, 1)[:, :-1]], 1)  # V^(L-1) rows a prompt
+    rows = torch.cat(
+        [prefixes, policy.words(torch.arange(0, V**L, V)).repeat(X, 1)[:, :-1]], 1
+    )  # V^(L-1) rows a prompt
     peak, achieved, tree, row = [], [], [], []
 
     def iterate() -> list[dno.Iteration]:
@@ -81,11 +94,15 @@ def neural(X: int, V: int, L: int, config: Config, steps: int) -> None:
         tree.extend(1e3 * seconds(lambda: policy.log_probs().sum().backward(), 5))
         row.extend(1e3 * seconds(lambda: policy.model(rows).log_softmax(-1).sum().backward(), 5))
     parameters = sum(weight.numel() for weight in policy.parameters())
-    print(f"\nneural iteration, {X} prompts x {V}^{L} responses, {parameters:,} parameters, {steps} steps, {flops:.1f} GFLOP")
+    print(
+        f"\nneural iteration, {X} prompts x {V}^{L} responses, {parameters:,} parameters, {steps} steps, {flops:.1f} GFLOP"
+    )
     top = show("  attainable: 1024 x 1024 float32 matrix products", np.array(peak), "GFLOP/s")
     rate = show("  achieved", np.array(achieved), "GFLOP/s")
     print(f"  achieved / attainable: {rate / top:.3f}; {flops / rate:.3f} s an iteration")
-    shared = show("  all responses scored, forward and backward, shared prefixes", np.array(tree), "ms")
+    shared = show(
+        "  all responses scored, forward and backward, shared prefixes", np.array(tree), "ms"
+    )
     separate = show("  the same as V^(L-1) rows", np.array(row), "ms")
     print(f"  rows / shared prefixes: {separate / shared:.2f}")
 

@@ -1,15 +1,18 @@
-"""How much memory a real model needs, by arithmetic and as measured on a new model of the same shape.
+"""How much memory a real model needs, by arithmetic and as measured on a new model of the same
+shape.
 
     python -m benchmarks.memory --shape smollm2-135m [--device cuda] [--low-rank 16] [--checkpointing] [--response 256]
 
-The weights do not matter, so none are read. Samples K responses to each of `--prompts` prompts, then takes one step on them, a
-piece of `--at-once` prompts at a time, each with `--scored` responses. On a GPU the peaks are the allocator's; on a CPU they
-are of the whole process less what it had before the model (Linux), and freed memory may stay with it."""
+The weights do not matter, so none are read. Samples K responses to each of `--prompts` prompts,
+then takes one step on them, a piece of `--at-once` prompts at a time, each with `--scored`
+responses. On a GPU the peaks are the allocator's; on a CPU they are of the whole process less what
+it had before the model (Linux), and freed memory may stay with it."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +24,9 @@ from model import Config, Transformer
 from pairs import Groups, Pairs, Practice, form_pairs
 
 SHAPES = {
-    "smollm2-135m": Config(49152, layers=30, width=576, heads=9, kv_heads=3, hidden=1536, tied=True),
+    "smollm2-135m": Config(
+        49152, layers=30, width=576, heads=9, kv_heads=3, hidden=1536, tied=True
+    ),
     "tinyllama-1b": Config(32000, layers=22, width=2048, heads=32, kv_heads=4, hidden=5632),
     "llama-3b": Config(128256, layers=28, width=3072, heads=24, kv_heads=8, hidden=8192, tied=True),
     "mistral-7b": Config(32000, layers=32, width=4096, heads=32, kv_heads=8, hidden=14336),
@@ -30,7 +35,8 @@ GIB = 2**30
 
 
 class Numbers:
-    """In place of a chat template and a tokenizer: prompts of so many tokens, responses that end only when they must."""
+    """In place of a chat template and a tokenizer: prompts of so many tokens, responses that end
+    only when they must."""
 
     end = -1
 
@@ -45,21 +51,25 @@ class Numbers:
 
 
 def state_bytes(config: Config, parameters: int, low_rank: int, processes: int = 1) -> float:
-    """Of bfloat16 weights, 2 a parameter, and, for each that is trained, float32 master weight, gradient and two moments of
-    Adam, 4 each; those are cut in as many parts as there are processes (`--fsdp`). Low-rank terms have no master weights
-    beside them."""
+    """Of bfloat16 weights, 2 a parameter, and, for each that is trained, float32 master weight,
+    gradient and two moments of Adam, 4 each; those are cut in as many parts as there are processes
+    (`--fsdp`). Low-rank terms have no master weights beside them."""
     if not low_rank:
         return 2 * parameters + 16 * parameters / processes
     inner = config.heads * config.head_width
-    sides = (2 * (config.width + inner) + 2 * (config.width + config.kv_heads * config.head_width)
-             + 3 * (config.width + config.hidden))  # fmt: skip  # q and out; k and v; gate, up and down
+    sides = (
+        2 * (config.width + inner)
+        + 2 * (config.width + config.kv_heads * config.head_width)
+        + 3 * (config.width + config.hidden)
+    )  # q and out; k and v; gate, up and down
     return 2 * parameters + 16 * config.layers * low_rank * sides
 
 
 def activation_bytes(config: Config, checkpointing: bool) -> float:
-    """A token's, kept for the gradient, in bfloat16. Of a block: what enters it, the queries, attention's result twice (before
-    and after its heads are put side by side), keys and values, two normalised and one intermediate stream, four vectors of the
-    feed-forward network. With checkpointing of all blocks what enters them, and one block whole."""
+    """A token's, kept for the gradient, in bfloat16. Of a block: what enters it, the queries,
+    attention's result twice (before and after its heads are put side by side), keys and values, two
+    normalised and one intermediate stream, four vectors of the feed-forward network. With
+    checkpointing of all blocks what enters them, and one block whole."""
     inner, kv = config.heads * config.head_width, config.kv_heads * config.head_width
     block = 4 * config.width + 3 * inner + 2 * kv + 4 * config.hidden
     return 2.0 * (config.layers * config.width + block if checkpointing else config.layers * block)
@@ -88,7 +98,10 @@ class Meter:
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.before
         lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) - self.before
+        return (
+            1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+            - self.before
+        )
 
 
 def new_model(config: Config, device: str) -> Transformer:
@@ -114,8 +127,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    for name, default in {"low-rank": 0, "prompts": 8, "samples": 5, "scored": 2, "prompt": 128, "response": 256, "at-once": 4,
-                          "sample-batch": 64, "steps": 2, "threads": 1}.items():  # fmt: skip
+    for name, default in {
+        "low-rank": 0,
+        "prompts": 8,
+        "samples": 5,
+        "scored": 2,
+        "prompt": 128,
+        "response": 256,
+        "at-once": 4,
+        "sample-batch": 64,
+        "steps": 2,
+        "threads": 1,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args()
     torch.set_num_threads(o.threads)
@@ -129,8 +152,15 @@ def main() -> None:
         model.read_block = torch.compile(model.read_block, dynamic=True)
     policy = ChatPolicy(model, Numbers(o.prompt), o.response, o.sample_batch)
     optimizer = dno.adam(policy)
-    settings = Practice(samples=o.samples, temperature=1.0, top_p=1.0, recorded=False, prompts_per_step=o.prompts,
-                            at_once=o.at_once, max_grad_norm=1.0)  # fmt: skip
+    settings = Practice(
+        samples=o.samples,
+        temperature=1.0,
+        top_p=1.0,
+        recorded=False,
+        prompts_per_step=o.prompts,
+        at_once=o.at_once,
+        max_grad_norm=1.0,
+    )
     print(f"{o.shape}: {parameters / 1e9:.2f}e9 parameters, {o}")
 
     def timed(work):
@@ -141,23 +171,45 @@ def main() -> None:
         return result, time.perf_counter() - start, meter.peak()
 
     prompts = [str(i) for i in range(o.prompts)]
-    groups, sampling, sampled = timed(lambda: dno.sample_groups(policy, prompts, None, settings, seed=0))
+    groups, sampling, sampled = timed(
+        lambda: dno.sample_groups(policy, prompts, None, settings, seed=0)
+    )
     D, _, _ = timed(lambda: pairs(policy, groups, o.scored))
-    fit = lambda: dno.fit_pairs(policy, D, dno.hard_targets(0.1), optimizer, settings, 1e-6, torch.Generator())  # noqa: E731
+    fit = partial(
+        dno.fit_pairs,
+        policy,
+        D,
+        dno.hard_targets(0.1),
+        optimizer,
+        settings,
+        1e-6,
+        torch.Generator(),
+    )
     for _ in range(o.steps):
         _, training, trained = timed(fit)
 
     rows = min(o.sample_batch // o.samples * o.samples, o.prompts * o.samples)
     piece = min(o.at_once, o.prompts) * (o.prompt + o.scored * (o.response - 1))
-    state, cache = state_bytes(config, parameters, o.low_rank), cache_bytes(config, rows * (o.prompt + o.response))
-    start = (2 if o.low_rank else 6) * parameters + 0.25 * (state - 2 * parameters) * bool(o.low_rank)
+    state, cache = (
+        state_bytes(config, parameters, o.low_rank),
+        cache_bytes(config, rows * (o.prompt + o.response)),
+    )
+    start = (2 if o.low_rank else 6) * parameters + 0.25 * (state - 2 * parameters) * bool(
+        o.low_rank
+    )
     activations = piece * activation_bytes(config, o.checkpointing)
-    print("GiB          by arithmetic                                   measured peak      tokens/s")
-    print(f"sampling     {(start + cache) / GIB:6.2f} = weights {start / GIB:.2f} + cache {cache / GIB:.2f}"
-          f"{sampled / GIB:24.2f} {o.prompts * o.samples * o.response / sampling:16.0f}")  # fmt: skip
+    print(
+        "GiB          by arithmetic                                   measured peak      tokens/s"
+    )
+    print(
+        f"sampling     {(start + cache) / GIB:6.2f} = weights {start / GIB:.2f} + cache {cache / GIB:.2f}"
+        f"{sampled / GIB:24.2f} {o.prompts * o.samples * o.response / sampling:16.0f}"
+    )
     read = o.prompts * (o.prompt + o.scored * (o.response - 1))
-    print(f"training     {(state + activations) / GIB:6.2f} = state {state / GIB:.2f} + activations {activations / GIB:.2f}"
-          f"{trained / GIB:19.2f} {read / training:16.0f}")  # fmt: skip
+    print(
+        f"training     {(state + activations) / GIB:6.2f} = state {state / GIB:.2f} + activations {activations / GIB:.2f}"
+        f"{trained / GIB:19.2f} {read / training:16.0f}"
+    )
     print(f"bytes a parameter, trained: {state / parameters:.1f} by arithmetic")
 
 

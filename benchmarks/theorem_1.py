@@ -1,10 +1,12 @@
-"""Theorem 1 measured: E_x TV(pi_{t+1}, pi*_{t+1})^2 against N, and C_t, for four places mu that the pairs come from.
+"""Theorem 1 measured: E_x TV(pi_{t+1}, pi*_{t+1})^2 against N, and C_t, for four places mu that the
+pairs come from.
 
     python -m benchmarks.theorem_1          (about 15 s; writes figures/theorem_1.png and prints the table)
 
-The class is tabular and the game one step of Eq. (9) on 2 prompts x 8 responses. Labels are drawn, b ~ Bernoulli(z), as the
-theorem's rate is about label noise: Eq. (8) is linear in z, so drawn labels leave its expectation as it is. (With the exact
-r_t the labels z carry no noise, and a table that has seen a connected set of pairs is exact: N then buys nothing more.)"""
+The class is tabular and the game one step of Eq. (9) on 2 prompts x 8 responses. Labels are drawn,
+b ~ Bernoulli(z), as the theorem's rate is about label noise: Eq. (8) is linear in z, so drawn
+labels leave its expectation as it is. (With the exact r_t the labels z carry no noise, and a table
+that has seen a connected set of pairs is exact: N then buys nothing more.)"""
 
 from __future__ import annotations
 
@@ -23,24 +25,36 @@ ETA, SIZES = 0.5, (1_000, 3_162, 10_000, 31_623, 100_000)  # SIZES: N, two decad
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """pi_t, r_t, pi*_{t+1} and the mu compared, [2, 8] each: pi_t has 85% of its mass on three responses, and the target
-    about as much; "bad" has 10% there."""
+    """pi_t, r_t, pi*_{t+1} and the mu compared, [2, 8] each: pi_t has 85% of its mass on three
+    responses, and the target about as much; "bad" has 10% there."""
     heavy = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1]], dtype=torch.float64)
     pi_t, bad = (heavy * share / 3 + (1 - heavy) * (1 - share) / 5 for share in (0.85, 0.1))
     r_t = dno.expected_win_rate(random_game(2, 8, seed=3).P, pi_t)
     pi_star = dno.soft_policy_iteration(pi_t.log(), r_t, ETA).exp()
-    return pi_t, r_t, pi_star, {"target": pi_star, "on-policy": pi_t, "uniform": torch.full_like(pi_t, 1 / 8), "bad": bad}
+    return (
+        pi_t,
+        r_t,
+        pi_star,
+        {"target": pi_star, "on-policy": pi_t, "uniform": torch.full_like(pi_t, 1 / 8), "bad": bad},
+    )
 
 
 def learn(mu: Tensor, N: int, seeds: int, generator: torch.Generator) -> Tensor:
-    """pi_{t+1} [seeds, 2, 8]: Eq. (8) minimised over tables on `seeds` independent D_t of N tuples and drawn labels."""
+    """pi_{t+1} [seeds, 2, 8]: Eq. (8) minimised over tables on `seeds` independent D_t of N tuples
+    and drawn labels."""
     pi_t, r_t, _, _ = problem()
     X, Y = mu.shape
     x, y1, y2 = dno.draw_tuples(None, mu, mu, seeds * N, generator)
-    win = torch.rand(seeds * N, generator=generator, dtype=torch.float64) < torch.sigmoid(r_t[x, y1] - r_t[x, y2])
+    win = torch.rand(seeds * N, generator=generator, dtype=torch.float64) < torch.sigmoid(
+        r_t[x, y1] - r_t[x, y2]
+    )
     winner, loser = torch.where(win, y1, y2), torch.where(win, y2, y1)
     seed = torch.arange(seeds).repeat_interleave(N)
-    wins = torch.bincount(((seed * X + x) * Y + winner) * Y + loser, minlength=seeds * X * Y * Y).double().view(-1, Y, Y)
+    wins = (
+        torch.bincount(((seed * X + x) * Y + winner) * Y + loser, minlength=seeds * X * Y * Y)
+        .double()
+        .view(-1, Y, Y)
+    )
     compared = wins + wins.mT
     z = torch.where(compared > 0, wins / compared.clamp(min=1), 0.5)
     log_ratio = solvers.fit_scores(z, compared) / ETA
@@ -73,11 +87,19 @@ def main() -> None:
             errors, C = zip(*(measure(mu, N) for N in SIZES), strict=True)
             means, C_t = [float(e.mean()) for e in errors], float(np.concatenate(C).mean())
             low, high = (np.array([np.quantile(e, q) for e in errors]) for q in (0.1, 0.9))
-            print(f"{name:<10} {slope(SIZES, means):6.2f}  {C_t:6.2f}  {'':13}", *(f"{m:8.1e}" for m in means))
+            print(
+                f"{name:<10} {slope(SIZES, means):6.2f}  {C_t:6.2f}  {'':13}",
+                *(f"{m:8.1e}" for m in means),
+            )
             label = rf"{name}: $C_t = {C_t:.2f}$, slope {slope(SIZES, means):.2f}"
             (line,) = axes.plot(SIZES, means, marker + "-", label=label)
             axes.fill_between(SIZES, low, high, color=line.get_color(), alpha=0.12)
-        axes.set(xscale="log", yscale="log", xlabel="$N$, tuples in $D_t$", ylabel=r"$E_x\,TV(\pi_{t+1}, \pi^*_{t+1})^2$")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="$N$, tuples in $D_t$",
+            ylabel=r"$E_x\,TV(\pi_{t+1}, \pi^*_{t+1})^2$",
+        )
         axes.legend(title=r"$\mu_1 = \mu_2$; mean of 40 data sets, band 10 to 90%")
         (ROOT / "figures").mkdir(exist_ok=True)
         figure.savefig(ROOT / "figures" / "theorem_1.png")

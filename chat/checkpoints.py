@@ -17,16 +17,20 @@ from chat.low_rank import LowRank
 from model import Config, Transformer
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Iterator[tuple[str, Callable[[], Tensor]]]]:
-    """The fields of model.py's Config, and (our name, function that reads the tensor) of each weight, so that one is in memory
-    twice at a time. BadCheckpoint if the path is no checkpoint or its architecture is not supported."""
+def read_checkpoint(
+    path: str | Path,
+) -> tuple[dict[str, Any], Iterator[tuple[str, Callable[[], Tensor]]]]:
+    """The fields of model.py's Config, and (our name, function that reads the tensor) of each
+    weight, so that one is in memory twice at a time. BadCheckpoint if the path is no checkpoint or
+    its architecture is not supported."""
     path = checkpoint_path(path)
     return read_directory(path) if path.is_dir() else read_gguf(path)
 
 
 def read_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of a Hugging Face directory or a GGUF file of the Llama family (Llama 2 and 3, Mistral, SmolLM2, TinyLlama,
-    Qwen2, Qwen3), its weights as dtype. ValueError naming what is missing, misshapen or not supported."""
+    """The model of a Hugging Face directory or a GGUF file of the Llama family (Llama 2 and 3,
+    Mistral, SmolLM2, TinyLlama, Qwen2, Qwen3), its weights as dtype. ValueError naming what is
+    missing, misshapen or not supported."""
     fields, weights = read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(Config(**fields))
@@ -38,10 +42,14 @@ def read_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> Tr
         if name == "head.weight" and model.config.tied:
             continue
         if name not in wanted:
-            raise BadCheckpoint(f"{path} has a tensor for {name}; its configuration has no place for it")
+            raise BadCheckpoint(
+                f"{path} has a tensor for {name}; its configuration has no place for it"
+            )
         weight, place = read(), wanted.pop(name)
         if weight.shape != place.shape:
-            raise BadCheckpoint(f"{path}: {name} has shape {list(weight.shape)}; expected {list(place.shape)}")
+            raise BadCheckpoint(
+                f"{path}: {name} has shape {list(weight.shape)}; expected {list(place.shape)}"
+            )
         with torch.no_grad():
             place.copy_(weight)
         if not place.isfinite().all():
@@ -56,9 +64,11 @@ def read_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> Tr
 
 
 def write_transformer(model: Transformer, path: str | Path, shard_bytes: int = 5 << 30) -> None:
-    """Write a Hugging Face directory (config.json, safetensors) that transformers and vLLM load; low-rank terms become part
-    of the maps they belong to."""
-    fields = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(model.config)}
+    """Write a Hugging Face directory (config.json, safetensors) that transformers and vLLM load;
+    low-rank terms become part of the maps they belong to."""
+    fields = {
+        field.name: getattr(model.config, field.name) for field in dataclasses.fields(model.config)
+    }
     weights = model.state_dict()
     for name, part in model.named_modules():
         if isinstance(part, LowRank):

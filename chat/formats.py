@@ -19,29 +19,51 @@ ARCHITECTURES = {  # of config.json -> (model_type, biases on q, k and v, norms 
 NAMES = {  # ours -> Hugging Face's, GGUF's; {} is the number of the layer
     "embedding.weight": ("model.embed_tokens.weight", "token_embd.weight"),
     "blocks.{}.norm1.weight": ("model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
-    "blocks.{}.attention.q.weight": ("model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
-    "blocks.{}.attention.k.weight": ("model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
-    "blocks.{}.attention.v.weight": ("model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    "blocks.{}.attention.q.weight": (
+        "model.layers.{}.self_attn.q_proj.weight",
+        "blk.{}.attn_q.weight",
+    ),
+    "blocks.{}.attention.k.weight": (
+        "model.layers.{}.self_attn.k_proj.weight",
+        "blk.{}.attn_k.weight",
+    ),
+    "blocks.{}.attention.v.weight": (
+        "model.layers.{}.self_attn.v_proj.weight",
+        "blk.{}.attn_v.weight",
+    ),
     "blocks.{}.attention.q.bias": ("model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
     "blocks.{}.attention.k.bias": ("model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
     "blocks.{}.attention.v.bias": ("model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
-    "blocks.{}.attention.q_norm.weight": ("model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
-    "blocks.{}.attention.k_norm.weight": ("model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
-    "blocks.{}.attention.out.weight": ("model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
-    "blocks.{}.norm2.weight": ("model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "blocks.{}.attention.q_norm.weight": (
+        "model.layers.{}.self_attn.q_norm.weight",
+        "blk.{}.attn_q_norm.weight",
+    ),
+    "blocks.{}.attention.k_norm.weight": (
+        "model.layers.{}.self_attn.k_norm.weight",
+        "blk.{}.attn_k_norm.weight",
+    ),
+    "blocks.{}.attention.out.weight": (
+        "model.layers.{}.self_attn.o_proj.weight",
+        "blk.{}.attn_output.weight",
+    ),
+    "blocks.{}.norm2.weight": (
+        "model.layers.{}.post_attention_layernorm.weight",
+        "blk.{}.ffn_norm.weight",
+    ),
     "blocks.{}.gate.weight": ("model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
     "blocks.{}.up.weight": ("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
     "blocks.{}.down.weight": ("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
     "norm.weight": ("model.norm.weight", "output_norm.weight"),
     "head.weight": ("lm_head.weight", "output.weight"),
-}  # fmt: skip
+}
 HUGGING_FACE, GGUF = 0, 1
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's rotary frequencies for contexts longer than `context`, which it was first trained on: a frequency of more than
-    `high` turns in that context stays, one of fewer than `low` is divided by `factor`, between the two it is interpolated."""
+    """Llama 3's rotary frequencies for contexts longer than `context`, which it was first trained
+    on: a frequency of more than `high` turns in that context stays, one of fewer than `low` is
+    divided by `factor`, between the two it is interpolated."""
 
     factor: float
     low: float
@@ -64,18 +86,24 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def positive(found: Any, name: str, path: str | Path, default: float | None = None, whole: bool = True) -> Any:
-    """A configuration's number, the default where it has none. BadCheckpoint if it is no positive (whole) number."""
+def positive(
+    found: Any, name: str, path: str | Path, default: float | None = None, whole: bool = True
+) -> Any:
+    """A configuration's number, the default where it has none. BadCheckpoint if it is no positive
+    (whole) number."""
     found = default if found is None else found
     if found is None:
         raise BadCheckpoint(f"{path} has no {name}")
     if type(found) not in ((int,) if whole else (int, float)) or not 0 < found < math.inf:
-        raise BadCheckpoint(f"{path} has {name} {found!r}; expected a positive {'whole ' * whole}number")
+        raise BadCheckpoint(
+            f"{path} has {name} {found!r}; expected a positive {'whole ' * whole}number"
+        )
     return found if whole else float(found)
 
 
 def matched(fields: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The fields. BadCheckpoint if its heads cannot be: `Config` says so too, but not of which file."""
+    """The fields. BadCheckpoint if its heads cannot be: `Config` says so too, but not of which
+    file."""
     if fields["heads"] % fields["kv_heads"] or fields["head_width"] % 2:
         raise BadCheckpoint(
             f"{path} has {fields['heads']} heads of {fields['head_width']} channels and {fields['kv_heads']} key-value heads; "
@@ -101,5 +129,7 @@ def checkpoint_path(path: str | Path) -> Path:
     """The path, if it is a directory or a .gguf file. BadCheckpoint if not."""
     path = Path(path)
     if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
-        raise BadCheckpoint(f"{path} is no checkpoint; expected a Hugging Face directory or a .gguf file")
+        raise BadCheckpoint(
+            f"{path} is no checkpoint; expected a Hugging Face directory or a .gguf file"
+        )
     return path

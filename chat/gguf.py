@@ -28,21 +28,41 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Callable[
         name = f"{kind}.{name}"
         return positive(value(reader, name, path, default), name, path, whole=whole)
 
-    width, heads, theta = number("embedding_length"), number("attention.head_count"), number("rope.freq_base", 10_000.0, False)
+    width, heads, theta = (
+        number("embedding_length"),
+        number("attention.head_count"),
+        number("rope.freq_base", 10_000.0, False),
+    )
     head_width = number("attention.key_length", width // heads)
     if (turned := number("rope.dimension_count", head_width)) != head_width:
-        raise BadCheckpoint(f"{path} has {kind}.rope.dimension_count {turned}; expected that of a head, {head_width}")
+        raise BadCheckpoint(
+            f"{path} has {kind}.rope.dimension_count {turned}; expected that of a head, {head_width}"
+        )
     if (scaling := value(reader, f"{kind}.rope.scaling.type", path, "none")) != "none":
-        raise BadCheckpoint(f"{path} has rope scaling {scaling!r}; expected Llama 3's, as rope_freqs.weight, or none")
+        raise BadCheckpoint(
+            f"{path} has rope scaling {scaling!r}; expected Llama 3's, as rope_freqs.weight, or none"
+        )
     context, window = number("context_length"), f"{kind}.attention.sliding_window"
     window = positive(value(reader, window, path, 0) or context, window, path)  # 0: none
-    fields = matched({
-        "vocab_size": int(tensors["token_embd.weight"].shape[-1]), "layers": number("block_count"), "width": width,
-        "heads": heads, "kv_heads": number("attention.head_count_kv", heads), "hidden": number("feed_forward_length"),
-        "head_width": head_width, "rope_theta": theta, "rope_scaling": gguf_scaling(tensors, theta, head_width, path),
-        "norm_eps": number("attention.layer_norm_rms_epsilon", whole=False), "qkv_bias": flags[kind][0],
-        "qk_norm": flags[kind][1], "tied": "output.weight" not in tensors, "context": min(context, window),
-    }, path)  # fmt: skip
+    fields = matched(
+        {
+            "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
+            "layers": number("block_count"),
+            "width": width,
+            "heads": heads,
+            "kv_heads": number("attention.head_count_kv", heads),
+            "hidden": number("feed_forward_length"),
+            "head_width": head_width,
+            "rope_theta": theta,
+            "rope_scaling": gguf_scaling(tensors, theta, head_width, path),
+            "norm_eps": number("attention.layer_norm_rms_epsilon", whole=False),
+            "qkv_bias": flags[kind][0],
+            "qk_norm": flags[kind][1],
+            "tied": "output.weight" not in tensors,
+            "context": min(context, window),
+        },
+        path,
+    )
     return fields, gguf_weights(tensors, kind, fields, path)
 
 
@@ -67,22 +87,32 @@ def value(reader: Any, name: str, path: Path, default: Any = None) -> Any:
         raise BadCheckpoint(f"{path}: {name} is not readable ({one_line(error)})") from error
 
 
-def gguf_scaling(tensors: dict[str, Any], theta: float, head_width: int, path: Path) -> RopeScaling | None:
-    """Llama 3's rope scaling, which GGUF keeps as the divisor of each frequency. BadCheckpoint if they are others'."""
+def gguf_scaling(
+    tensors: dict[str, Any], theta: float, head_width: int, path: Path
+) -> RopeScaling | None:
+    """Llama 3's rope scaling, which GGUF keeps as the divisor of each frequency. BadCheckpoint if
+    they are others'."""
     if "rope_freqs.weight" not in tensors:
         return None
     divisors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy()).double()
     scaling = RopeScaling(round(float(divisors.max()), 3), 1.0, 4.0, 8192)
-    frequencies = float(theta) ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    if divisors.shape != frequencies.shape or not torch.allclose(frequencies / divisors, scaling(frequencies), rtol=1e-3):
-        raise BadCheckpoint(f"{path} has rope_freqs.weight that are not Llama 3's; expected its low 1, high 4, context 8192")
+    frequencies = float(theta) ** (
+        -torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
+    )
+    if divisors.shape != frequencies.shape or not torch.allclose(
+        frequencies / divisors, scaling(frequencies), rtol=1e-3
+    ):
+        raise BadCheckpoint(
+            f"{path} has rope_freqs.weight that are not Llama 3's; expected its low 1, high 4, context 8192"
+        )
     return scaling
 
 
-def gguf_weights(tensors: dict[str, Any], kind: str, fields: dict[str, Any],
-                 path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:  # fmt: skip
-    """Our name and a reader of each tensor. Llama's query and key rows are stored with the channels of a rotary pair side by
-    side; ours, as Hugging Face's, lie half a head apart."""
+def gguf_weights(
+    tensors: dict[str, Any], kind: str, fields: dict[str, Any], path: Path
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Our name and a reader of each tensor. Llama's query and key rows are stored with the channels
+    of a rotary pair side by side; ours, as Hugging Face's, lie half a head apart."""
     from gguf import dequantize
 
     for name, tensor in tensors.items():
@@ -96,8 +126,14 @@ def gguf_weights(tensors: dict[str, Any], kind: str, fields: dict[str, Any],
             try:
                 weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
             except (ValueError, NotImplementedError) as error:
-                raise BadCheckpoint(f"{path}: {tensor.name} is not readable ({one_line(error)})") from error
-            if kind == "llama" and re.search(r"attention\.[qk]\.", ours) and len(weight) % fields["head_width"] == 0:
+                raise BadCheckpoint(
+                    f"{path}: {tensor.name} is not readable ({one_line(error)})"
+                ) from error
+            if (
+                kind == "llama"
+                and re.search(r"attention\.[qk]\.", ours)
+                and len(weight) % fields["head_width"] == 0
+            ):
                 pairs = weight.unflatten(0, (-1, fields["head_width"] // 2, 2))
                 weight = pairs.transpose(1, 2).flatten(0, 2)
             return weight
@@ -106,39 +142,72 @@ def gguf_weights(tensors: dict[str, Any], kind: str, fields: dict[str, Any],
 
 
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {  # tokenizer.ggml.pre -> where a byte-level vocabulary's tokens end: a pattern, or GPT-2's, of single digits or not
-    "llama-bpe": LETTERS % r"\p{N}{1,3}", "qwen2": LETTERS % r"\p{N}", "smollm": "digits", "gpt-2": "", "default": "",
-}  # fmt: skip
+# tokenizer.ggml.pre -> where a byte-level vocabulary's tokens end: a pattern, or GPT-2's, of single
+# digits or not
+SPLITS = {
+    "llama-bpe": LETTERS % r"\p{N}{1,3}",
+    "qwen2": LETTERS % r"\p{N}",
+    "smollm": "digits",
+    "gpt-2": "",
+    "default": "",
+}
 
 
 def gguf_chat(path: Path) -> tuple[Any, str | None, dict[str, str]]:
     """Tokenizer, chat template and special tokens of a GGUF with a byte-level vocabulary."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
 
     reader = open_gguf(path)
-    kind, split = (value(reader, f"tokenizer.ggml.{name}", path, "none") for name in ("model", "pre"))
+    kind, split = (
+        value(reader, f"tokenizer.ggml.{name}", path, "none") for name in ("model", "pre")
+    )
     if kind != "gpt2" or split not in SPLITS:
-        raise BadCheckpoint(f"{path} has a vocabulary {kind!r} split as {split!r}; expected gpt2 with {', '.join(SPLITS)}")
-    tokens, merges, types = (value(reader, f"tokenizer.ggml.{name}", path) for name in ("tokens", "merges", "token_type"))
+        raise BadCheckpoint(
+            f"{path} has a vocabulary {kind!r} split as {split!r}; expected gpt2 with {', '.join(SPLITS)}"
+        )
+    tokens, merges, types = (
+        value(reader, f"tokenizer.ggml.{name}", path) for name in ("tokens", "merges", "token_type")
+    )
     vocabulary = {token: number for number, token in enumerate(tokens)}
     try:
         pairs = [tuple(merge.split(" ")) for merge in merges]
         tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split == "llama-bpe"))
         types = dict(zip(tokens, types, strict=True))
     except Exception as error:  # the library raises nothing more precise
-        raise BadCheckpoint(f"{path} has a vocabulary that is not readable ({one_line(error)})") from error
+        raise BadCheckpoint(
+            f"{path} has a vocabulary that is not readable ({one_line(error)})"
+        ) from error
     for kind, special in ((3, True), (4, False)):  # control tokens, and words that are never split
-        added = [AddedToken(token, special=special, normalized=False) for token in tokens if types[token] == kind]
+        added = [
+            AddedToken(token, special=special, normalized=False)
+            for token in tokens
+            if types[token] == kind
+        ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     pattern = SPLITS[split]
     steps = {"digits": [pre_tokenizers.Digits(individual_digits=True)], "": []}.get(
-        pattern, [pre_tokenizers.Split(Regex(pattern), behavior="isolated")])  # fmt: skip
+        pattern, [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
+    )
     by_regex = pattern in ("digits", "")
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    numbers = {name: value(reader, f"tokenizer.ggml.{name}_token_id", path, -1) for name in ("bos", "eos")}
-    specials = {f"{name}_token": tokens[number] for name, number in numbers.items() if 0 <= number < len(tokens)}
+    numbers = {
+        name: value(reader, f"tokenizer.ggml.{name}_token_id", path, -1) for name in ("bos", "eos")
+    }
+    specials = {
+        f"{name}_token": tokens[number]
+        for name, number in numbers.items()
+        if 0 <= number < len(tokens)
+    }
     return tokenizer, value(reader, "tokenizer.chat_template", path, "") or None, specials

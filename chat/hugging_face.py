@@ -25,7 +25,8 @@ from chat.formats import (
     without_layer,
 )
 
-# --- Reading ---------------------------------------------------------------------------------------
+# --- Reading
+# ---------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,15 +47,24 @@ def directory_config(path: Path) -> dict[str, Any]:
     names = given.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise BadCheckpoint(f"{file} has architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}")
+        raise BadCheckpoint(
+            f"{file} has architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}"
+        )
     _, bias, norms = ARCHITECTURES[name]
-    unknown = [key for key, fine in {"hidden_act": "silu", "attention_bias": bias, "mlp_bias": False}.items()
-               if given.get(key, fine) not in (fine, None)]  # fmt: skip
+    unknown = [
+        key
+        for key, fine in {"hidden_act": "silu", "attention_bias": bias, "mlp_bias": False}.items()
+        if given.get(key, fine) not in (fine, None)
+    ]
     if unknown:
-        raise BadCheckpoint(f"{file} has {unknown[0]} {given[unknown[0]]!r}, which is not supported")
+        raise BadCheckpoint(
+            f"{file} has {unknown[0]} {given[unknown[0]]!r}, which is not supported"
+        )
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise BadCheckpoint(f"{file} has rope_parameters or rope_scaling {rope!r}; expected an object")
+        raise BadCheckpoint(
+            f"{file} has rope_parameters or rope_scaling {rope!r}; expected an object"
+        )
 
     def number(key: str, default: float | None = None, whole: bool = True) -> Any:
         return positive(given.get(key), key, file, default, whole)
@@ -62,14 +72,31 @@ def directory_config(path: Path) -> dict[str, Any]:
     heads, width, layers = map(number, ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     context = number("max_position_embeddings", 2048)
     window = number("sliding_window", 4096) if slides(given, name, layers, file) else context
-    return matched({
-        "vocab_size": number("vocab_size"), "layers": layers, "width": width, "heads": heads,
-        "kv_heads": number("num_key_value_heads", heads), "hidden": number("intermediate_size"),
-        "head_width": number("head_dim", width // heads), "rope_scaling": rope_scaling(rope, file),
-        "rope_theta": positive(rope.get("rope_theta", given.get("rope_theta")), "rope_theta", file, 10_000.0, whole=False),
-        "norm_eps": number("rms_norm_eps", 1e-6, whole=False), "qkv_bias": bias, "qk_norm": norms,
-        "tied": bool(given.get("tie_word_embeddings", False)), "context": min(context, window),
-    }, file)  # fmt: skip
+    return matched(
+        {
+            "vocab_size": number("vocab_size"),
+            "layers": layers,
+            "width": width,
+            "heads": heads,
+            "kv_heads": number("num_key_value_heads", heads),
+            "hidden": number("intermediate_size"),
+            "head_width": number("head_dim", width // heads),
+            "rope_scaling": rope_scaling(rope, file),
+            "rope_theta": positive(
+                rope.get("rope_theta", given.get("rope_theta")),
+                "rope_theta",
+                file,
+                10_000.0,
+                whole=False,
+            ),
+            "norm_eps": number("rms_norm_eps", 1e-6, whole=False),
+            "qkv_bias": bias,
+            "qk_norm": norms,
+            "tied": bool(given.get("tie_word_embeddings", False)),
+            "context": min(context, window),
+        },
+        file,
+    )
 
 
 def rope_scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
@@ -79,11 +106,17 @@ def rope_scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise BadCheckpoint(f"{file} has rope scaling {kind!r}; expected llama3 or none")
-    factor, low, high = (positive(rope.get(key), key, file, whole=False)
-                         for key in ("factor", "low_freq_factor", "high_freq_factor"))  # fmt: skip
+    factor, low, high = (
+        positive(rope.get(key), key, file, whole=False)
+        for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
     if low >= high:
-        raise BadCheckpoint(f"{file} has low_freq_factor {low} and high_freq_factor {high}; expected the first to be less")
-    return RopeScaling(factor, low, high, positive(rope.get(key := "original_max_position_embeddings"), key, file))
+        raise BadCheckpoint(
+            f"{file} has low_freq_factor {low} and high_freq_factor {high}; expected the first to be less"
+        )
+    return RopeScaling(
+        factor, low, high, positive(rope.get(key := "original_max_position_embeddings"), key, file)
+    )
 
 
 def slides(given: dict[str, Any], architecture: str, layers: int, file: Path) -> bool:
@@ -107,57 +140,79 @@ def slides(given: dict[str, Any], architecture: str, layers: int, file: Path) ->
 
 
 def read_directory(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Callable[[], Tensor]]]]:
-    """`read_checkpoint` of a directory: config.json and safetensors, in one file or in several with an index."""
+    """`read_checkpoint` of a directory: config.json and safetensors, in one file or in several with
+    an index."""
     fields = directory_config(path)
     index = path / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
         places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        if not isinstance(places, dict) or not all(
+            isinstance(name, str) for name in places.values()
+        ):
             raise BadCheckpoint(f"{index} has no weight_map of names of files")
         files = sorted(set(places.values()))
     for name in files:
         if Path(name).name != name or not (path / name).is_file():
-            raise BadCheckpoint(f"{path} has no file {name!r}; expected safetensors beside config.json")
+            raise BadCheckpoint(
+                f"{path} has no file {name!r}; expected safetensors beside config.json"
+            )
     return fields, safetensors_of(path, files)
 
 
 def safetensors_of(path: Path, files: list[str]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Our name and a reader of each tensor in the files. BadCheckpoint on a tensor that no supported model has."""
+    """Our name and a reader of each tensor in the files. BadCheckpoint on a tensor that no
+    supported model has."""
     from safetensors import SafetensorError, safe_open
 
     for name in files:
         try:
             with safe_open(path / name, framework="pt") as content:
                 for theirs in content.keys():  # noqa: SIM118
-                    if theirs.endswith("rotary_emb.inv_freq"):  # old checkpoints keep what follows from the config
+                    if theirs.endswith(
+                        "rotary_emb.inv_freq"
+                    ):  # old checkpoints keep what follows from the config
                         continue
                     ours = our_name(theirs, HUGGING_FACE)
                     if ours is None:
-                        raise BadCheckpoint(f"{path / name} has a tensor {theirs}, which no supported architecture has")
+                        raise BadCheckpoint(
+                            f"{path / name} has a tensor {theirs}, which no supported architecture has"
+                        )
 
-                    def read(content: Any = content, theirs: str = theirs, file: Path = path / name) -> Tensor:
+                    def read(
+                        content: Any = content, theirs: str = theirs, file: Path = path / name
+                    ) -> Tensor:
                         weight = content.get_tensor(theirs)
                         if not weight.is_floating_point():
-                            raise BadCheckpoint(f"{file}: {theirs} is of {weight.dtype}; expected floating-point numbers")
+                            raise BadCheckpoint(
+                                f"{file}: {theirs} is of {weight.dtype}; expected floating-point numbers"
+                            )
                         return weight
 
                     yield ours, read
         except (SafetensorError, OSError) as error:
-            raise BadCheckpoint(f"{path / name} is not readable as safetensors ({one_line(error)})") from error
+            raise BadCheckpoint(
+                f"{path / name} is not readable as safetensors ({one_line(error)})"
+            ) from error
 
 
 def directory_chat(path: Path) -> tuple[Any, str | None, dict[str, str]]:
-    """Tokenizer, chat template and special tokens of a directory's tokenizer.json and tokenizer_config.json."""
+    """Tokenizer, chat template and special tokens of a directory's tokenizer.json and
+    tokenizer_config.json."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises nothing more precise
-        raise BadCheckpoint(f"{path}/tokenizer.json is not there or not readable ({one_line(error)})") from error
+        raise BadCheckpoint(
+            f"{path}/tokenizer.json is not there or not readable ({one_line(error)})"
+        ) from error
     config = read_json(path / "tokenizer_config.json")
-    specials = {name: token.get("content") if isinstance(token, dict) else token
-                for name, token in config.items() if name.endswith("_token") and token}  # fmt: skip
+    specials = {
+        name: token.get("content") if isinstance(token, dict) else token
+        for name, token in config.items()
+        if name.endswith("_token") and token
+    }
     specials = {name: token for name, token in specials.items() if isinstance(token, str)}
     beside, template = path / "chat_template.jinja", config.get("chat_template")
     if beside.exists():
@@ -166,42 +221,79 @@ def directory_chat(path: Path) -> tuple[Any, str | None, dict[str, str]]:
         except (OSError, ValueError) as error:
             raise BadCheckpoint(f"{beside} is not readable ({one_line(error)})") from error
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        named = {
+            entry.get("name"): entry.get("template")
+            for entry in template
+            if isinstance(entry, dict)
+        }
         template = named.get("default") or named
     if template is not None and not isinstance(template, str):
-        raise BadCheckpoint(f"{path}/tokenizer_config.json has no chat_template that is a text or is named default")
+        raise BadCheckpoint(
+            f"{path}/tokenizer_config.json has no chat_template that is a text or is named default"
+        )
     return tokenizer, template, specials
 
 
-# --- Writing ---------------------------------------------------------------------------------------
+# --- Writing
+# ---------------------------------------------------------------------------------------
 
 
-def save_directory(path: str | Path, fields: dict[str, Any], weights: dict[str, Tensor], shard_bytes: int = 5 << 30) -> None:
-    """Write config.json and safetensors, in shards of at most `shard_bytes` if need be, as transformers and vLLM load them;
-    weights of an older checkpoint there are removed. fields: of Config. weights: by our names; a tied head is left out.
-    ValueError if no supported architecture has such fields, OSError if the disk has no room for them."""
+def save_directory(
+    path: str | Path, fields: dict[str, Any], weights: dict[str, Tensor], shard_bytes: int = 5 << 30
+) -> None:
+    """Write config.json and safetensors, in shards of at most `shard_bytes` if need be, as
+    transformers and vLLM load them; weights of an older checkpoint there are removed. fields: of
+    Config. weights: by our names; a tied head is left out. ValueError if no supported architecture
+    has such fields, OSError if the disk has no room for them."""
     from safetensors.torch import save_file
 
     if fields["qkv_bias"] and fields["qk_norm"]:
         raise ValueError("the model has qkv_bias and qk_norm; no supported architecture has both")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    architecture = next(name for name, (_, bias, norms) in reversed(ARCHITECTURES.items())
-                        if (bias, norms) == (fields["qkv_bias"], fields["qk_norm"]) and "Mistral" not in name)  # fmt: skip
+    architecture = next(
+        name
+        for name, (_, bias, norms) in reversed(ARCHITECTURES.items())
+        if (bias, norms) == (fields["qkv_bias"], fields["qk_norm"]) and "Mistral" not in name
+    )
     scaling = fields["rope_scaling"]
-    rope = {"rope_theta": fields["rope_theta"], "rope_type": "default"} if scaling is None else {
-        "rope_theta": fields["rope_theta"], "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low,
-        "high_freq_factor": scaling.high, "original_max_position_embeddings": scaling.context}  # fmt: skip
+    rope = (
+        {"rope_theta": fields["rope_theta"], "rope_type": "default"}
+        if scaling is None
+        else {
+            "rope_theta": fields["rope_theta"],
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low,
+            "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.context,
+        }
+    )
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = {
-        "architectures": [architecture], "model_type": ARCHITECTURES[architecture][0], "hidden_act": "silu",
-        "vocab_size": fields["vocab_size"], "num_hidden_layers": fields["layers"], "hidden_size": fields["width"],
-        "num_attention_heads": fields["heads"], "num_key_value_heads": fields["kv_heads"], "head_dim": fields["head_width"],
-        "intermediate_size": fields["hidden"], "rms_norm_eps": fields["norm_eps"], "tie_word_embeddings": fields["tied"],
-        "max_position_embeddings": fields["context"] or 2048, "rope_parameters": rope, "rope_theta": fields["rope_theta"],
-        "rope_scaling": None if scaling is None else {key: rope[key] for key in rope if key != "rope_theta"},
-        "attention_bias": fields["qkv_bias"], "use_sliding_window": False, "torch_dtype": dtype, "dtype": dtype,
-    }  # fmt: skip
+        "architectures": [architecture],
+        "model_type": ARCHITECTURES[architecture][0],
+        "hidden_act": "silu",
+        "vocab_size": fields["vocab_size"],
+        "num_hidden_layers": fields["layers"],
+        "hidden_size": fields["width"],
+        "num_attention_heads": fields["heads"],
+        "num_key_value_heads": fields["kv_heads"],
+        "head_dim": fields["head_width"],
+        "intermediate_size": fields["hidden"],
+        "rms_norm_eps": fields["norm_eps"],
+        "tie_word_embeddings": fields["tied"],
+        "max_position_embeddings": fields["context"] or 2048,
+        "rope_parameters": rope,
+        "rope_theta": fields["rope_theta"],
+        "rope_scaling": None
+        if scaling is None
+        else {key: rope[key] for key in rope if key != "rope_theta"},
+        "attention_bias": fields["qkv_bias"],
+        "use_sliding_window": False,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
     theirs = {}
     for ours, weight in weights.items():
         if fields["tied"] and ours == "head.weight":
@@ -227,10 +319,14 @@ def save_directory(path: str | Path, fields: dict[str, Any], weights: dict[str, 
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         size = sum(weight.nbytes for weight in theirs.values())
-        index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n")
+        index.write_text(
+            json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n"
+        )
     else:
         index.unlink(missing_ok=True)
     for file in path.glob("model*.safetensors"):
-        if file.name not in names and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", file.name):
+        if file.name not in names and re.fullmatch(
+            r"model(-\d{5}-of-\d{5})?\.safetensors", file.name
+        ):
             file.unlink()
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")

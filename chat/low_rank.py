@@ -12,13 +12,18 @@ from model import Transformer
 
 
 class LowRank(nn.Module):
-    """A fixed linear map with a trained term of low rank, W x + 2 B A x (LoRA, Hu et al. 2022, alpha = 2 r): A [r, in], B
-    [out, r], which starts at 0. They are float32 and compute in x's dtype."""
+    """A fixed linear map with a trained term of low rank, W x + 2 B A x (LoRA, Hu et al. 2022,
+    alpha = 2 r): A [r, in], B [out, r], which starts at 0. They are float32 and compute in x's
+    dtype."""
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
         self.weight, self.bias, inputs = linear.weight, linear.bias, linear.in_features
-        self.A = nn.Parameter((torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)).to(linear.weight.device))
+        self.A = nn.Parameter(
+            (torch.randn(rank, inputs, generator=generator) / math.sqrt(inputs)).to(
+                linear.weight.device
+            )
+        )
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from model import Transformer
 
 
 class Scores(torch.autograd.Function):
-    """The scores [B] of all from each process's own [m], which are those at place [m]. Everybody then has the whole loss, and
-    passes the gradient on to its own part; times the number of processes, over which the gradients will be averaged."""
+    """The scores [B] of all from each process's own [m], which are those at place [m]. Everybody
+    then has the whole loss, and passes the gradient on to its own part; times the number of
+    processes, over which the gradients will be averaged."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, place: Tensor, total: int, size: int) -> Tensor:
@@ -32,7 +33,8 @@ class Scores(torch.autograd.Function):
 
 
 class Scorer(nn.Module):
-    """`shared_log_prob` of a transformer as a module, for `DistributedDataParallel` and `fully_shard` to wrap."""
+    """`shared_log_prob` of a transformer as a module, for `DistributedDataParallel` and
+    `fully_shard` to wrap."""
 
     def __init__(self, model: Transformer):
         super().__init__()
@@ -43,7 +45,8 @@ class Scorer(nn.Module):
 
 
 class InPlaceOf(torch.autograd.Function):
-    """A master weight's copy in a lower precision, used in its place: the gradient is the master's, in its precision."""
+    """A master weight's copy in a lower precision, used in its place: the gradient is the master's,
+    in its precision."""
 
     @staticmethod
     def forward(ctx: Any, master: Tensor, weight: Tensor) -> Tensor:
@@ -55,8 +58,8 @@ class InPlaceOf(torch.autograd.Function):
 
 
 class MasterWeights(nn.Module):
-    """A `Scorer` that computes in its low precision and trains float32 copies of its weights (master weights): in bfloat16
-    most small steps would round to nothing."""
+    """A `Scorer` that computes in its low precision and trains float32 copies of its weights
+    (master weights): in bfloat16 most small steps would round to nothing."""
 
     def __init__(self, scorer: Scorer):
         super().__init__()
@@ -70,9 +73,13 @@ class MasterWeights(nn.Module):
 
 
 def sharded(scorer: Scorer, dtype: torch.dtype, device: torch.device) -> Scorer:
-    """The scorer with every parameter, its gradient and what an optimizer keeps of it cut in as many parts as there are
-    processes; a block's are gathered, as dtype, while it computes."""
+    """The scorer with every parameter, its gradient and what an optimizer keeps of it cut in as
+    many parts as there are processes; a block's are gathered, as dtype, while it computes."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in (*scorer.model.blocks, scorer):
-        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        fully_shard(
+            part,
+            mesh=mesh,
+            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        )
     return scorer

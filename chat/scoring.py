@@ -11,17 +11,28 @@ from torch import Tensor, nn
 from model import Transformer
 
 
-def shared_log_prob(model: Transformer, prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Tensor:
-    """`token_log_prob` of one model, float32 [B], with the prompt read once for all its responses: they stand in one row after
-    it, none seeing another. The head's logits, of large vocabularies far larger than all else, are made for the responses'
-    tokens only, and never all at once: see `TokenLogProbs`."""
+def shared_log_prob(
+    model: Transformer, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+) -> Tensor:
+    """`token_log_prob` of one model, float32 [B], with the prompt read once for all its responses:
+    they stand in one row after it, none seeing another. The head's logits, of large vocabularies
+    far larger than all else, are made for the responses' tokens only, and never all at once: see
+    `TokenLogProbs`."""
     places: dict[tuple[int, ...], list[int]] = {}
     for b, prompt in enumerate(prompts):
         places.setdefault(tuple(prompt.tolist()), []).append(b)
     device, rows = responses[0].device, []
-    sources, targets, owners = [], [], []  # of each token of a response: where it is predicted, what it is, whose it is
+    sources, targets, owners = (
+        [],
+        [],
+        [],
+    )  # of each token of a response: where it is predicted, what it is, whose it is
     for row, (prompt, members) in enumerate(places.items()):
-        parts, positions, owner = [torch.tensor(prompt, device=device)], [*range(len(prompt))], [0] * len(prompt)
+        parts, positions, owner = (
+            [torch.tensor(prompt, device=device)],
+            [*range(len(prompt))],
+            [0] * len(prompt),
+        )
         length = len(prompt)
         for number, b in enumerate(members, 1):
             y = responses[b]
@@ -33,27 +44,40 @@ def shared_log_prob(model: Transformer, prompts: Sequence[Tensor], responses: Se
             owner += [number] * (len(y) - 1)
             length += len(y) - 1
         rows.append((torch.cat(parts), torch.tensor(positions), torch.tensor(owner)))
-    padded = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*rows, strict=True))
+    padded = (
+        nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*rows, strict=True)
+    )
     tokens, positions, owner = (part.to(device) for part in padded)
     mask = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
     mask = mask & torch.ones_like(mask[0]).tril()
     hidden = model.hidden(tokens, positions, mask[:, None])
     row, place = torch.tensor(sources, device=device).unbind(-1)
     log_probs = token_log_probs(model.head, hidden[row, place], torch.cat(targets))
-    return log_probs.new_zeros(len(prompts)).index_add(0, torch.tensor(owners, device=device), log_probs)
+    return log_probs.new_zeros(len(prompts)).index_add(
+        0, torch.tensor(owners, device=device), log_probs
+    )
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden [n, C] weight^T [C, V]) at tokens [n], float32 at least, [n], by `at_once` words of the vocabulary at
-    a time, whose logits fit the processor's cache. They are made once more for the gradient rather than kept."""
+    """log softmax(hidden [n, C] weight^T [C, V]) at tokens [n], float32 at least, [n], by `at_once`
+    words of the vocabulary at a time, whose logits fit the processor's cache. They are made once
+    more for the gradient rather than kept."""
 
     @staticmethod
-    def pieces(hidden: Tensor, weight: Tensor, tokens: Tensor, at_once: int) -> Iterator[tuple[slice | Tensor, ...]]:
-        """Of each part of the vocabulary: its words, logits [n, at_once], tokens' places [n, 1], and are they there? [n, 1]"""
+    def pieces(
+        hidden: Tensor, weight: Tensor, tokens: Tensor, at_once: int
+    ) -> Iterator[tuple[slice | Tensor, ...]]:
+        """Of each part of the vocabulary: its words, logits [n, at_once], tokens' places [n, 1],
+        and are they there? [n, 1]"""
         for start in range(0, len(weight), at_once):
             words, place = slice(start, start + at_once), (tokens - start).unsqueeze(-1)
             logits = (hidden @ weight[words].T).to(torch.promote_types(hidden.dtype, torch.float32))
-            yield words, logits, place.clamp(0, logits.shape[-1] - 1), (place >= 0) & (place < logits.shape[-1])
+            yield (
+                words,
+                logits,
+                place.clamp(0, logits.shape[-1] - 1),
+                (place >= 0) & (place < logits.shape[-1]),
+            )
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, at_once: int) -> Tensor:
@@ -72,9 +96,13 @@ class TokenLogProbs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = torch.empty_like(weight)
         grad = grad.unsqueeze(-1)
-        for words, logits, place, there in TokenLogProbs.pieces(hidden, weight, tokens, ctx.at_once):
+        for words, logits, place, there in TokenLogProbs.pieces(
+            hidden, weight, tokens, ctx.at_once
+        ):
             p = (logits - ctx.total.unsqueeze(-1)).exp_()
-            of_logits = p.mul_(-grad).scatter_add_(-1, place, grad * there).to(hidden.dtype)  # grad (1[y] - p)
+            of_logits = (
+                p.mul_(-grad).scatter_add_(-1, place, grad * there).to(hidden.dtype)
+            )  # grad (1[y] - p)
             of_hidden += of_logits @ weight[words]
             if of_weight is not None:
                 torch.mm(of_logits.T, hidden, out=of_weight[words])

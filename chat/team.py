@@ -26,7 +26,8 @@ class Team:
         return items[self.rank :: self.size]
 
     def together(self, mine: list[Any]) -> list[Any]:
-        """Everybody's shares, in the order of the items: what was made of `mine(items)` becomes what was made of items."""
+        """Everybody's shares, in the order of the items: what was made of `mine(items)` becomes
+        what was made of items."""
         if self.size == 1:
             return mine
         shares: list[list[Any]] = [[]] * self.size
@@ -40,7 +41,8 @@ def local(weight: Tensor) -> Tensor:
 
 
 def whole(value: Any) -> Any:
-    """A tensor gathered from all processes, on the CPU, in process 0; the others get an empty one. What is no tensor stays."""
+    """A tensor gathered from all processes, on the CPU, in process 0; the others get an empty one.
+    What is no tensor stays."""
     if not isinstance(value, Tensor):
         return value
     value = value.full_tensor() if isinstance(value, DTensor) else value
@@ -48,15 +50,18 @@ def whole(value: Any) -> Any:
 
 
 def part_of(value: Any, like: Tensor) -> Any:
-    """Of a whole tensor the part that this process has of `like`, if `like` is sharded and of the same shape."""
+    """Of a whole tensor the part that this process has of `like`, if `like` is sharded and of the
+    same shape."""
     if isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return distribute_tensor(
+            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
     return value
 
 
 class SharedJudge:
-    """A judge whose questions the processes of a run share, all of a prompt's being asked by the same one. All of them get all
-    the answers, or raise the error that one of them met."""
+    """A judge whose questions the processes of a run share, all of a prompt's being asked by the
+    same one. All of them get all the answers, or raise the error that one of them met."""
 
     def __init__(self, judge: Oracle, team: Team):
         self.judge, self.team = judge, team
@@ -68,7 +73,9 @@ class SharedJudge:
             places.setdefault(x, []).append(place)
         groups, P = list(places.values()), torch.empty(len(prompts), dtype=torch.float64)
         asked = [place for group in self.team.mine(groups) for place in group]
-        found = self._everybody(self.judge.prefer, *([items[place] for place in asked] for items in (prompts, a, b)))
+        found = self._everybody(
+            self.judge.prefer, *([items[place] for place in asked] for items in (prompts, a, b))
+        )
         found = found.split([len(group) for group in self.team.mine(groups)])
         for group, answers in zip(groups, self.team.together(list(found)), strict=True):
             P[group] = answers.to(P)
@@ -76,7 +83,9 @@ class SharedJudge:
 
     def scores(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
         """As the judge's, points [X, n]."""
-        mine = self._everybody(self.judge.scores, self.team.mine(prompts), self.team.mine(responses))
+        mine = self._everybody(
+            self.judge.scores, self.team.mine(prompts), self.team.mine(responses)
+        )
         return torch.stack(self.team.together(list(mine)))
 
     def _everybody(self, ask: Callable[..., Tensor], *questions: Any) -> Tensor:

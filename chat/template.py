@@ -10,13 +10,15 @@ from chat.formats import BadCheckpoint, checkpoint_path, one_line
 from chat.gguf import gguf_chat
 from chat.hugging_face import directory_chat
 
-PLAIN = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"  # where it is asked for
+PLAIN = (
+    "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"  # where it is asked for
+)
 BEGIN = "{{ bos_token }}"  # comes before it where the vocabulary puts it before any text
 
 
 class Chat:
-    """How a model is spoken to: text to tokens by its own vocabulary (a tokenizers.Tokenizer), a prompt in its chat template.
-    `end`: the token that ends an answer."""
+    """How a model is spoken to: text to tokens by its own vocabulary (a tokenizers.Tokenizer), a
+    prompt in its chat template. `end`: the token that ends an answer."""
 
     def __init__(self, tokenizer: Any, template: str, specials: dict[str, str], end: int):
         from jinja2.exceptions import TemplateError
@@ -26,12 +28,17 @@ class Chat:
             raise TemplateError(reason)
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])  # fmt: skip
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: ""  # lest a prompt's tokens depend on the day
+        environment.globals["strftime_now"] = lambda form: (
+            ""
+        )  # lest a prompt's tokens depend on the day
         self.tokenizer, self.specials, self.end = tokenizer, specials, end
         self.source = template
-        self.special_tokens = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special_tokens = {
+            i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
         try:
             self.template = environment.from_string(self.source)
         except Exception as error:  # also what Python says of the code that jinja2 makes of it
@@ -39,8 +46,9 @@ class Chat:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, plain: bool = False) -> Chat:
-        """Of the same path as the model; plain: with two line ends after the prompt instead of the model's template.
-        BadCheckpoint if there is no tokenizer that can be read, no end token, or no template and not plain."""
+        """Of the same path as the model; plain: with two line ends after the prompt instead of the
+        model's template. BadCheckpoint if there is no tokenizer that can be read, no end token, or
+        no template and not plain."""
         path = checkpoint_path(path)
         tokenizer, template, specials = (directory_chat if path.is_dir() else gguf_chat)(path)
         end = tokenizer.token_to_id(specials.get("eos_token", ""))
@@ -53,7 +61,9 @@ class Chat:
             )
         begin = tokenizer.token_to_id(specials.get("bos_token", ""))
         if plain:
-            template = BEGIN * (begin is not None and tokenizer.encode("").ids[:1] == [begin]) + PLAIN
+            template = (
+                BEGIN * (begin is not None and tokenizer.encode("").ids[:1] == [begin]) + PLAIN
+            )
         return cls(tokenizer, template, specials, end)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
@@ -61,28 +71,40 @@ class Chat:
         return self
 
     def prompt(self, text: str, system: str | None = None) -> list[int]:
-        """The tokens that the model reads before it answers. Special tokens that the text itself spells are mere text."""
+        """The tokens that the model reads before it answers. Special tokens that the text itself
+        spells are mere text."""
         frame = [self.special(part) for part in self.render("\0", system).split("\0")]
         if len(frame) == 1:
             raise BadCheckpoint("the chat template leaves the user's message out")
         tokens = self.special(self.render(text, system))
-        if [i for i in tokens if i in self.special_tokens] == [i for part in frame for i in part if i in self.special_tokens]:
+        if [i for i in tokens if i in self.special_tokens] == [
+            i for part in frame for i in part if i in self.special_tokens
+        ]:
             return tokens
-        words = self.encode(text)  # the text, or what a normalizer makes of it, spells special tokens
+        words = self.encode(
+            text
+        )  # the text, or what a normalizer makes of it, spells special tokens
         return frame[0] + [token for part in frame[1:] for token in words + part]
 
     def render(self, text: str, system: str | None) -> str:
         """The prompt as the template writes it. BadCheckpoint if it fails, on purpose or not."""
-        messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
+        messages = [{"role": "system", "content": system}] * (system is not None) + [
+            {"role": "user", "content": text}
+        ]
         try:
             return self.template.render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.specials)  # fmt: skip
+                messages=messages,
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+                **self.specials,
+            )
         except Exception as error:  # a template can raise whatever Python can
             raise BadCheckpoint(f"the chat template fails ({one_line(error)})") from error
 
     def special(self, text: str) -> list[int]:
-        """Tokens of a piece of the template, in which special tokens are special. BadCheckpoint if the
-        vocabulary has none for it."""
+        """Tokens of a piece of the template, in which special tokens are special. BadCheckpoint if
+        the vocabulary has none for it."""
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises nothing more precise
@@ -100,15 +122,25 @@ class Chat:
             self.tokenizer.encode_special_tokens = False
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and, lest an answer never end, generation_config.json, as transformers
-        and vLLM load them."""
+        """Write tokenizer.json, tokenizer_config.json and, lest an answer never end,
+        generation_config.json, as transformers and vLLM load them."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(path / "tokenizer.json"))
-        config = {**self.specials, "chat_template": self.source, "tokenizer_class": "PreTrainedTokenizerFast"}
-        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": self.end}, indent=2) + "\n", encoding="utf-8")
-        (path / "chat_template.jinja").unlink(missing_ok=True)  # of an older one, which would go first
-        (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        config = {
+            **self.specials,
+            "chat_template": self.source,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        (path / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": self.end}, indent=2) + "\n", encoding="utf-8"
+        )
+        (path / "chat_template.jinja").unlink(
+            missing_ok=True
+        )  # of an older one, which would go first
+        (path / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        )
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, special ones left out; bytes that are no UTF-8 become U+FFFD."""

@@ -29,11 +29,38 @@ from experiments.settings import BadInput
 from judge.ledger import Refused
 
 MAY_DIFFER = (  # between the start of a run and its resumption
-    "out", "resume", "device", "threads", "jobs", "fsdp", "checkpointing", "compile", "judge_url", "judge_prices",
-    "judge_cache", "judge_concurrency", "judge_timeout", "max_failed", "max_usd", "dry_run", "teacher_url", "teacher_prices",
-)  # fmt: skip
-BESIDE = (".part", ".lock", ".sqlite", ".sqlite-wal", ".sqlite-shm")  # may lie in the folder before a run starts
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # why a file cannot grow, though it could be made
+    "out",
+    "resume",
+    "device",
+    "threads",
+    "jobs",
+    "fsdp",
+    "checkpointing",
+    "compile",
+    "judge_url",
+    "judge_prices",
+    "judge_cache",
+    "judge_concurrency",
+    "judge_timeout",
+    "max_failed",
+    "max_usd",
+    "dry_run",
+    "teacher_url",
+    "teacher_prices",
+)
+BESIDE = (
+    ".part",
+    ".lock",
+    ".sqlite",
+    ".sqlite-wal",
+    ".sqlite-shm",
+)  # may lie in the folder before a run starts
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+)  # why a file cannot grow, though it could be made
 
 
 @contextmanager
@@ -49,7 +76,9 @@ def claimed(out: str, resume: bool | None) -> Iterator[None]:
         return
     try:
         if resume and not folder.exists():
-            raise BadInput(f"there is no run in {out} to go on with; leave --resume out to start one")
+            raise BadInput(
+                f"there is no run in {out} to go on with; leave --resume out to start one"
+            )
         with made(folder), locked(folder):
             begun = True
             yield
@@ -120,24 +149,41 @@ def lock(path: Path) -> IO[str] | None:
 
 
 class Run:
-    """The folder of one run: config.json, metrics.jsonl, checkpoint/state.pt, and what the preset adds.
+    """The folder of one run: config.json, metrics.jsonl, checkpoint/state.pt, and what the preset
+    adds.
 
-    Raises BadInput, before anything is written, if `out` holds anything but a run of the same config, or one without --resume.
-    `state` is the last checkpoint, or None at the start. classes: what it may hold beside tensors and plain values. device: for
-    its tensors. Of several processes, which must share the folder, all read and the first one writes."""
+    Raises BadInput, before anything is written, if `out` holds anything but a run of the same
+    config, or one without --resume. `state` is the last checkpoint, or None at the start. classes:
+    what it may hold beside tensors and plain values. device: for its tensors. Of several processes,
+    which must share the folder, all read and the first one writes."""
 
-    def __init__(self, preset: str, config: Any, classes: tuple[type, ...] = (), device: str | None = None):
-        self.out, self.classes, self.device, team = Path(config.out), list(classes), device or config.device, Team()
+    def __init__(
+        self, preset: str, config: Any, classes: tuple[type, ...] = (), device: str | None = None
+    ):
+        self.out, self.classes, self.device, team = (
+            Path(config.out),
+            list(classes),
+            device or config.device,
+            Team(),
+        )
         settings = {"preset": preset, **dataclasses.asdict(config)}
         fixed = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
-        self.mark = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()  # of what it writes to go on from
-        started = self.out.exists() and any(path.suffix not in BESIDE for path in self.out.iterdir())
+        self.mark = hashlib.sha256(
+            json.dumps(fixed, sort_keys=True).encode()
+        ).hexdigest()  # of what it writes to go on from
+        started = self.out.exists() and any(
+            path.suffix not in BESIDE for path in self.out.iterdir()
+        )
         self.state = self._earlier(settings) if started else None
         self.phases = (self._own("checkpoint/phases.pt", key=list) if started else None) or {}
         self.metrics, self.writes = self.state["metrics"] if self.state else [], team.rank == 0
-        seen = team.together([(started, len(self.metrics), sorted(map(str, self.phases)))])  # after which it may be written to
+        seen = team.together(
+            [(started, len(self.metrics), sorted(map(str, self.phases)))]
+        )  # after which it may be written to
         if any(other != seen[0] for other in seen):
-            raise BadInput(f"the processes see different content in {self.out}; expected --out to be a folder that all share")
+            raise BadInput(
+                f"the processes see different content in {self.out}; expected --out to be a folder that all share"
+            )
         if self.writes:
             (self.out / "checkpoint").mkdir(parents=True, exist_ok=True)
         if not started:
@@ -148,23 +194,33 @@ class Run:
             earlier = json.loads((self.out / "config.json").read_text())
             check_like(earlier, dict, "it")
         except (OSError, ValueError) as error:
-            raise BadInput(f"{self.out} holds something, but no readable config.json; choose another --out") from error
+            raise BadInput(
+                f"{self.out} holds something, but no readable config.json; choose another --out"
+            ) from error
         for name in sorted(settings.keys() | earlier.keys()):
             if name not in MAY_DIFFER and settings.get(name) != earlier.get(name):
-                difference = f"{name} is {earlier.get(name)!r} there and {settings.get(name)!r} here"
+                difference = (
+                    f"{name} is {earlier.get(name)!r} there and {settings.get(name)!r} here"
+                )
                 raise BadInput(f"{self.out} holds another run: {difference}; choose another --out")
         if not settings["resume"]:
-            raise BadInput(f"{self.out} holds this run already; add --resume to go on with it, or choose another --out")
+            raise BadInput(
+                f"{self.out} holds this run already; add --resume to go on with it, or choose another --out"
+            )
         return self._own("checkpoint/state.pt", metrics=list)
 
     def _own(self, name: str, **kinds: type) -> dict[str, Any] | None:
         content = self.load(name)
         if content is None:
             return None
-        if any(not isinstance(content.get(key), kind) for key, kind in {"mark": str, **kinds}.items()):
+        if any(
+            not isinstance(content.get(key), kind) for key, kind in {"mark": str, **kinds}.items()
+        ):
             raise BadInput(f"{self.out}/{name} is not a checkpoint of a run; choose another --out")
         if content.pop("mark") != self.mark:
-            raise BadInput(f"{self.out}/{name} is not of this run, but of one with other settings; choose another --out")
+            raise BadInput(
+                f"{self.out}/{name} is not of this run, but of one with other settings; choose another --out"
+            )
         return content
 
     def load(self, name: str) -> dict[str, Any] | None:
@@ -176,24 +232,32 @@ class Run:
             with torch.serialization.safe_globals(self.classes):
                 content = torch.load(path, weights_only=True, map_location=self.device)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            raise BadInput(f"{path} is not a readable checkpoint ({type(error).__name__}); choose another --out") from error
+            raise BadInput(
+                f"{path} is not a readable checkpoint ({type(error).__name__}); choose another --out"
+            ) from error
         if not isinstance(content, dict):
             raise BadInput(f"{path} is not a checkpoint of a run; choose another --out")
         return content
 
     def expect(self, content: dict[str, Any], like: dict[str, Any]) -> None:
-        """BadInput unless a checkpoint's content has what `like` has, as `check_like` compares the two."""
+        """BadInput unless a checkpoint's content has what `like` has, as `check_like` compares the
+        two."""
         try:
-            check_like({name: content[name] for name in like if name in content}, like, "its content")
+            check_like(
+                {name: content[name] for name in like if name in content}, like, "its content"
+            )
         except ValueError as error:
             raise self.foreign(str(error)) from error
 
     def foreign(self, reason: str) -> BadInput:
         """The error to raise if the checkpoint is not one of this run."""
-        return BadInput(f"the checkpoint in {self.out} is not of this run ({reason}); choose another --out")
+        return BadInput(
+            f"the checkpoint in {self.out} is not of this run ({reason}); choose another --out"
+        )
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file of the folder in one piece: whoever looks sees the old content or the new, also after a crash."""
+        """Write a file of the folder in one piece: whoever looks sees the old content or the new,
+        also after a crash."""
         if not self.writes:
             return
         part = self.out / f".{Path(name).name}.part"
@@ -205,7 +269,8 @@ class Run:
         self.write(name, "".join(json.dumps(item) + "\n" for item in items))
 
     def save(self, row: dict[str, Any], state: dict[str, Any]) -> None:
-        """End an iteration: its row joins metrics.jsonl, then row and state become the checkpoint, atomically."""
+        """End an iteration: its row joins metrics.jsonl, then row and state become the checkpoint,
+        atomically."""
         self.metrics.append(row)
         self.write_lines("metrics.jsonl", self.metrics)
         self.checkpoint(state)
@@ -226,9 +291,12 @@ class Run:
                 raise error.__context__ or error from None
         os.replace(part, self.out / name)
 
-    def remember(self, key: list[int], phase: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(*arguments), or what it was when this phase of the key (an iteration) was last reached: a run killed between
-        phases does not repeat them. Only the last key's phases are kept."""
+    def remember(
+        self, key: list[int], phase: str, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """function(*arguments), or what it was when this phase of the key (an iteration) was last
+        reached: a run killed between phases does not repeat them. Only the last key's phases are
+        kept."""
         if self.phases.get("key") != key:
             self.phases = {"key": key}
         if phase not in self.phases:
@@ -243,19 +311,29 @@ class Run:
 
 
 def check_like(found: Any, like: Any, name: str) -> None:
-    """ValueError unless found is like: a type, of which it must be one; a tensor, whose shape and type it must have; a dict or
-    list of such, whose keys or length it must have; or another value, to which it is not compared."""
+    """ValueError unless found is like: a type, of which it must be one; a tensor, whose shape and
+    type it must have; a dict or list of such, whose keys or length it must have; or another value,
+    to which it is not compared."""
     if isinstance(like, type | UnionType):
         fits = isinstance(found, like)
     elif isinstance(like, torch.Tensor):
-        fits = isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (like.shape, like.dtype)
+        fits = isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (
+            like.shape,
+            like.dtype,
+        )
     elif isinstance(like, dict):
         fits = isinstance(found, dict) and found.keys() == like.keys()
     else:
         fits = not isinstance(like, list) or (isinstance(found, list) and len(found) == len(like))
     if not fits:
         raise ValueError(f"{name} is {outline(found)}; expected {outline(like)}")
-    parts = like.items() if isinstance(like, dict) else enumerate(like) if isinstance(like, list) else ()
+    parts = (
+        like.items()
+        if isinstance(like, dict)
+        else enumerate(like)
+        if isinstance(like, list)
+        else ()
+    )
     for key, part in parts:
         check_like(found[key], part, f"{name}[{key!r}]")
 

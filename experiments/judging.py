@@ -18,12 +18,21 @@ from world import TRAINING, teacher_answer
 
 def open_judge(options: Any) -> Endpoint:
     """The endpoint of `JudgeOptions`. Refused if there can be none."""
-    return open_endpoint(options, options.oracle, options.judge_model, options.judge_url, options.judge_prices, "judge")
+    return open_endpoint(
+        options,
+        options.oracle,
+        options.judge_model,
+        options.judge_url,
+        options.judge_prices,
+        "judge",
+    )
 
 
-def open_endpoint(options: Any, source: str, model: str | None, url: str | None, price: str | None, kind: str) -> Endpoint:
-    """The endpoint that a source such as openai:MODEL names; kind: judge or teacher, whose price is the judge's if it is the
-    same model and has none of its own. Refused if there can be none."""
+def open_endpoint(
+    options: Any, source: str, model: str | None, url: str | None, price: str | None, kind: str
+) -> Endpoint:
+    """The endpoint that a source such as openai:MODEL names; kind: judge or teacher, whose price is
+    the judge's if it is the same model and has none of its own. Refused if there can be none."""
     how, _, rest = source.partition(":")
     common = {"max_failed": options.max_failed, "run": str(Path(options.out).resolve())}
     if how == "replay":
@@ -36,16 +45,27 @@ def open_endpoint(options: Any, source: str, model: str | None, url: str | None,
     try:
         name = rest or model or only_model(url)
         price = price or (options.judge_prices if name == options.judge_model else None)
-        return Endpoint(name, url, cache, client=make_client(url, options.dry_run), concurrency=options.judge_concurrency,
-                        timeout=options.judge_timeout, price=prices(price) if price else None, max_usd=options.max_usd,
-                        **common)  # fmt: skip
+        return Endpoint(
+            name,
+            url,
+            cache,
+            client=make_client(url, options.dry_run),
+            concurrency=options.judge_concurrency,
+            timeout=options.judge_timeout,
+            price=prices(price) if price else None,
+            max_usd=options.max_usd,
+            **common,
+        )
     except ValueError as error:
-        raise BadInput(f"{kind}: {error} (--{kind}-prices 2.5,10, in dollars per million tokens)") from error
+        raise BadInput(
+            f"{kind}: {error} (--{kind}-prices 2.5,10, in dollars per million tokens)"
+        ) from error
 
 
 def demonstrations(seed: int, count: int, teacher: OpenAITeacher | None = None) -> dno.Data:
-    """Alg. 2, line 3: for iteration t some training prompts, drawn anew, with the teacher's answers: those of a language model,
-    always the same to a prompt (prompts that it has none to are left out), or of `teacher_answer`."""
+    """Alg. 2, line 3: for iteration t some training prompts, drawn anew, with the teacher's
+    answers: those of a language model, always the same to a prompt (prompts that it has none to are
+    left out), or of `teacher_answer`."""
 
     def data(t: int) -> tuple[list[str], list[str]]:
         draw = random.Random(seed * 1_000_003 + t)
@@ -62,7 +82,9 @@ def demonstrations(seed: int, count: int, teacher: OpenAITeacher | None = None) 
 
 def answered(teacher: OpenAITeacher, prompts: list[str]) -> tuple[list[str], list[str]]:
     """The prompts that the teacher has an answer to, and the answers."""
-    answers = [(x, y) for x, y in zip(prompts, teacher.answers(prompts), strict=True) if y is not None]
+    answers = [
+        (x, y) for x, y in zip(prompts, teacher.answers(prompts), strict=True) if y is not None
+    ]
     return [x for x, _ in answers], [y for _, y in answers]
 
 
@@ -74,15 +96,28 @@ class Judging:
     teacher: OpenAITeacher | None
 
     def data(self, config: Any, hard: bool) -> dno.Data:
-        """What the algorithms are given; those with soft targets do not look at gold responses, so that none are paid for."""
+        """What the algorithms are given; those with soft targets do not look at gold responses, so
+        that none are paid for."""
         return demonstrations(config.seed, config.prompts, self.teacher if hard else None)
 
     def spending(self) -> dict[str, float | None]:
-        """Requests of judge and teacher so far and dollars that they can have cost (None: a price is not known)."""
-        endpoints = [part.endpoint for part in (self.judge, self.teacher) if hasattr(part, "endpoint") and part.endpoint.live]
+        """Requests of judge and teacher so far and dollars that they can have cost (None: a price
+        is not known)."""
+        endpoints = [
+            part.endpoint
+            for part in (self.judge, self.teacher)
+            if hasattr(part, "endpoint") and part.endpoint.live
+        ]
         ledgers = {str(endpoint.ledger.path): endpoint.ledger for endpoint in endpoints}.values()
-        dollars = None if any(endpoint.price is None for endpoint in endpoints) else sum(ledger.spent() for ledger in ledgers)
-        return {"requests": sum(ledger.totals()["requests"] for ledger in ledgers), "dollars": dollars}
+        dollars = (
+            None
+            if any(endpoint.price is None for endpoint in endpoints)
+            else sum(ledger.spent() for ledger in ledgers)
+        )
+        return {
+            "requests": sum(ledger.totals()["requests"] for ledger in ledgers),
+            "dollars": dollars,
+        }
 
 
 def judging(config: Any) -> Judging:
@@ -93,5 +128,7 @@ def judging(config: Any) -> Judging:
         config.judge_model = judge.endpoint.model
     if config.teacher != "synthetic":
         url = config.teacher_url or config.judge_url
-        teacher = OpenAITeacher(open_endpoint(config, config.teacher, None, url, config.teacher_prices, "teacher"))
+        teacher = OpenAITeacher(
+            open_endpoint(config, config.teacher, None, url, config.teacher_prices, "teacher")
+        )
     return Judging(judge, teacher)

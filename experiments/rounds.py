@@ -33,13 +33,20 @@ RULES = {
     "teacher": lambda margin: partial(teacher_pairs, margin=margin),
     "spin": lambda margin: gold_against_students,
     "scored": lambda margin: scored_pairs,
-}  # fmt: skip
-CLASSES_KEPT = (dno.Round, Groups, Pairs, dno.Best, Response)  # what checkpoints of text runs hold beside tensors
+}
+CLASSES_KEPT = (
+    dno.Round,
+    Groups,
+    Pairs,
+    dno.Best,
+    Response,
+)  # what checkpoints of text runs hold beside tensors
 
 
 def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
-    """What Table 2 reports of an iteration: new pairs by kind; of the K samples, their mean length in words, how many beat the
-    gold response on average, and the share of prompts at which the best of them does. Of judged ones, where some are not."""
+    """What Table 2 reports of an iteration: new pairs by kind; of the K samples, their mean length
+    in words, how many beat the gold response on average, and the share of prompts at which the best
+    of them does. Of judged ones, where some are not."""
     row = {"loss": it.loss, "steps": it.steps}
     n = len(it.groups.responses[0])
     samples = [y for ys in it.groups.responses for y in (ys[:-1] if hard else ys)]
@@ -49,31 +56,48 @@ def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
         wins = it.wins[:, :-1, -1]
         beaten = (wins > 0.5).double().masked_fill(wins.isnan(), float("nan"))
         best = beaten.nan_to_num(-1).amax(1)
-        row |= {"student_wins": (n - 1) * beaten.nanmean(1).nanmean().item(), "best_of_n": best[best >= 0].mean().item()}
+        row |= {
+            "student_wins": (n - 1) * beaten.nanmean(1).nanmean().item(),
+            "best_of_n": best[best >= 0].mean().item(),
+        }
     return row
 
 
-def judged_numbers(it: dno.Round, config: Any, judging: Judging, hard: bool) -> dict[str, float | None]:
-    """What a judge that must be asked adds: the share of judgments of the iteration that could not be had; prompts left out
-    for want of a gold response; how often a verdict changes with the order; Table 2's scores; requests, dollars of the run."""
+def judged_numbers(
+    it: dno.Round, config: Any, judging: Judging, hard: bool
+) -> dict[str, float | None]:
+    """What a judge that must be asked adds: the share of judgments of the iteration that could not
+    be had; prompts left out for want of a gold response; how often a verdict changes with the
+    order; Table 2's scores; requests, dollars of the run."""
     row: dict[str, float | None] = {}
     if isinstance(judging.judge, OpenAIJudge):
         i, j = torch.triu_indices(*it.wins.shape[1:], 1)
-        row = {"judgments_failed": it.wins[:, i, j].isnan().double().mean().item(),
-               "flip_rate": judging.judge.flip_rate(it.groups.prompts, it.groups.responses)}  # fmt: skip
+        row = {
+            "judgments_failed": it.wins[:, i, j].isnan().double().mean().item(),
+            "flip_rate": judging.judge.flip_rate(it.groups.prompts, it.groups.responses),
+        }
     if hard and config.judgments == "scores":
-        row |= {"student_score": it.r_t[:, :-1].nanmean().item(), "teacher_score": it.r_t[:, -1].nanmean().item()}
+        row |= {
+            "student_score": it.r_t[:, :-1].nanmean().item(),
+            "teacher_score": it.r_t[:, -1].nanmean().item(),
+        }
     if row or judging.teacher:
         row |= {"prompts_dropped": config.prompts - len(it.groups.prompts), **judging.spending()}
     return row
 
 
 def write_round(run: Run, iteration: int, it: dno.Round, hard: bool, rated: str) -> None:
-    """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration; rated: what r_t is, win_rate or score, null if not judged."""
+    """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration; rated: what r_t is, win_rate or
+    score, null if not judged."""
     n = len(it.groups.responses[0])
     responses = [
-        {"prompt": x, "response": y, "by": "teacher" if hard and i == n - 1 else "student", rated: None if math.isnan(r) else r,
-         "class": CLASSES[classify(y)]}
+        {
+            "prompt": x,
+            "response": y,
+            "by": "teacher" if hard and i == n - 1 else "student",
+            rated: None if math.isnan(r) else r,
+            "class": CLASSES[classify(y)],
+        }
         for x, ys, rs in zip(it.groups.prompts, it.groups.responses, it.r_t.tolist(), strict=True)
         for i, (y, r) in enumerate(zip(ys, rs, strict=True))
     ]
@@ -81,7 +105,9 @@ def write_round(run: Run, iteration: int, it: dno.Round, hard: bool, rated: str)
     for x, i, j in it.chosen.tolist():
         first, second = it.groups.responses[x][i], it.groups.responses[x][j]
         label = 1.0 if hard else torch.sigmoid(it.r_t[x, i] - it.r_t[x, j]).item()
-        pairs.append({"prompt": it.groups.prompts[x], "first": first, "second": second, "label": label})
+        pairs.append(
+            {"prompt": it.groups.prompts[x], "first": first, "second": second, "label": label}
+        )
     for name, lines in (("responses", responses), ("pairs", pairs)):
         run.write_lines(f"{name}-{iteration:03d}.jsonl", lines)
 

@@ -26,12 +26,20 @@ KINDS = ("teacher_student", "student_teacher", "student_student")
 
 
 class Validation:
-    """Measures a policy on held-out prompts, by a survey of its samples, classified: `shares` [T+1, X, 4], of pi_1 first. The
-    class probabilities being the judge's, win rates and gaps follow without a further judgment."""
+    """Measures a policy on held-out prompts, by a survey of its samples, classified: `shares` [T+1,
+    X, 4], of pi_1 first. The class probabilities being the judge's, win rates and gaps follow
+    without a further judgment."""
 
     HEADER = "P(> teacher) | gap: last        average    | P(new > old)"
 
-    def __init__(self, policy: TextPolicy, judge: RegisterJudge, k: int, seed: int, teacher: OpenAITeacher | None = None):
+    def __init__(
+        self,
+        policy: TextPolicy,
+        judge: RegisterJudge,
+        k: int,
+        seed: int,
+        teacher: OpenAITeacher | None = None,
+    ):
         self.policy, self.k, self.seed, draw = policy, k, seed, random.Random(seed)
         self.prompts, self.gold = list(HELD_OUT), [teacher_answer(x, draw) for x in HELD_OUT]
         if teacher:
@@ -39,7 +47,9 @@ class Validation:
             if not self.prompts:
                 raise Stopped("the teacher has no answer to any held-out prompt")
         self.P = judge.P[[prompt_class(x) for x in self.prompts]]
-        self.teacher = F.one_hot(torch.tensor([classify(y) for y in self.gold]), len(CLASSES)).double()
+        self.teacher = F.one_hot(
+            torch.tensor([classify(y) for y in self.gold]), len(CLASSES)
+        ).double()
         self.shares = torch.empty(0, len(self.prompts), len(CLASSES), dtype=torch.float64)
         self.responses: list[list[Response]] = []
 
@@ -48,7 +58,8 @@ class Validation:
         return dno.win_rate(self.P, self.survey(), self.teacher)
 
     def survey(self) -> Tensor:
-        """How often each class occurs among the policy's samples, [X, 4]; kept with what was found before."""
+        """How often each class occurs among the policy's samples, [X, 4]; kept with what was found
+        before."""
         self.responses = self.policy.survey(self.prompts, self.k, self.seed)
         classes = torch.tensor([[classify(y) for y in ys] for ys in self.responses])
         shares = F.one_hot(classes, len(CLASSES)).double().mean(1)
@@ -73,24 +84,38 @@ class Validation:
         nash, (gap, interval) = self.nash, self.gap(self.shares[0])
         shares, floor = self.shares[0].mean(0).tolist(), self.floor(nash)
         won = dno.win_rate(self.P, self.shares[0], self.teacher)
-        print(f"pi_1: gap {gap:.3f} +- {interval:.3f}, P(> teacher) {won:.3f}, well-formed {1 - shares[-1]:.3f}")
-        print(f"Exact Nash: gap {dno.duality_gap(self.P, nash):.0e}, measured as here {floor:.3f} (the noise floor); "
-              f"P(Nash > teacher) {dno.win_rate(self.P, nash, self.teacher):.3f}, "
-              f"gap of the teacher {dno.duality_gap(self.P, self.teacher):.3f}")  # fmt: skip
-        return {"gap_first": gap, "gap_first_interval": interval, "win_rate_vs_teacher_first": won,
-                "well_formed_first": 1 - shares[-1], "gap_floor": floor}  # fmt: skip
+        print(
+            f"pi_1: gap {gap:.3f} +- {interval:.3f}, P(> teacher) {won:.3f}, well-formed {1 - shares[-1]:.3f}"
+        )
+        print(
+            f"Exact Nash: gap {dno.duality_gap(self.P, nash):.0e}, measured as here {floor:.3f} (the noise floor); "
+            f"P(Nash > teacher) {dno.win_rate(self.P, nash, self.teacher):.3f}, "
+            f"gap of the teacher {dno.duality_gap(self.P, self.teacher):.3f}"
+        )
+        return {
+            "gap_first": gap,
+            "gap_first_interval": interval,
+            "win_rate_vs_teacher_first": won,
+            "well_formed_first": 1 - shares[-1],
+            "gap_floor": floor,
+        }
 
     def gap(self, shares: Tensor) -> tuple[float, float]:
-        """Duality gap and the half width of its 95% interval, prompts being the clusters (normal approximation)."""
+        """Duality gap and the half width of its 95% interval, prompts being the clusters (normal
+        approximation)."""
         by_prompt = 2 * dno.expected_win_rate(self.P, shares).amax(-1) - 1
         return by_prompt.mean().item(), 1.96 * by_prompt.std().item() / len(by_prompt) ** 0.5
 
     def floor(self, nash: Tensor) -> float:
-        """The gap that would be measured of the Nash policy itself, by chance: the mean of 200 surveys of it."""
+        """The gap that would be measured of the Nash policy itself, by chance: the mean of 200
+        surveys of it."""
         generator = torch.Generator().manual_seed(self.seed)
         rows, gaps = nash.log().repeat_interleave(self.k, dim=0), []
         for _ in range(200):
-            u = (torch.arange(self.k) + torch.rand(len(nash), self.k, generator=generator, dtype=torch.float64)) / self.k
+            u = (
+                torch.arange(self.k)
+                + torch.rand(len(nash), self.k, generator=generator, dtype=torch.float64)
+            ) / self.k
             drawn = choose(rows, u.flatten(), 1.0, 1.0).view(len(nash), self.k)
             gaps.append(self.gap(F.one_hot(drawn, len(CLASSES)).double().mean(1))[0])
         return sum(gaps) / len(gaps)
@@ -100,25 +125,37 @@ class Validation:
         before, last = self.shares[-2], self.shares[-1]
         gap_last, interval = self.gap(last)
         gap_average, interval_average = self.gap(self.shares[:-1].mean(0))
-        return {"gap_last": gap_last, "gap_last_interval": interval, "gap_average": gap_average,
-                "gap_average_interval": interval_average, "win_rate_vs_previous": dno.win_rate(self.P, last, before),
-                "win_rate_vs_teacher": dno.win_rate(self.P, last, self.teacher), **self.share_columns(),
-                "gap_nash": dno.duality_gap(self.P, self.nash)}  # fmt: skip
+        return {
+            "gap_last": gap_last,
+            "gap_last_interval": interval,
+            "gap_average": gap_average,
+            "gap_average_interval": interval_average,
+            "win_rate_vs_previous": dno.win_rate(self.P, last, before),
+            "win_rate_vs_teacher": dno.win_rate(self.P, last, self.teacher),
+            **self.share_columns(),
+            "gap_nash": dno.duality_gap(self.P, self.nash),
+        }
 
     def share_columns(self) -> dict[str, float]:
         """How often the last policy writes in each class."""
-        return {f"share_{name}": self.shares[-1][:, i].mean().item() for i, name in enumerate(CLASSES)}
+        return {
+            f"share_{name}": self.shares[-1][:, i].mean().item() for i, name in enumerate(CLASSES)
+        }
 
     @staticmethod
     def line(row: dict[str, float]) -> str:
         """The columns under `HEADER`."""
-        gaps = "  ".join(f"{row[name]:.3f} +- {row[name + '_interval']:.3f}" for name in ("gap_last", "gap_average"))
+        gaps = "  ".join(
+            f"{row[name]:.3f} +- {row[name + '_interval']:.3f}"
+            for name in ("gap_last", "gap_average")
+        )
         return f"{row['win_rate_vs_teacher']:12.3f} | {gaps} | {row['win_rate_vs_previous']:12.3f}"
 
 
 class JudgedValidation(Validation):
-    """Measures a policy by a judge that must be asked: some samples of each held-out prompt against the teacher's answer and
-    against as many samples of the policy before. Gaps, for which one would have to know P, are not defined."""
+    """Measures a policy by a judge that must be asked: some samples of each held-out prompt against
+    the teacher's answer and against as many samples of the policy before. Gaps, for which one would
+    have to know P, are not defined."""
 
     HEADER = "P(> teacher)  at equal length | answers | P(new > old)"
 
@@ -129,19 +166,30 @@ class JudgedValidation(Validation):
         self.numbers: dict[str, float] = {}
 
     def __call__(self) -> float:
-        """Have the policy as it is judged, all in one go; its win rate over the teacher. Stopped if there is no answer."""
+        """Have the policy as it is judged, all in one go; its win rate over the teacher. Stopped if
+        there is no answer."""
         self.survey()
         before, k = self.samples, self.count
-        self.samples = [str(y) for ys in self.policy.survey(self.prompts, k, self.seed + 1) for y in ys]
-        prompts, gold = ([item for item in items for _ in range(k)] for items in (self.prompts, self.gold))
-        wins = self.judge.prefer(prompts * (1 + bool(before)), self.samples * (1 + bool(before)), gold + before)
+        self.samples = [
+            str(y) for ys in self.policy.survey(self.prompts, k, self.seed + 1) for y in ys
+        ]
+        prompts, gold = (
+            [item for item in items for _ in range(k)] for items in (self.prompts, self.gold)
+        )
+        wins = self.judge.prefer(
+            prompts * (1 + bool(before)), self.samples * (1 + bool(before)), gold + before
+        )
         lead = [len(y) - len(z) for y, z in zip(self.samples, gold, strict=True)]
         report = win_rate_report(wins[: len(gold)], prompts, lead)
         if report["n_parsed"] == 0:
             raise Stopped("the judge has no answer to any question of the validation")
-        self.numbers = {"win_rate_vs_teacher": report["win_rate"], "win_rate_vs_teacher_interval": report["interval"],
-                        "win_rate_vs_teacher_length_controlled": report["length_controlled"], "n": report["n"],
-                        "n_parsed": report["n_parsed"]}  # fmt: skip
+        self.numbers = {
+            "win_rate_vs_teacher": report["win_rate"],
+            "win_rate_vs_teacher_interval": report["interval"],
+            "win_rate_vs_teacher_length_controlled": report["length_controlled"],
+            "n": report["n"],
+            "n_parsed": report["n_parsed"],
+        }
         if before:
             self.numbers["win_rate_vs_previous"] = wins[len(gold) :].nanmean().item()
         return report["win_rate"]
@@ -158,10 +206,15 @@ class JudgedValidation(Validation):
     def first(self) -> dict[str, Any]:
         """The numbers of pi_1, printed."""
         well_formed, found = 1 - self.shares[0].mean(0)[-1].item(), self.numbers
-        print(f"pi_1: P(> teacher) {found['win_rate_vs_teacher']:.3f} +- {found['win_rate_vs_teacher_interval']:.3f}, at equal "
-              f"length {found['win_rate_vs_teacher_length_controlled']:.3f}, {found['n_parsed']} of {found['n']} judged; "
-              f"well-formed {well_formed:.3f}")  # fmt: skip
-        return {**{f"{name}_first": value for name, value in found.items()}, "well_formed_first": well_formed}
+        print(
+            f"pi_1: P(> teacher) {found['win_rate_vs_teacher']:.3f} +- {found['win_rate_vs_teacher_interval']:.3f}, at equal "
+            f"length {found['win_rate_vs_teacher_length_controlled']:.3f}, {found['n_parsed']} of {found['n']} judged; "
+            f"well-formed {well_formed:.3f}"
+        )
+        return {
+            **{f"{name}_first": value for name, value in found.items()},
+            "well_formed_first": well_formed,
+        }
 
     def row(self) -> dict[str, float]:
         """The numbers of pi_{t+1}, the last policy judged."""
@@ -170,16 +223,25 @@ class JudgedValidation(Validation):
     @staticmethod
     def line(row: dict[str, float]) -> str:
         """The columns under `HEADER`."""
-        return (f"{row['win_rate_vs_teacher']:.3f} +- {row['win_rate_vs_teacher_interval']:.3f}  "
-                f"{row['win_rate_vs_teacher_length_controlled']:11.3f}    | {row['n_parsed']:3d}/{row['n']:3d} | "
-                f"{row['win_rate_vs_previous']:12.3f}")  # fmt: skip
+        return (
+            f"{row['win_rate_vs_teacher']:.3f} +- {row['win_rate_vs_teacher_interval']:.3f}  "
+            f"{row['win_rate_vs_teacher_length_controlled']:11.3f}    | {row['n_parsed']:3d}/{row['n']:3d} | "
+            f"{row['win_rate_vs_previous']:12.3f}"
+        )
 
 
 class ChatValidation:
-    """Measures a policy on held-out prompts: samples of it against as many of pi_1's and of its predecessor's, drawn with the
-    same random numbers; and what users of such methods watch."""
+    """Measures a policy on held-out prompts: samples of it against as many of pi_1's and of its
+    predecessor's, drawn with the same random numbers; and what users of such methods watch."""
 
-    def __init__(self, policy: ChatPolicy, judge: Oracle, prompts: list[str], config: Any, first: list[Tensor]):
+    def __init__(
+        self,
+        policy: ChatPolicy,
+        judge: Oracle,
+        prompts: list[str],
+        config: Any,
+        first: list[Tensor],
+    ):
         self.policy, self.judge, self.config = policy, judge, config
         self.prompts = [x for x in prompts for _ in range(config.judged)]
         self.distinct, self.first_weights = prompts, first
@@ -187,7 +249,8 @@ class ChatValidation:
         self.numbers: list[dict[str, float]] = []
 
     def __call__(self) -> float:
-        """Sample from the policy as it is, have it judged; its win rate over pi_1. Stopped if there is no answer."""
+        """Sample from the policy as it is, have it judged; its win rate over pi_1. Stopped if there
+        is no answer."""
         survey = self.policy.survey(self.distinct, self.config.judged, self.config.seed)
         self.samples.append(new := [y for ys in survey for y in ys])
         if len(self.samples) == 1:
@@ -196,46 +259,67 @@ class ChatValidation:
         first, old = self.samples[0], self.samples[-2]
         both = 1 + (len(self.samples) > 2)  # else they are the same
         wins = self.judge.prefer(self.prompts * both, new * both, (first + old)[: both * len(new)])
-        report = win_rate_report(wins[: len(new)], self.prompts, [len(y) - len(z) for y, z in zip(new, first, strict=True)])
+        report = win_rate_report(
+            wins[: len(new)],
+            self.prompts,
+            [len(y) - len(z) for y, z in zip(new, first, strict=True)],
+        )
         if report["n_parsed"] == 0:
             raise Stopped("the judge has no answer to any question of the validation")
-        self.numbers.append({
-            "win_rate_vs_first": report["win_rate"], "win_rate_vs_first_interval": report["interval"],
-            "win_rate_vs_first_length_controlled": report["length_controlled"],
-            "win_rate_vs_previous": wins[-len(new) :].nanmean().item(), **self.watched(new)})  # fmt: skip
+        self.numbers.append(
+            {
+                "win_rate_vs_first": report["win_rate"],
+                "win_rate_vs_first_interval": report["interval"],
+                "win_rate_vs_first_length_controlled": report["length_controlled"],
+                "win_rate_vs_previous": wins[-len(new) :].nanmean().item(),
+                **self.watched(new),
+            }
+        )
         return report["win_rate"]
 
     @torch.no_grad()
     def watched(self, samples: list[Response]) -> dict[str, float]:
-        """Of samples of the policy as it is: mean length in words; shares cut off, with a run of three words twice, and empty;
-        the KL divergence from pi_1, estimated on them, nats a response; and their perplexity under pi_1, a token."""
+        """Of samples of the policy as it is: mean length in words; shares cut off, with a run of
+        three words twice, and empty; the KL divergence from pi_1, estimated on them, nats a
+        response; and their perplexity under pi_1, a token."""
         own = self.policy.log_prob(self.prompts, samples)
         weights = self.policy.weights()
         self.policy.load(self.first_weights)
         first = self.policy.log_prob(self.prompts, samples)
         self.policy.load(weights)
         tokens, n = sum(len(y.tokens) for y in samples), len(samples)
-        return {"mean_length": sum(len(y.split()) for y in samples) / n,
-                "truncated": sum(not self.policy.finished(y) for y in samples) / n,
-                "repeated": sum(repeats_ngrams(y.split(), 3) for y in samples) / n,
-                "empty": sum(not y.strip() for y in samples) / n,
-                "kl_to_first": (own - first).mean().item(),
-                "perplexity_under_first": math.exp(-first.double().sum().item() / tokens)}  # fmt: skip
+        return {
+            "mean_length": sum(len(y.split()) for y in samples) / n,
+            "truncated": sum(not self.policy.finished(y) for y in samples) / n,
+            "repeated": sum(repeats_ngrams(y.split(), 3) for y in samples) / n,
+            "empty": sum(not y.strip() for y in samples) / n,
+            "kl_to_first": (own - first).mean().item(),
+            "perplexity_under_first": math.exp(-first.double().sum().item() / tokens),
+        }
 
 
 def alarms(row: dict[str, float], first: dict[str, float]) -> list[str]:
-    """What in an iteration's row should worry: texts longer by half than pi_1's, more of them cut off, repetitive or empty, far
-    from pi_1, a chosen response that has become less probable, or no pair at all. A NaN is as bad as any."""
+    """What in an iteration's row should worry: texts longer by half than pi_1's, more of them cut
+    off, repetitive or empty, far from pi_1, a chosen response that has become less probable, or no
+    pair at all. A NaN is as bad as any."""
     found = []
     if not row["mean_length"] <= 1.5 * first["mean_length"]:
-        found.append(f"responses have {row['mean_length']:.1f} words on average, pi_1's {first['mean_length']:.1f}")
+        found.append(
+            f"responses have {row['mean_length']:.1f} words on average, pi_1's {first['mean_length']:.1f}"
+        )
     for name, what in (("truncated", "cut off"), ("repeated", "repetitive"), ("empty", "empty")):
         if not row[name] <= first[name] + 0.15:
-            found.append(f"{row[name]:.0%} of the responses are {what}, {first[name]:.0%} of pi_1's")
+            found.append(
+                f"{row[name]:.0%} of the responses are {what}, {first[name]:.0%} of pi_1's"
+            )
     if not row["kl_to_first"] <= 30:
         found.append(f"the policy is {row['kl_to_first']:.0f} nats from pi_1")
     if not any(row[f"pairs_{kind}"] for kind in KINDS):
-        found.append("no pair: the samples are too alike for the margin, or the judge gave no answer")
+        found.append(
+            "no pair: the samples are too alike for the margin, or the judge gave no answer"
+        )
     elif not row["chosen_log_ratio"] >= -1:
-        found.append(f"log pi of the chosen responses has fallen by {-row['chosen_log_ratio']:.1f} nats in the iteration")
+        found.append(
+            f"log pi of the chosen responses has fallen by {-row['chosen_log_ratio']:.1f} nats in the iteration"
+        )
     return found

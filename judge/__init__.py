@@ -1,1 +1,2 @@
-"""Asking language models for judgments: prices, the ledger of all requests, questions, replies, statistics."""
+"""Asking language models for judgments: prices, the ledger of all requests, questions, replies,
+statistics."""

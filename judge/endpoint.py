@@ -1,8 +1,8 @@
 """A model behind an OpenAI-compatible endpoint.
 
-Every request is in the ledger before it is sent, and every reply before it is used: what was paid for is
-not asked again, and a limit on dollars holds whatever happens. A reply that cannot be had or read is no
-result.
+Every request is in the ledger before it is sent, and every reply before it is used: what was paid
+for is not asked again, and a limit on dollars holds whatever happens. A reply that cannot be had or
+read is no result.
 """
 
 from __future__ import annotations
@@ -112,14 +112,18 @@ LARGEST = 1 << 20  # bytes of a reply that are read
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; what wants more is not waited for
 LONGEST_BACKOFF = 60.0  # seconds between two attempts where the server does not say
 NO_KEY = "none"  # sent where there is no key, to servers of one's own
-NEGOTIABLE = {"response_format": ("response_format", "json_schema"), "logprobs": ("logprobs",), "temperature": ("temperature",)}
+NEGOTIABLE = {
+    "response_format": ("response_format", "json_schema"),
+    "logprobs": ("logprobs",),
+    "temperature": ("temperature",),
+}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a request: replied; unreadable; lost, no reply; refused, for now; negotiated, to be asked in another way;
-    filtered, this question for ever; permanent, any question for ever. With a reason, and the seconds to wait before the next
-    attempt where the server says."""
+    """What became of a request: replied; unreadable; lost, no reply; refused, for now; negotiated,
+    to be asked in another way; filtered, this question for ever; permanent, any question for ever.
+    With a reason, and the seconds to wait before the next attempt where the server says."""
 
     outcome: str
     reason: str
@@ -130,30 +134,67 @@ class Reply:
 class Endpoint:
     """A model behind an OpenAI-compatible endpoint, and the ledger of what it was asked.
 
-    model, url: as the endpoint knows them; url None is the openai client's own choice (OPENAI_BASE_URL, or OpenAI). The key is
-    the client's too: OPENAI_API_KEY in the environment. client: another client of that library, such as AzureOpenAI(), or
-    None. Without `live` there is none: it answers from the ledger alone.
-    cache: the ledger or its file; None for memory. run: whose spending `max_usd` limits. price: None to look it up in `PRICES`.
-    timeout: seconds a request may take, from its headers on. attempts: most requests for one answer. backoff: seconds before
-    the second, doubled for every further one to at most 60, less a random part of up to half; where the server says how long
-    (Retry-After), that, to at most 120. max_failed: the share of the questions of an `ask` that may stay without a full answer;
-    with more it is Stopped."""
+    model, url: as the endpoint knows them; url None is the openai client's own choice
+    (OPENAI_BASE_URL, or OpenAI). The key is the client's too: OPENAI_API_KEY in the environment.
+    client: another client of that library, such as AzureOpenAI(), or None. Without `live` there is
+    none: it answers from the ledger alone. cache: the ledger or its file; None for memory. run:
+    whose spending `max_usd` limits. price: None to look it up in `PRICES`. timeout: seconds a
+    request may take, from its headers on. attempts: most requests for one answer. backoff: seconds
+    before the second, doubled for every further one to at most 60, less a random part of up to
+    half; where the server says how long (Retry-After), that, to at most 120. max_failed: the share
+    of the questions of an `ask` that may stay without a full answer; with more it is Stopped."""
 
-    def __init__(self, model: str, url: str | None = None, cache: str | Path | Ledger | None = "judgments.sqlite", *,
-                 client: Any = None, live: bool = True, temperature: float = 0.0, concurrency: int = 16, timeout: float = 120.0,
-                 attempts: int = 6, backoff: float = 0.5, price: Price | None = None, max_usd: float | None = None,
-                 max_failed: float = 0.05, run: str = ""):  # fmt: skip
-        for name, value, least in (("concurrency", concurrency, 1), ("timeout", timeout, 1e-3), ("attempts", attempts, 1),
-                                   ("backoff", backoff, 0), ("max_failed", max_failed, 0), ("max_usd", max_usd or 0, 0),
-                                   ("temperature", temperature, 0)):  # fmt: skip
+    def __init__(
+        self,
+        model: str,
+        url: str | None = None,
+        cache: str | Path | Ledger | None = "judgments.sqlite",
+        *,
+        client: Any = None,
+        live: bool = True,
+        temperature: float = 0.0,
+        concurrency: int = 16,
+        timeout: float = 120.0,
+        attempts: int = 6,
+        backoff: float = 0.5,
+        price: Price | None = None,
+        max_usd: float | None = None,
+        max_failed: float = 0.05,
+        run: str = "",
+    ):
+        for name, value, least in (
+            ("concurrency", concurrency, 1),
+            ("timeout", timeout, 1e-3),
+            ("attempts", attempts, 1),
+            ("backoff", backoff, 0),
+            ("max_failed", max_failed, 0),
+            ("max_usd", max_usd or 0, 0),
+            ("temperature", temperature, 0),
+        ):
             if not least <= value < math.inf:
                 raise ValueError(f"{name} is {value}; expected a number of at least {least}")
-        self.model, self.temperature, self.concurrency, self.timeout = model, temperature, concurrency, timeout
-        self.attempts, self.backoff, self.max_usd, self.max_failed = attempts, backoff, max_usd, max_failed
+        self.model, self.temperature, self.concurrency, self.timeout = (
+            model,
+            temperature,
+            concurrency,
+            timeout,
+        )
+        self.attempts, self.backoff, self.max_usd, self.max_failed = (
+            attempts,
+            backoff,
+            max_usd,
+            max_failed,
+        )
         self.price, self.live, self.jitter = price or price_of(model), live, random.Random()
         if max_usd is not None and live and self.price is None:
-            raise ValueError(f"max_usd is {max_usd}, but the price of {model!r} is not known; give prices too")
-        self.client = (client or make_client(url)).with_options(timeout=timeout, max_retries=0) if live else None  # we count
+            raise ValueError(
+                f"max_usd is {max_usd}, but the price of {model!r} is not known; give prices too"
+            )
+        self.client = (
+            (client or make_client(url)).with_options(timeout=timeout, max_retries=0)
+            if live
+            else None
+        )  # we count
         self.url = str(self.client.base_url).rstrip("/") if live else "no network"
         if not model.isprintable():
             raise Refused(
@@ -165,66 +206,109 @@ class Endpoint:
                 "expected one without"
             )
         self.ledger = cache if isinstance(cache, Ledger) else Ledger(cache, run, read_only=not live)
-        self.instead: dict[str, str | None] = {}  # settings the endpoint does not know: their other name, or None to leave out
+        self.instead: dict[
+            str, str | None
+        ] = {}  # settings the endpoint does not know: their other name, or None to leave out
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._stop, self._lock, self._flying = threading.Event(), threading.Lock(), 0
         self._first_error: BaseException | None = None
 
     def __str__(self) -> str:
-        price = f"${self.price.prompt:g} and ${self.price.completion:g} a million tokens" if self.price else "price not known"
-        where = f"{self.model} at {self.url} ({price})" if self.live else f"recorded replies of {self.model}"
+        price = (
+            f"${self.price.prompt:g} and ${self.price.completion:g} a million tokens"
+            if self.price
+            else "price not known"
+        )
+        where = (
+            f"{self.model} at {self.url} ({price})"
+            if self.live
+            else f"recorded replies of {self.model}"
+        )
         return f"{where}, kept in {self.ledger.path}"
 
     def _settings(self, question: Question) -> dict[str, Any]:
         """All that a reply depends on, as far as we know."""
-        return {"model": self.model, "version": question.version, "messages": question.messages,
-                "temperature": self.temperature, "max_tokens": question.max_tokens, "number": question.number}  # fmt: skip
+        return {
+            "model": self.model,
+            "version": question.version,
+            "messages": question.messages,
+            "temperature": self.temperature,
+            "max_tokens": question.max_tokens,
+            "number": question.number,
+        }
 
     def key(self, question: Question) -> str:
-        """The hash under which the ledger keeps the answer: of model, version, all texts in their order, and settings."""
+        """The hash under which the ledger keeps the answer: of model, version, all texts in their
+        order, and settings."""
         return hashlib.sha256(json.dumps(self._settings(question)).encode()).hexdigest()
 
     def _bound(self, question: Question) -> float:
-        """The most dollars that a request can cost: a token has at least a byte, a message less than 16 tokens around it, and
-        the form that is asked for counts too."""
-        size = sum(len(message["content"].encode()) + 16 for message in question.messages) + len(json.dumps(question.wishes))
+        """The most dollars that a request can cost: a token has at least a byte, a message less
+        than 16 tokens around it, and the form that is asked for counts too."""
+        size = sum(len(message["content"].encode()) + 16 for message in question.messages) + len(
+            json.dumps(question.wishes)
+        )
         return self.price.dollars(size, question.max_tokens) if self.price else 0.0
 
     def plan(self, questions: Sequence[Question]) -> Plan:
-        """What `ask` would send now, at most, if every request were answered at once. Sends nothing."""
+        """What `ask` would send now, at most, if every request were answered at once. Sends
+        nothing."""
         distinct = {self.key(question): question for question in questions}
         earlier = self._earlier(distinct)
-        new = [question for key, question in distinct.items() if not self._settled(earlier.get(key, []))]
+        new = [
+            question
+            for key, question in distinct.items()
+            if not self._settled(earlier.get(key, []))
+        ]
         texts = [message["content"] for question in new for message in question.messages]
         prompt = sum(count_tokens(text, self.model) for text in texts) + 4 * len(texts)
         completion = sum(question.max_tokens for question in new)
-        return Plan(len(new), prompt, completion, self.price.dollars(prompt, completion) if self.price else None)
+        return Plan(
+            len(new),
+            prompt,
+            completion,
+            self.price.dollars(prompt, completion) if self.price else None,
+        )
 
     def ask(self, questions: Sequence[Question]) -> list[Any]:
-        """The result of each question, None where there is none. Asks what the ledger does not know, `concurrency` questions at
-        a time. Raises Stopped; what had been sent by then is waited for, and kept."""
+        """The result of each question, None where there is none. Asks what the ledger does not
+        know, `concurrency` questions at a time. Raises Stopped; what had been sent by then is
+        waited for, and kept."""
         keys = [self.key(question) for question in questions]
         distinct = dict(zip(keys, questions, strict=True))
         earlier = self._earlier(distinct)
         results = {key: self._settled(earlier.get(key, [])) for key in distinct}
         failed = sum(result is not None and _failed(result) for result in results.values())
         if self.live and failed > self.max_failed * len(distinct):  # perhaps it can answer now
-            results |= {key: None for key, result in results.items() if result is not None and not result[1]}
+            results |= {
+                key: None for key, result in results.items() if result is not None and not result[1]
+            }
             failed = sum(result is not None and _failed(result) for result in results.values())
         missing = [key for key, result in results.items() if result is None]
         self.counts["asked"] += len(distinct)
         self.counts["cached"] += len(distinct) - len(missing)
         if missing and not self.live:
             wanted = distinct[missing[0]].messages[-1]["content"][:120]
-            raise Refused(f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {len(distinct)} questions, of "
-                          f"which one is {wanted!r}; give the cache that was recorded with these settings")  # fmt: skip
+            raise Refused(
+                f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {len(distinct)} questions, of "
+                f"which one is {wanted!r}; give the cache that was recorded with these settings"
+            )
         self._stop.clear()
         self._first_error = None
         quiet = None if missing else True
-        bar = tqdm(total=len(missing), desc=f"asking {self.model}", unit="reply", disable=quiet, leave=False)
+        bar = tqdm(
+            total=len(missing),
+            desc=f"asking {self.model}",
+            unit="reply",
+            disable=quiet,
+            leave=False,
+        )
         with bar, ThreadPoolExecutor(min(self.concurrency, max(1, len(missing)))) as pool:
-            futures = {pool.submit(self._answer_or_stop, key, distinct[key], earlier.get(key, [])): key for key in missing}
+            futures = {
+                pool.submit(self._answer_or_stop, key, distinct[key], earlier.get(key, [])): key
+                for key in missing
+            }
             try:
                 for future in as_completed(futures):
                     results[futures[future]] = result = future.result()
@@ -246,13 +330,20 @@ class Endpoint:
 
     def _check_failures(self, failed: int, total: int) -> None:
         if failed > self.max_failed * total:
-            reasons = ", ".join(f"{reason} ({count} times)" for reason, count in self.reasons.most_common(3)) or "in the cache"
-            raise Stopped(f"{failed} of {total} questions to {self.model} have no full answer, more than the share "
-                          f"{self.max_failed:g} that may fail: {reasons}")  # fmt: skip
+            reasons = (
+                ", ".join(
+                    f"{reason} ({count} times)" for reason, count in self.reasons.most_common(3)
+                )
+                or "in the cache"
+            )
+            raise Stopped(
+                f"{failed} of {total} questions to {self.model} have no full answer, more than the share "
+                f"{self.max_failed:g} that may fail: {reasons}"
+            )
 
     def _earlier(self, distinct: dict[str, Question]) -> dict[str, list[tuple[Any, bool]]]:
-        """What the replies in the ledger say, oldest first, as (result, whether it is complete). Those that could not be read,
-        or whose parsed form is NULL, are read anew."""
+        """What the replies in the ledger say, oldest first, as (result, whether it is complete).
+        Those that could not be read, or whose parsed form is NULL, are read anew."""
         replies = self.ledger.replies(distinct)
         with self.ledger.refusing():
             return {
@@ -260,15 +351,18 @@ class Endpoint:
             }
 
     def _settled(self, results: list[tuple[Any, bool]]) -> tuple[Any, bool] | None:
-        """The answer if there is no need to ask again: the first complete one; the fullest of those that we have if we may not
-        ask again. Else None."""
+        """The answer if there is no need to ask again: the first complete one; the fullest of those
+        that we have if we may not ask again. Else None."""
         whole = [result for result in results if result[1]]
         if whole or not results:
             return whole[0] if whole else None
-        return max(results, key=_fullness) if len(results) >= self.attempts or not self.live else None
+        return (
+            max(results, key=_fullness) if len(results) >= self.attempts or not self.live else None
+        )
 
     def _answer_or_stop(self, *asked: Any) -> tuple[Any, bool]:
-        """An answer; an error stops all who have not sent their request yet, and the first one is what is told."""
+        """An answer; an error stops all who have not sent their request yet, and the first one is
+        what is told."""
         try:
             return self._answer(*asked)
         except BaseException as error:
@@ -277,9 +371,11 @@ class Endpoint:
             self._stop.set()
             raise
 
-    def _answer(self, key: str, question: Question, earlier: list[tuple[Any, bool]]) -> tuple[Any, bool]:
-        """Ask until there is a complete answer, at most `attempts` times, earlier ones counted (but anew if they were as many);
-        else the fullest there was."""
+    def _answer(
+        self, key: str, question: Question, earlier: list[tuple[Any, bool]]
+    ) -> tuple[Any, bool]:
+        """Ask until there is a complete answer, at most `attempts` times, earlier ones counted (but
+        anew if they were as many); else the fullest there was."""
         results, attempt = list(earlier), len(earlier) % self.attempts
         while attempt < self.attempts:
             number = self._reserved(key, question, len(results))
@@ -290,7 +386,9 @@ class Endpoint:
                     return whole[0]
                 continue
             try:
-                result, reply = self._exchange(number, f"{key}-{len(results)}-{len(self.instead)}", question)
+                result, reply = self._exchange(
+                    number, f"{key}-{len(results)}-{len(self.instead)}", question
+                )
             finally:
                 with self._lock:
                     self._flying -= 1
@@ -306,8 +404,12 @@ class Endpoint:
             if reply.outcome == "unreadable":
                 results.append((result, False))
             elif attempt < self.attempts:
-                backoff = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * self.jitter.uniform(0.5, 1)
-                self._wait(backoff if reply.wait is None else reply.wait * self.jitter.uniform(1, 1.1))
+                backoff = min(
+                    LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)
+                ) * self.jitter.uniform(0.5, 1)
+                self._wait(
+                    backoff if reply.wait is None else reply.wait * self.jitter.uniform(1, 1.1)
+                )
         return max(results, key=_fullness, default=(None, False))
 
     def _wait(self, seconds: float) -> None:
@@ -315,14 +417,22 @@ class Endpoint:
             raise Stopped("asking was stopped")
 
     def _reserved(self, key: str, question: Question, known: int) -> int | None:
-        """The ledger's row for a request that may be sent now; None if there are more replies than those known already."""
-        row = {"key": key, "model": self.model, "url": self.url, "question": json.dumps(self._settings(question)),
-               "bound": self._bound(question)}  # fmt: skip
+        """The ledger's row for a request that may be sent now; None if there are more replies than
+        those known already."""
+        row = {
+            "key": key,
+            "model": self.model,
+            "url": self.url,
+            "question": json.dumps(self._settings(question)),
+            "bound": self._bound(question),
+        }
         limit = math.inf if self.max_usd is None else self.max_usd
         while True:
             self._wait(0)
             with self._lock:
-                number = self.ledger.reserve({**row, "sent": time.time()}, known, limit, 2 * self.timeout)
+                number = self.ledger.reserve(
+                    {**row, "sent": time.time()}, known, limit, 2 * self.timeout
+                )
                 self._flying += isinstance(number, int)
                 waiting = self._flying > 0  # for a request that may turn out cheaper than its bound
             if isinstance(number, int):
@@ -330,12 +440,15 @@ class Endpoint:
             if number == "answered":
                 return None
             if number == "too dear" and not waiting:
-                raise TooDear(f"stopped below the limit of ${limit:g}: ${self.ledger.spent():.4f} are spent, and the next "
-                              f"request can cost ${row['bound']:.4f}")  # fmt: skip
+                raise TooDear(
+                    f"stopped below the limit of ${limit:g}: ${self.ledger.spent():.4f} are spent, and the next "
+                    f"request can cost ${row['bound']:.4f}"
+                )
             self._wait(0.05)
 
     def _exchange(self, number: int, idempotency_key: str, question: Question) -> tuple[Any, Reply]:
-        """Send one request, and complete its row with what became of it. Raises Refused on a permanent error."""
+        """Send one request, and complete its row with what became of it. Raises Refused on a
+        permanent error."""
         start = time.perf_counter()
         reply, result = self._send(idempotency_key, question), None
         if reply.outcome == "lost":  # it may have been charged: its bound stays spent
@@ -346,12 +459,24 @@ class Endpoint:
         else:
             (result, whole), usage = _read(question, reply.body), _usage(reply.body)
             result = self._hidden(result)
-            reply = replace(reply, outcome="complete" if whole and reply.outcome == "replied" else "unreadable")
-            columns = {"outcome": reply.outcome, "reply": self._hidden(_text(reply.body)), "parsed": json.dumps(result)}
+            reply = replace(
+                reply, outcome="complete" if whole and reply.outcome == "replied" else "unreadable"
+            )
+            columns = {
+                "outcome": reply.outcome,
+                "reply": self._hidden(_text(reply.body)),
+                "parsed": json.dumps(result),
+            }
             if usage:
                 dollars = self.price.dollars(*usage) if self.price else None
-                columns |= {"prompt_tokens": usage[0], "completion_tokens": usage[1], "dollars": dollars}
-        self.ledger.complete(number, self._bound(question), **columns, seconds=time.perf_counter() - start)
+                columns |= {
+                    "prompt_tokens": usage[0],
+                    "completion_tokens": usage[1],
+                    "dollars": dollars,
+                }
+        self.ledger.complete(
+            number, self._bound(question), **columns, seconds=time.perf_counter() - start
+        )
         if reply.outcome == "permanent":
             raise Refused(reply.reason)
         return result, reply
@@ -360,7 +485,8 @@ class Endpoint:
         return hidden(value, self.client.api_key)
 
     def _send(self, idempotency_key: str, question: Question) -> Reply:
-        """One HTTP request. A server that honours the idempotency key does not charge again for what was lost on the way."""
+        """One HTTP request. A server that honours the idempotency key does not charge again for
+        what was lost on the way."""
         import httpx2
         import openai
 
@@ -400,25 +526,47 @@ class Endpoint:
         again = {"true": True, "false": False}.get(headers.get("x-should-retry", ""), again)
         if "insufficient_quota" in told or (wait or 0) > LONGEST_WAIT:
             again = False
-        if again:  # 502, 504 and 524 are a gateway's words: what is behind it may have answered, and charged
-            return Reply("lost" if status in (502, 504, 524) else "refused", f"HTTP {status}", wait=wait)
-        hint = {401: "; check OPENAI_API_KEY", 403: "; check OPENAI_API_KEY", 404: "; check the model's name and the URL"}
+        # 502, 504 and 524 are a gateway's words: what is behind it may have answered, and charged
+        if again:
+            return Reply(
+                "lost" if status in (502, 504, 524) else "refused", f"HTTP {status}", wait=wait
+            )
+        hint = {
+            401: "; check OPENAI_API_KEY",
+            403: "; check OPENAI_API_KEY",
+            404: "; check the model's name and the URL",
+        }
         later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
-        return Reply("permanent", f"{self.model} at {self.url} answers HTTP {status}: {message}{later}{hint.get(status, '')}")
+        return Reply(
+            "permanent",
+            f"{self.model} at {self.url} answers HTTP {status}: {message}{later}{hint.get(status, '')}",
+        )
 
     def _body(self, question: Question) -> dict[str, Any]:
         """The settings of a request, without those that the endpoint has refused."""
-        body = {"max_tokens": question.max_tokens, "temperature": self.temperature, **question.wishes}
+        body = {
+            "max_tokens": question.max_tokens,
+            "temperature": self.temperature,
+            **question.wishes,
+        }
         if self.instead.get("response_format") == "json_object" and "response_format" in body:
             schema = body["response_format"]["json_schema"]["schema"]
-            body["response_format"] = {"type": "json_object", "schema": schema}  # as llama-cpp-python has it
+            body["response_format"] = {
+                "type": "json_object",
+                "schema": schema,
+            }  # as llama-cpp-python has it
         if self.instead.get("max_tokens"):
             body["max_completion_tokens"] = body.pop("max_tokens")
         return {name: value for name, value in body.items() if self.instead.get(name, name)}
 
     def _negotiated(self, told: str, body: dict[str, Any]) -> bool:
-        """Was a setting refused that there is another form of, or that one can do without? So from now on, and we say so."""
-        refused = {name: None for name, words in NEGOTIABLE.items() if name in body and any(word in told for word in words)}
+        """Was a setting refused that there is another form of, or that one can do without? So from
+        now on, and we say so."""
+        refused = {
+            name: None
+            for name, words in NEGOTIABLE.items()
+            if name in body and any(word in told for word in words)
+        }
         if "max_tokens" in body and "max_completion_tokens" in told:
             refused = {"max_tokens": "max_completion_tokens"}
         elif "response_format" in refused and body["response_format"]["type"] == "json_schema":
@@ -434,8 +582,8 @@ class Endpoint:
         return bool(refused)
 
     def report(self) -> dict[str, float | None]:
-        """What this run has sent and spent so far (`Ledger.totals`; dollars are None where the price is not known); what this
-        process asked, had in the cache, and failed."""
+        """What this run has sent and spent so far (`Ledger.totals`; dollars are None where the
+        price is not known); what this process asked, had in the cache, and failed."""
         totals = self.ledger.totals()
         if self.live and self.price is None:
             totals |= {"dollars": None, "dollars_unknown_at_most": None}
@@ -447,17 +595,27 @@ class Endpoint:
 
 
 def make_client(url: str | None, keyless: bool = False) -> Any:
-    """The openai library's client for a URL, with the key from the environment, or without one: such a client can only be asked
-    where no key is needed. Refused on a URL or key that cannot be one, or if the key is missing."""
+    """The openai library's client for a URL, with the key from the environment, or without one:
+    such a client can only be asked where no key is needed. Refused on a URL or key that cannot be
+    one, or if the key is missing."""
     import openai
 
-    key, where = os.environ.get("OPENAI_API_KEY"), url if url is not None else os.environ.get("OPENAI_BASE_URL") or None
+    key, where = (
+        os.environ.get("OPENAI_API_KEY"),
+        url if url is not None else os.environ.get("OPENAI_BASE_URL") or None,
+    )
     if where is not None and not _is_url(where):
-        raise Refused("the judge's URL must be like http://localhost:8000/v1, with no key in it, whose place is OPENAI_API_KEY")
+        raise Refused(
+            "the judge's URL must be like http://localhost:8000/v1, with no key in it, whose place is OPENAI_API_KEY"
+        )
     if not (key or keyless or where):
-        raise Refused("OPENAI_API_KEY is not set; set it, or give the URL of a server that needs none")
+        raise Refused(
+            "OPENAI_API_KEY is not set; set it, or give the URL of a server that needs none"
+        )
     if key and not re.fullmatch(r"[!-~]+", key):
-        raise Refused("OPENAI_API_KEY holds a space, a line break or another character that no key has")
+        raise Refused(
+            "OPENAI_API_KEY holds a space, a line break or another character that no key has"
+        )
     return openai.OpenAI(api_key=NO_KEY if keyless or not key else key, base_url=url)
 
 
@@ -466,7 +624,9 @@ def _is_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
         plain = not (parts.username or parts.password or parts.query or parts.fragment)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and plain and parts.port != 0
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and plain and parts.port != 0
+        )
     except ValueError:  # of the port, or the host
         return False
 
@@ -511,7 +671,8 @@ def only_model(url: str | None) -> str:
 
 
 def recorded_models(cache: str | Path, kind: str) -> list[str]:
-    """The models whose replies to a judge's or a teacher's questions are in a ledger. Refused if it cannot be read."""
+    """The models whose replies to a judge's or a teacher's questions are in a ledger. Refused if it
+    cannot be read."""
     return Ledger(cache, read_only=True).models(kind == "teacher")
 
 
@@ -524,13 +685,16 @@ def only(names: list[str], where: str, how: str = "name one: openai:MODEL") -> s
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds that a server asks us to wait, by Retry-After-Ms, or by Retry-After in seconds or as a date; else None."""
+    """Seconds that a server asks us to wait, by Retry-After-Ms, or by Retry-After in seconds or as
+    a date; else None."""
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         value = headers.get(name, "")
         if re.fullmatch(r"\d+(\.\d*)?", value.strip()):
             return float(value) / unit
     try:
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time())
+        return max(
+            0.0, parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time()
+        )
     except (ValueError, TypeError, IndexError, OverflowError):
         return None  # not a date either
 
@@ -555,7 +719,9 @@ def _read(question: Question, body: bytes) -> tuple[Any, bool]:
     return question.read(choice) if isinstance(choice, dict) else (None, False)
 
 
-def _reread(question: Question, outcome: str, parsed: str | None, reply: str | bytes | None) -> tuple[Any, bool]:
+def _reread(
+    question: Question, outcome: str, parsed: str | None, reply: str | bytes | None
+) -> tuple[Any, bool]:
     if outcome == "filtered":
         return None, True
     if outcome == "complete" and parsed is not None:

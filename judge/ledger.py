@@ -14,7 +14,8 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """Asking ended before its time, for a reason in one line. What was paid for is in the ledger; to ask again is to go on."""
+    """Asking ended before its time, for a reason in one line. What was paid for is in the ledger;
+    to ask again is to go on."""
 
 
 class Refused(Stopped):
@@ -49,12 +50,17 @@ prompt_tokens, completion_tokens, dollars, seconds"""
 
 
 class Ledger:
-    """All requests ever sent, in an SQLite file: a row is written before its request is sent and completed by its reply.
-    Threads and processes may share it. It survives the death of a process at any moment; that of the machine may cost the last
-    few replies."""
+    """All requests ever sent, in an SQLite file: a row is written before its request is sent and
+    completed by its reply. Threads and processes may share it. It survives the death of a process
+    at any moment; that of the machine may cost the last few replies."""
 
     def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
-        self.path, self.run, self.read_only, self.lock = path or "memory", run, read_only, threading.RLock()
+        self.path, self.run, self.read_only, self.lock = (
+            path or "memory",
+            run,
+            read_only,
+            threading.RLock(),
+        )
         with self.lock, self.refusing():
             above = next(
                 (folder for folder in Path(path or ".").absolute().parents if folder.exists()),
@@ -71,7 +77,8 @@ class Ledger:
 
     @cached_property
     def db(self) -> sqlite3.Connection:
-        """The connection; made, with the file, when it is first needed. Refused if there can be none."""
+        """The connection; made, with the file, when it is first needed. Refused if there can be
+        none."""
         with self.lock, self.refusing():  # another thread may be faster
             return self.__dict__["db"] if "db" in self.__dict__ else self._open()
 
@@ -110,8 +117,8 @@ class Ledger:
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Around every use of the file: Refused, in a line, if it cannot be read or written. It takes
-        no lock: Control-C between this function and its caller would leave it locked."""
+        """Around every use of the file: Refused, in a line, if it cannot be read or written. It
+        takes no lock: Control-C between this function and its caller would leave it locked."""
         try:
             yield
         except (sqlite3.DatabaseError, OSError) as error:
@@ -122,9 +129,11 @@ class Ledger:
                 f"{self.path} cannot be used as a cache of judgments ({told}); {_remedy(error)}"
             ) from None
 
-    def replies(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
-        """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered, oldest first, by key; a complete
-        one's raw text only if its parsed form is NULL."""
+    def replies(
+        self, keys: Iterable[str]
+    ) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
+        """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered,
+        oldest first, by key; a complete one's raw text only if its parsed form is NULL."""
         found: dict[str, list[tuple[str, str | None, str | bytes | None]]] = {}
         keys = list(keys)
         for at in range(0, len(keys), 500):
@@ -154,25 +163,42 @@ class Ledger:
             return [model for (model,) in self.db.execute(sql, (teacher,))]
 
     def totals(self) -> dict[str, float]:
-        """Requests sent in this run, how many of them were never answered, tokens, dollars known to be paid, and the most that
-        the others can have cost."""
+        """Requests sent in this run, how many of them were never answered, tokens, dollars known to
+        be paid, and the most that the others can have cost."""
         query = """SELECT COUNT(*), COALESCE(SUM(outcome IS NULL OR outcome = 'lost'), 0), COALESCE(SUM(prompt_tokens), 0),
                    COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(dollars), 0),
                    COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0) FROM requests WHERE run = ?"""
-        names = ("requests", "unanswered", "prompt_tokens", "completion_tokens", "dollars", "dollars_unknown_at_most")
+        names = (
+            "requests",
+            "unanswered",
+            "prompt_tokens",
+            "completion_tokens",
+            "dollars",
+            "dollars_unknown_at_most",
+        )
         with self.lock, self.refusing():
             return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
 
     def reserve(self, row: dict[str, Any], known: int, limit: float, patience: float) -> int | str:
-        """The id of a new row for a request about to be sent; or "too dear" if its bound could take this run past the limit,
-        "answered" if there are more replies than the `known` ones, "busy" if another living process has sent it less than
-        `patience` seconds ago."""
+        """The id of a new row for a request about to be sent; or "too dear" if its bound could take
+        this run past the limit, "answered" if there are more replies than the `known` ones, "busy"
+        if another living process has sent it less than `patience` seconds ago."""
         with self._transaction():
-            others = self.db.execute("SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)).fetchall()
-            if sum(outcome in ("complete", "unreadable", "filtered") for outcome, _, _ in others) > known:
+            others = self.db.execute(
+                "SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)
+            ).fetchall()
+            if (
+                sum(outcome in ("complete", "unreadable", "filtered") for outcome, _, _ in others)
+                > known
+            ):
                 return "answered"
-            if any(outcome is None and pid != os.getpid() and row["sent"] - sent < patience and _alive(pid)
-                   for outcome, pid, sent in others):  # fmt: skip
+            if any(
+                outcome is None
+                and pid != os.getpid()
+                and row["sent"] - sent < patience
+                and _alive(pid)
+                for outcome, pid, sent in others
+            ):
                 return "busy"
             if self.spent() + row["bound"] > limit:
                 return "too dear"
@@ -183,10 +209,13 @@ class Ledger:
             return number
 
     def complete(self, number: int, bound: float, **columns: Any) -> None:
-        """Write what became of a request; where its dollars are known they take the place of its bound."""
+        """Write what became of a request; where its dollars are known they take the place of its
+        bound."""
         assignments = ", ".join(f"{name} = ?" for name in columns)
         with self._transaction():
-            self.db.execute(f"UPDATE requests SET {assignments} WHERE id = ?", [*columns.values(), number])
+            self.db.execute(
+                f"UPDATE requests SET {assignments} WHERE id = ?", [*columns.values(), number]
+            )
             if columns.get("dollars") is not None:
                 self._spend(columns["dollars"] - bound)
 
@@ -233,7 +262,8 @@ def _connect(uri: str) -> sqlite3.Connection:
 
 
 def _prepare(db: sqlite3.Connection) -> sqlite3.Connection:
-    """Make the tables. Another process may be about to, and SQLite does not wait by itself to change the journal's mode."""
+    """Make the tables. Another process may be about to, and SQLite does not wait by itself to
+    change the journal's mode."""
     for wait in (0.01, 0.1, 0.5, 1.0, 2.0, None):
         try:
             db.execute("PRAGMA journal_mode = WAL")
@@ -248,7 +278,9 @@ def _prepare(db: sqlite3.Connection) -> sqlite3.Connection:
 
 def _alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie sends nothing
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        )  # a zombie sends nothing
     except OSError:
         pass  # no such process, or no such file system
     try:

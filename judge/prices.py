@@ -22,7 +22,9 @@ class Price:
 
     def __post_init__(self) -> None:
         if not (0 <= self.prompt < math.inf and 0 <= self.completion < math.inf):
-            raise ValueError(f"prices are {self.prompt} and {self.completion}; expected dollars per million tokens, at least 0")
+            raise ValueError(
+                f"prices are {self.prompt} and {self.completion}; expected dollars per million tokens, at least 0"
+            )
 
     def dollars(self, prompt_tokens: float, completion_tokens: float) -> float:
         """What so many tokens cost."""
@@ -30,10 +32,18 @@ class Price:
 
 
 PRICES = {  # OpenAI's list prices as last seen by us; they change: give your own where it matters
-    "gpt-4-32k": Price(60, 120), "gpt-4": Price(30, 60), "gpt-4-turbo": Price(10, 30), "gpt-4-1106-preview": Price(10, 30),
-    "gpt-4-0125-preview": Price(10, 30), "gpt-4o": Price(2.5, 10), "gpt-4o-2024-05-13": Price(5, 15),
-    "gpt-4o-mini": Price(0.15, 0.6), "gpt-4.1": Price(2, 8), "gpt-4.1-mini": Price(0.4, 1.6), "gpt-4.1-nano": Price(0.1, 0.4),
-}  # fmt: skip
+    "gpt-4-32k": Price(60, 120),
+    "gpt-4": Price(30, 60),
+    "gpt-4-turbo": Price(10, 30),
+    "gpt-4-1106-preview": Price(10, 30),
+    "gpt-4-0125-preview": Price(10, 30),
+    "gpt-4o": Price(2.5, 10),
+    "gpt-4o-2024-05-13": Price(5, 15),
+    "gpt-4o-mini": Price(0.15, 0.6),
+    "gpt-4.1": Price(2, 8),
+    "gpt-4.1-mini": Price(0.4, 1.6),
+    "gpt-4.1-nano": Price(0.1, 0.4),
+}
 
 
 def price_of(model: str) -> Price | None:
@@ -41,8 +51,11 @@ def price_of(model: str) -> Price | None:
     return PRICES.get(model) or PRICES.get(re.sub(r"-\d{4}(-\d{2}-\d{2})?$", "", model))
 
 
-ENCODINGS_AT = "https://openaipublic.blob.core.windows.net/encodings"  # names the files: tiktoken hashes it
-ENCODINGS = {  # files of tiktoken's encodings, by SHA-256: one that is damaged would be downloaded anew
+ENCODINGS_AT = (
+    "https://openaipublic.blob.core.windows.net/encodings"  # names the files: tiktoken hashes it
+)
+# files of tiktoken's encodings, by SHA-256: one that is damaged would be downloaded anew
+ENCODINGS = {
     "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
     "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
 }
@@ -50,30 +63,38 @@ ENCODINGS = {  # files of tiktoken's encodings, by SHA-256: one that is damaged 
 
 @lru_cache
 def _encoding(model: str) -> Any:
-    """tiktoken's encoding for the model if its file is on this machine, else None; nothing is downloaded."""
+    """tiktoken's encoding for the model if its file is on this machine, else None; nothing is
+    downloaded."""
     import tiktoken
 
     try:
         name = tiktoken.encoding_name_for_model(model)
     except KeyError:
         return None
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", f"{gettempdir()}/data-gym-cache"))
+    folder = os.environ.get(
+        "TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", f"{gettempdir()}/data-gym-cache")
+    )
     file = Path(folder) / hashlib.sha1(f"{ENCODINGS_AT}/{name}.tiktoken".encode()).hexdigest()
-    whole = folder and file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == ENCODINGS.get(name)
+    whole = (
+        folder
+        and file.exists()
+        and hashlib.sha256(file.read_bytes()).hexdigest() == ENCODINGS.get(name)
+    )
     return tiktoken.get_encoding(name) if whole else None
 
 
 def count_tokens(text: str, model: str) -> float:
-    """How many tokens a text is: by tiktoken where the model's encoding is on this machine already, else estimated as a quarter
-    of its UTF-8 bytes."""
+    """How many tokens a text is: by tiktoken where the model's encoding is on this machine already,
+    else estimated as a quarter of its UTF-8 bytes."""
     encoding = _encoding(model)
     return len(encoding.encode(text, disallowed_special=())) if encoding else len(text.encode()) / 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What questions will cost: requests not in the ledger yet, tokens of their prompts, most tokens of their completions, and
-    dollars if every completion is that long (None where the price is not known)."""
+    """What questions will cost: requests not in the ledger yet, tokens of their prompts, most
+    tokens of their completions, and dollars if every completion is that long (None where the price
+    is not known)."""
 
     requests: int
     prompt_tokens: float
@@ -81,15 +102,32 @@ class Plan:
     dollars: float | None
 
     def __str__(self) -> str:
-        dollars = "dollars not known" if self.dollars is None else f"${self.dollars:.2f} at most if none is asked twice"
-        return (f"{self.requests:,} requests, about {self.prompt_tokens:,.0f} tokens of prompts and at most "
-                f"{self.completion_tokens:,.0f} of completions, {dollars}")  # fmt: skip
+        dollars = (
+            "dollars not known"
+            if self.dollars is None
+            else f"${self.dollars:.2f} at most if none is asked twice"
+        )
+        return (
+            f"{self.requests:,} requests, about {self.prompt_tokens:,.0f} tokens of prompts and at most "
+            f"{self.completion_tokens:,.0f} of completions, {dollars}"
+        )
 
     def __add__(self, other: Plan) -> Plan:
-        dollars = None if self.dollars is None or other.dollars is None else self.dollars + other.dollars
-        return Plan(self.requests + other.requests, self.prompt_tokens + other.prompt_tokens,
-                    self.completion_tokens + other.completion_tokens, dollars)  # fmt: skip
+        dollars = (
+            None if self.dollars is None or other.dollars is None else self.dollars + other.dollars
+        )
+        return Plan(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            dollars,
+        )
 
     def __mul__(self, times: int) -> Plan:
         dollars = None if self.dollars is None else self.dollars * times
-        return Plan(self.requests * times, self.prompt_tokens * times, self.completion_tokens * times, dollars)
+        return Plan(
+            self.requests * times,
+            self.prompt_tokens * times,
+            self.completion_tokens * times,
+            dollars,
+        )

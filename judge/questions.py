@@ -1,4 +1,5 @@
-"""What language models are asked: the rubric of points, the comparison, and how untrusted text is marked."""
+"""What language models are asked: the rubric of points, the comparison, and how untrusted text is
+marked."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from judge.replies import LONGEST, read_answer, read_scores, read_verdict
 
 @dataclass(frozen=True)
 class Question:
-    """One request. read(choice) makes of a reply's first choice (result, whether it is complete), None for no result at all;
-    results can be written as JSON. wishes: what is asked for where the endpoint knows it (not part of the question's key)."""
+    """One request. read(choice) makes of a reply's first choice (result, whether it is complete),
+    None for no result at all; results can be written as JSON. wishes: what is asked for where the
+    endpoint knows it (not part of the question's key)."""
 
     version: str
     messages: list[dict[str, str]]
@@ -25,7 +27,8 @@ class Question:
     number: int = 0  # of answers to the same question that are meant to differ
 
 
-# Prompts and responses are untrusted text: cleaned, capped, and set between marks that contain a number which they cannot know.
+# Prompts and responses are untrusted text: cleaned, capped, and set between marks that contain a
+# number which they cannot know.
 RUBRIC = """You grade responses to a request, by points that add up. Give each response one point for each of these that holds:
 1. It has the form of an answer: it does not repeat itself and does not carry on with the request.
 2. It is about what was asked and says at least something useful on it.
@@ -44,7 +47,9 @@ SCORED_FORM = """Now grade all {n} responses. Reply with one JSON object and not
 is a string of at most 100 words, a score a whole number from 0 to 6."""
 PAIRWISE_FORM = 'Which response is better? Reply with one JSON object and nothing else: {"verdict": "A"} or {"verdict": "B"}.'
 TEACHER = "Answer the user's request, well and briefly: in one or two plain sentences, without a preamble."
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\U000e0000-\U000e007f]")  # with the invisible "tag" characters
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\U000e0000-\U000e007f]"
+)  # with the invisible "tag" characters
 PLAIN = """s d bos eos pad unk mask cls sep sop eop eot eom eod eoh eoa eosys blank box bot ent
 ground grounding human img image imgpad audio video sound obj object phrase point poly role
 system user assistant think thinking
@@ -75,28 +80,52 @@ def clean(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]} [cut: {len(text) - most} more characters]"
 
 
-def _laid_out(system: str, request: str, responses: dict[str, str], form: str) -> list[dict[str, str]]:
-    """The messages: instructions, then request and responses between marks, then the form of the reply."""
+def _laid_out(
+    system: str, request: str, responses: dict[str, str], form: str
+) -> list[dict[str, str]]:
+    """The messages: instructions, then request and responses between marks, then the form of the
+    reply."""
     nonce = hashlib.sha256("\0".join((request, *responses.values())).encode()).hexdigest()[:16]
     blocks = {"request": request, **{f"response {name}": text for name, text in responses.items()}}
-    marked = "\n\n".join(f"<{name} {nonce}>\n{text}\n</{name} {nonce}>" for name, text in blocks.items())
-    return [{"role": "system", "content": f"{system}\n\n{UNTRUSTED.format(nonce=nonce)}"},
-            {"role": "user", "content": f"{marked}\n\n{form}"}]  # fmt: skip
+    marked = "\n\n".join(
+        f"<{name} {nonce}>\n{text}\n</{name} {nonce}>" for name, text in blocks.items()
+    )
+    return [
+        {"role": "system", "content": f"{system}\n\n{UNTRUSTED.format(nonce=nonce)}"},
+        {"role": "user", "content": f"{marked}\n\n{form}"},
+    ]
 
 
 def _form(fields: dict[str, Any]) -> dict[str, Any]:
     """What asks an endpoint for a JSON object of these fields and no other text."""
-    schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": schema}}}
+    schema = {
+        "type": "object",
+        "properties": fields,
+        "required": list(fields),
+        "additionalProperties": False,
+    }
+    return {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "reply", "strict": True, "schema": schema},
+        }
+    }
 
 
 @lru_cache
 def _grades(n: int) -> dict[str, Any]:
-    kinds = {"justification": {"type": "string"}, "score": {"type": "integer", "enum": list(range(7))}}
+    kinds = {
+        "justification": {"type": "string"},
+        "score": {"type": "integer", "enum": list(range(7))},
+    }
     return _form({f"id{i}_{name}": kind for i in range(1, n + 1) for name, kind in kinds.items()})
 
 
-VERDICT_WISHES = {**_form({"verdict": {"type": "string", "enum": ["A", "B"]}}), "logprobs": True, "top_logprobs": 5}
+VERDICT_WISHES = {
+    **_form({"verdict": {"type": "string", "enum": ["A", "B"]}}),
+    "logprobs": True,
+    "top_logprobs": 5,
+}
 
 
 def scored_question(request: str, responses: Sequence[str], most: int) -> Question:
@@ -116,5 +145,8 @@ def pairwise_question(request: str, a: str, b: str, most: int) -> Question:
 
 def teacher_question(request: str, max_tokens: int, number: int) -> Question:
     """A gold response."""
-    messages = [{"role": "system", "content": TEACHER}, {"role": "user", "content": clean(request, LONGEST)}]
+    messages = [
+        {"role": "system", "content": TEACHER},
+        {"role": "user", "content": clean(request, LONGEST)},
+    ]
     return Question("teacher-1", messages, max_tokens, read_answer, number=number)

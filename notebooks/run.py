@@ -2,8 +2,8 @@
 
     python notebooks/run.py [NOTEBOOK.ipynb ...]          (all of them when none is named; needs requirements-dev.txt)
 
-What is written is the same from any machine but for rounding: no time stamps, no kernel's name, no paths. Pictures are kept
-with a palette of 128 colours, which makes them a third of the size."""
+What is written is the same from any machine but for rounding: no time stamps, no kernel's name, no
+paths. Pictures are kept with a palette of 128 colours, which makes them a third of the size."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ METADATA = {
 
 
 def run(notebook: nbformat.NotebookNode, folder: Path = FOLDER) -> float:
-    """Execute the cells in order in a new kernel started in the folder, in place; the seconds it took. Raises
-    nbclient.exceptions.CellExecutionError on the first cell that raises."""
+    """Execute the cells in order in a new kernel started in the folder, in place; the seconds it
+    took. Raises nbclient.exceptions.CellExecutionError on the first cell that raises."""
     start = time.perf_counter()
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
     return time.perf_counter() - start
 
 
@@ -47,7 +49,11 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         printed = [output for output in cell.get("outputs", []) if output.get("name") == "stdout"]
         if printed:  # comes in pieces, by chance
             printed[0].text = "".join(output.text for output in printed)
-            cell.outputs = [output for output in cell.outputs if output is printed[0] or output.get("name") != "stdout"]
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output is printed[0] or output.get("name") != "stdout"
+            ]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
@@ -60,7 +66,9 @@ def main(names: list[str]) -> None:
         seconds = run(notebook)
         tidy(notebook)
         nbformat.write(notebook, path)
-        print(f"{path.name:35} {seconds:5.1f} s  {len(notebook.cells):2} cells  {path.stat().st_size / 1024:4.0f} KiB")
+        print(
+            f"{path.name:35} {seconds:5.1f} s  {len(notebook.cells):2} cells  {path.stat().st_size / 1024:4.0f} KiB"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Record what a judge and a teacher reply to a few fixed questions, so that their whole path can be run and read without them.
+"""Record what a judge and a teacher reply to a few fixed questions, so that their whole path can be
+run and read without them.
 
     python -m recordings.record --judge-url http://localhost:8000/v1 --judge-model NAME --out recordings
 
-Writes comparisons.jsonl (six prompts of the world of text, for each all pairs of four responses, with a label drawn from the
-synthetic judge, since no people were asked) and NAME.sqlite, the ledger of: every pair in both orders, the four responses of a
-prompt side by side, and the teacher's answer to each prompt. What cannot be read is recorded too.
+Writes comparisons.jsonl (six prompts of the world of text, for each all pairs of four responses,
+with a label drawn from the synthetic judge, since no people were asked) and NAME.sqlite, the ledger
+of: every pair in both orders, the four responses of a prompt side by side, and the teacher's answer
+to each prompt. What cannot be read is recorded too.
 """
 
 from __future__ import annotations
@@ -48,15 +50,23 @@ def main() -> None:
     items = comparisons()
     lines = "".join(json.dumps(item) + "\n" for item in items)
     (options.out / "comparisons.jsonl").write_text(lines)
-    endpoint = Endpoint(options.judge_model, cache=options.out / f"{options.judge_model}.sqlite", concurrency=2, attempts=1,
-                        max_failed=1.0, client=make_client(options.judge_url))  # fmt: skip
+    endpoint = Endpoint(
+        options.judge_model,
+        cache=options.out / f"{options.judge_model}.sqlite",
+        concurrency=2,
+        attempts=1,
+        max_failed=1.0,
+        client=make_client(options.judge_url),
+    )
     columns = [[item[name] for item in items] for name in ("prompt", "a", "b")]
     for form in ("pairwise", "scored"):
         judge = OpenAIJudge(endpoint, form)
         print(form, judge.prefer(*columns), judge.report())
     print(OpenAITeacher(endpoint, max_tokens=128).answers(ASKED))
     print(endpoint.report())
-    endpoint.ledger.db.execute("PRAGMA journal_mode = DELETE")  # one file, that can be read where nothing can be written
+    endpoint.ledger.db.execute(
+        "PRAGMA journal_mode = DELETE"
+    )  # one file, that can be read where nothing can be written
     endpoint.ledger.db.execute("VACUUM")
 
 

@@ -1,7 +1,9 @@
-"""A language model's HTTP endpoint on loopback, for tests: a judge whose mind is known, with every fault that real ones have.
+"""A language model's HTTP endpoint on loopback, for tests: a judge whose mind is known, with every
+fault that real ones have.
 
-Run as a process of its own (`serving` does), it lives on when its clients are killed. What it was asked and what it charged it
-tells at /stats; /control changes how it behaves. It finds the texts to be judged by the marks in the prompt.
+Run as a process of its own (`serving` does), it lives on when its clients are killed. What it was
+asked and what it charged it tells at /stats; /control changes how it behaves. It finds the texts to
+be judged by the marks in the prompt.
 """
 
 from __future__ import annotations
@@ -19,25 +21,54 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 UNPAID = ("429", "429-retry-after", "500", "503")  # refused before any work is done
-LOST = ("timeout", "reset", "truncated-http", "closed", "not-http", "not-gzip")  # charged, but no whole reply arrives
+LOST = (
+    "timeout",
+    "reset",
+    "truncated-http",
+    "closed",
+    "not-http",
+    "not-gzip",
+)  # charged, but no whole reply arrives
 DRIPS = ("drip",)  # likewise: it comes so slowly that it never ends
-BROKEN = ("truncated-json", "wrong-ids", "missing-ids", "out-of-range", "refusal", "filtered", "empty", "not-utf-8",
-          "10-megabytes", "not-json", "two-answers", "cut-off", "null", "list", "deep", "error-200")  # fmt: skip
+BROKEN = (
+    "truncated-json",
+    "wrong-ids",
+    "missing-ids",
+    "out-of-range",
+    "refusal",
+    "filtered",
+    "empty",
+    "not-utf-8",
+    "10-megabytes",
+    "not-json",
+    "two-answers",
+    "cut-off",
+    "null",
+    "list",
+    "deep",
+    "error-200",
+)
 HARMLESS = ("prose", "python", "fenced", "surrogates", "no-usage")  # can be read all the same
 FAULTS = UNPAID + LOST + BROKEN + HARMLESS
 LARGEST = 1 << 20  # bytes of a reply that a client can be expected to read
 
 
 def quality(text: str) -> int:
-    """What the judge thinks of a text, 0 to 6: the number in it after the word "worth", else one that its letters make up."""
+    """What the judge thinks of a text, 0 to 6: the number in it after the word "worth", else one
+    that its letters make up."""
     found = re.search(r"worth (\d)", text)
     return int(found[1]) if found else int(hashlib.sha256(text.encode()).hexdigest(), 16) % 7
 
 
 def blocks(messages: list[dict]) -> dict[str, str]:
-    """The texts between marks, by name: request, response id1, ... Without marks (a careless prompt), what follows "[name]"."""
+    """The texts between marks, by name: request, response id1, ... Without marks (a careless
+    prompt), what follows "[name]"."""
     number = re.search(r"the number ([0-9a-f]{16})", messages[0]["content"])
-    marked = rf"<([\w ]+) {number[1]}>\n(.*?)\n</\1 {number[1]}>" if number else r"^\[([\w ]+)\] (.*?)(?=^\[|\Z)"
+    marked = (
+        rf"<([\w ]+) {number[1]}>\n(.*?)\n</\1 {number[1]}>"
+        if number
+        else r"^\[([\w ]+)\] (.*?)(?=^\[|\Z)"
+    )
     return dict(re.findall(marked, messages[-1]["content"], re.DOTALL | re.MULTILINE))
 
 
@@ -45,7 +76,11 @@ def outside(messages: list[dict]) -> str:
     """What stands outside the marks: instructions. All of it, if there are no marks."""
     number = re.search(r"the number ([0-9a-f]{16})", messages[0]["content"])
     said = messages[-1]["content"]
-    return re.sub(rf"<([\w ]+) {number[1]}>\n.*?\n</\1 {number[1]}>", "", said, flags=re.DOTALL) if number else said
+    return (
+        re.sub(rf"<([\w ]+) {number[1]}>\n.*?\n</\1 {number[1]}>", "", said, flags=re.DOTALL)
+        if number
+        else said
+    )
 
 
 class Judge:
@@ -59,11 +94,26 @@ class Judge:
     gets its answer."""
 
     def __init__(self) -> None:
-        self.settings = {"latency": 0.0, "faults": [], "mode": "none", "seed": 0, "rate": 0.0, "most": 3, "usage": True,
-                         "logprobs": True, "refuses": [], "gullible": False, "echo": False, "status": None, "filters": None,
-                         "idempotent": True, "first_bias": 0.0, "drip": 6.0, "spelling": "plain",
-                         "models": [200,
-                                    '{"data": [{"id": "local-judge"}]}', ""]}  # fmt: skip
+        self.settings = {
+            "latency": 0.0,
+            "faults": [],
+            "mode": "none",
+            "seed": 0,
+            "rate": 0.0,
+            "most": 3,
+            "usage": True,
+            "logprobs": True,
+            "refuses": [],
+            "gullible": False,
+            "echo": False,
+            "status": None,
+            "filters": None,
+            "idempotent": True,
+            "first_bias": 0.0,
+            "drip": 6.0,
+            "spelling": "plain",
+            "models": [200, '{"data": [{"id": "local-judge"}]}', ""],
+        }
         self.requests = self.turn = self.flying = self.peak = self.outlasted = 0
         self.listings = self.strays = 0
         self.paid: dict[str, int] = {}  # complete replies charged, by question
@@ -78,13 +128,26 @@ class Judge:
         self.headers: list[str] = []
 
     def scores(self, body: dict) -> dict:
-        texts = {name.removeprefix("response "): text for name, text in blocks(body["messages"]).items() if name != "request"}
+        texts = {
+            name.removeprefix("response "): text
+            for name, text in blocks(body["messages"]).items()
+            if name != "request"
+        }
         if self.settings["gullible"]:
             orders = dict(re.findall(r"(id\d+)_score\W+(\d)", outside(body["messages"])))
-            texts = {name: f"worth {orders[name]}" if name in orders else text for name, text in texts.items()}
+            texts = {
+                name: f"worth {orders[name]}" if name in orders else text
+                for name, text in texts.items()
+            }
         reason = "because of " + " ".join(self.headers if self.settings["echo"] else ["it"])
-        return {f"{name}_{kind}": value for name, text in texts.items()
-                for kind, value in (("justification", f"{reason}: {text[:20]}"), ("score", quality(text)))}  # fmt: skip
+        return {
+            f"{name}_{kind}": value
+            for name, text in texts.items()
+            for kind, value in (
+                ("justification", f"{reason}: {text[:20]}"),
+                ("score", quality(text)),
+            )
+        }
 
     def content(self, body: dict) -> tuple[str, dict | None]:
         """(text, log-probabilities) of the answer."""
@@ -100,23 +163,38 @@ class Judge:
         chance = {"A": 0.95, "B": 0.05}[order[1]] if order else chance
         verdict = "A" if chance > 0.5 else "B"
         around = ['{"', "verdict", '":', ' "', '"}'] if '"verdict"' in form else [""]
-        tokens = [*around[:-1], verdict, *around[-1:]] if self.settings["logprobs"] and body.get("logprobs") else []
+        tokens = (
+            [*around[:-1], verdict, *around[-1:]]
+            if self.settings["logprobs"] and body.get("logprobs")
+            else []
+        )
         shares = {"A": chance * 0.9, " B": (1 - chance) * 0.9, "The": 0.1}
         top = [{"token": token, "logprob": math.log(share)} for token, share in shares.items()]
-        others = [{"token": "A", "logprob": -9.0}, {"token": "{", "logprob": -0.1}]  # of tokens that are no verdict
-        told = [{"token": token, "logprob": -0.1, "top_logprobs": top if token == verdict else others}
-                for token in tokens if token]  # fmt: skip
+        others = [
+            {"token": "A", "logprob": -9.0},
+            {"token": "{", "logprob": -0.1},
+        ]  # of tokens that are no verdict
+        told = [
+            {"token": token, "logprob": -0.1, "top_logprobs": top if token == verdict else others}
+            for token in tokens
+            if token
+        ]
         return f"{''.join(around[:-1])}{verdict}{around[-1]}", {"content": told} if told else None
 
     def fault(self, question: str) -> str | None:
-        """Which fault this request meets: the next "in turn", or one "at random", at most `most` for a question."""
+        """Which fault this request meets: the next "in turn", or one "at random", at most `most`
+        for a question."""
         settings = self.settings
         if settings["mode"] == "always":
             return settings["faults"][0]
         if self.met.get(question, 0) >= settings["most"] or settings["mode"] == "none":
             return None
         if settings["mode"] == "turn":
-            chosen = settings["faults"][self.turn % len(settings["faults"])] if question not in self.met else None
+            chosen = (
+                settings["faults"][self.turn % len(settings["faults"])]
+                if question not in self.met
+                else None
+            )
             self.turn += chosen is not None
         else:
             draw = random.Random(f"{settings['seed']} {question} {self.met.get(question, 0)}")
@@ -133,27 +211,46 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
     ids = sorted({key.partition("_")[0] for key in answer or {}})
     last = f"{ids[0]}_score" if "id1" in ids else "verdict"
     if fault == "wrong-ids" and answer:
-        message["content"] = json.dumps({re.sub("^(id|verdict)", r"\g<1>9", key): value for key, value in answer.items()})
+        message["content"] = json.dumps(
+            {re.sub("^(id|verdict)", r"\g<1>9", key): value for key, value in answer.items()}
+        )
     elif fault == "missing-ids" and answer:
-        message["content"] = json.dumps({key: value for key, value in answer.items() if not key.startswith(ids[-1])})
+        message["content"] = json.dumps(
+            {key: value for key, value in answer.items() if not key.startswith(ids[-1])}
+        )
     elif fault == "out-of-range" and answer:
         message["content"] = json.dumps({**answer, last: 7})
     elif fault == "two-answers" and answer:
-        message["content"] = content + "\nor rather\n" + json.dumps({**answer, last: 6 if "id1" in ids else "A"})
+        message["content"] = (
+            content + "\nor rather\n" + json.dumps({**answer, last: 6 if "id1" in ids else "A"})
+        )
     elif fault == "prose":
-        message["content"] = f"Let me see {{carefully}}. {content}\nI hope that helps." if answer else content
+        message["content"] = (
+            f"Let me see {{carefully}}. {content}\nI hope that helps." if answer else content
+        )
     elif fault == "python":
         message["content"] = repr(answer) if answer else f'"{content}"'
     elif fault == "surrogates" and answer:
-        message["content"] = json.dumps({**answer, "id1_justification": "\ud800"}, ensure_ascii=False)
+        message["content"] = json.dumps(
+            {**answer, "id1_justification": "\ud800"}, ensure_ascii=False
+        )
     elif fault == "fenced":
-        message["content"] = f"```json\n{json.dumps(answer, indent=2)}\n```" if answer else f"**{content}**"
+        message["content"] = (
+            f"```json\n{json.dumps(answer, indent=2)}\n```" if answer else f"**{content}**"
+        )
     elif fault in ("wrong-ids", "missing-ids", "out-of-range", "two-answers", "not-json"):
         message["content"], logprobs = "A good deal speaks for either.", None
     elif fault == "cut-off":
-        message["content"], reason, logprobs = content[: len(content) // 2] if answer else "Well, A", "length", None
+        message["content"], reason, logprobs = (
+            content[: len(content) // 2] if answer else "Well, A",
+            "length",
+            None,
+        )
     elif fault == "refusal":
-        message, logprobs = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}, None
+        message, logprobs = (
+            {"role": "assistant", "content": None, "refusal": "I cannot help with that."},
+            None,
+        )
     elif fault == "empty":
         message["content"], logprobs = "", None
     elif fault == "10-megabytes":
@@ -161,13 +258,25 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
     elif fault == "filtered":
         message["content"], reason, logprobs = "", "content_filter", None
     elif fault in ("null", "list", "deep", "error-200"):
-        return {"null": b'{"choices": null}', "list": b"[[1]]", "deep": b"[" * 100_000, "error-200": b'{"error": {}}'}[fault]
+        return {
+            "null": b'{"choices": null}',
+            "list": b"[[1]]",
+            "deep": b"[" * 100_000,
+            "error-200": b'{"error": {}}',
+        }[fault]
     if judge.settings["echo"]:
         message["content"] = (message["content"] or "") + " ".join(judge.headers)
     prompt, long = charged(judge, body)
     usage = {"prompt_tokens": prompt, "completion_tokens": long, "total_tokens": prompt + long}
-    reply = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"],
-             "choices": [{"index": 0, "finish_reason": reason, "message": message, "logprobs": logprobs}]}  # fmt: skip
+    reply = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": [
+            {"index": 0, "finish_reason": reason, "message": message, "logprobs": logprobs}
+        ],
+    }
     if fault == "huge-usage":
         usage["prompt_tokens"] = 10**30
     if judge.settings["usage"] and fault != "no-usage":
@@ -193,7 +302,10 @@ def spelt(judge: Judge, body: bytes) -> bytes:
 
 async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamWriter) -> None:
     """Answer one request for a completion."""
-    settings, question = judge.settings, hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
+    settings, question = (
+        judge.settings,
+        hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(),
+    )
     judge.requests += 1
     judge.last_path = head.split()[1].decode()
     judge.last = {name: value for name, value in body.items() if name != "messages"}
@@ -211,7 +323,15 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
     known = {*body, body.get("response_format", {}).get("type")}
     if refused := [name for name in settings["refuses"] if name in known]:
         instead = ", use max_completion_tokens in its place" if refused[0] == "max_tokens" else ""
-        return send(writer, 400, error(f"Unsupported parameter: {refused[0]}{instead}", param=refused[0], code="unsupported"))
+        return send(
+            writer,
+            400,
+            error(
+                f"Unsupported parameter: {refused[0]}{instead}",
+                param=refused[0],
+                code="unsupported",
+            ),
+        )
     fault = judge.fault(question)
     judge.by_fault[str(fault)] = judge.by_fault.get(str(fault), 0) + 1
     if fault in UNPAID:
@@ -267,7 +387,9 @@ async def list_models(judge: Judge, head: bytes, writer: asyncio.StreamWriter) -
 
 def charged(judge: Judge, body: dict) -> tuple[int, int]:
     """Tokens of prompt and completion: a quarter of their characters."""
-    return sum(len(part["content"]) for part in body["messages"]) // 4, len(judge.content(body)[0]) // 4 + 1
+    return sum(len(part["content"]) for part in body["messages"]) // 4, len(
+        judge.content(body)[0]
+    ) // 4 + 1
 
 
 def told(reply: bytes) -> tuple[int, int]:
@@ -297,10 +419,14 @@ async def main() -> None:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-                body = json.loads(await reader.readexactly(int(length[1]) if length else 0) or b"{}")
+                body = json.loads(
+                    await reader.readexactly(int(length[1]) if length else 0) or b"{}"
+                )
                 if head.startswith(b"GET /stats"):
                     hidden = ("settings", "kept", "met", "headers", "turn")
-                    stats = {name: value for name, value in vars(judge).items() if name not in hidden}
+                    stats = {
+                        name: value for name, value in vars(judge).items() if name not in hidden
+                    }
                     send(writer, 200, json.dumps(stats).encode())
                 elif head.startswith(b"GET /v1/models"):
                     judge.listings += 1
@@ -352,7 +478,9 @@ class Served:
 
     def change(self, **settings: object) -> None:
         """Behave so from now on."""
-        urllib.request.urlopen(urllib.request.Request(self.root + "/control", json.dumps(settings).encode())).read()
+        urllib.request.urlopen(
+            urllib.request.Request(self.root + "/control", json.dumps(settings).encode())
+        ).read()
 
     def stats(self) -> dict:
         """requests: all that came, but for models (listings) and elsewhere (strays); paid: replies

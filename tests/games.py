@@ -1,4 +1,5 @@
-"""Random games, policies and prompt distributions that the claims are tried on, and the tolerances they must meet."""
+"""Random games, policies and prompt distributions that the claims are tried on, and the tolerances
+they must meet."""
 
 import pytest
 import torch
@@ -39,6 +40,10 @@ def games_of_all_sizes(test):
     """Try the test on all games, the large ones too, with one thread and with two."""
     return pytest.mark.usefixtures("threads")(pytest.mark.parametrize("P", GAMES + LARGE)(test))
 
-# Comparisons a > b 0.1, a > c 0.8, b > c 0.1: the 3x3 game of COMAL (Liu et al. 2024), and the start of its experiments.
-COMAL = PreferenceTable(torch.tensor([[[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]]], dtype=torch.float64)).P
+
+# Comparisons a > b 0.1, a > c 0.8, b > c 0.1: the 3x3 game of COMAL (Liu et al. 2024), and the
+# start of its experiments.
+COMAL = PreferenceTable(
+    torch.tensor([[[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]]], dtype=torch.float64)
+).P
 COMAL_START = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)

@@ -1,14 +1,15 @@
-"""Did a change of the code's shape change what it computes? Small runs of every preset, compared number by number.
+"""Did a change of the code's shape change what it computes? Small runs of every preset, compared
+number by number.
 
     python tests/golden.py record FOLDER [--checkout PATH] [--only NAME ...]     (about 6 minutes)
     python tests/golden.py compare FOLDER FOLDER [--renamed OLD=NEW ...]
 
-`record` runs each command of `RUNS` in the checkout (this one when left out), on one thread, and writes
-what its files hold to FOLDER/NAME.json: all rows of .jsonl and .json files, each array of .npz files and
-each tensor of .pt and .safetensors files by the hash of its bytes. `compare` lists every difference, and
-exits 1 if there is one. Seconds, paths and versions are left out. --renamed: a key or field that has
-another name in the second folder. Not part of the test suite: for before and after a change that should
-change nothing."""
+`record` runs each command of `RUNS` in the checkout (this one when left out), on one thread, and
+writes what its files hold to FOLDER/NAME.json: all rows of .jsonl and .json files, each array of
+.npz files and each tensor of .pt and .safetensors files by the hash of its bytes. `compare` lists
+every difference, and exits 1 if there is one. Seconds, paths and versions are left out. --renamed:
+a key or field that has another name in the second folder. Not part of the test suite: for before
+and after a change that should change nothing."""
 
 from __future__ import annotations
 
@@ -129,8 +130,8 @@ def record(folder: Path, checkout: Path, only: list[str]) -> None:
 
 
 def of_checkout(checkout: Path, command: list[str], folder: Path) -> str:
-    """What a command of the checkout prints, run in the folder, on one thread. CalledProcessError if
-    it fails."""
+    """What a command of the checkout prints, run in the folder, on one thread. CalledProcessError
+    if it fails."""
     paths = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=folder, env=os.environ | paths, text=True, stdout=subprocess.PIPE, check=True

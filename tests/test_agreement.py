@@ -1,5 +1,6 @@
-"""How far a judge can be trusted: intervals clustered by prompt, the win rate at equal length, agreement with people beyond
-chance, cyclic triples, and `python -m experiments.agreement`. Expected values are by hand, by brute force, or scipy's."""
+"""How far a judge can be trusted: intervals clustered by prompt, the win rate at equal length,
+agreement with people beyond chance, cyclic triples, and `python -m experiments.agreement`. Expected
+values are by hand, by brute force, or scipy's."""
 
 import itertools
 import json
@@ -44,13 +45,17 @@ FIRST_BIAS = 0.1  # by which the server prefers the first response, a change of 
 
 
 def test_the_clustered_interval_by_hand():
-    """Mean 3/4; the clusters' sums of deviations are -1/2 and 1/2, so 1.96 sqrt(2 (1/4 + 1/4)) / 4 = 0.49."""
-    assert clustered_mean(np.array([1.0, 0.0, 1.0, 1.0]), list("aabb")) == pytest.approx((0.75, 0.49), abs=EXACT)
+    """Mean 3/4; the clusters' sums of deviations are -1/2 and 1/2, so 1.96 sqrt(2 (1/4 + 1/4)) / 4
+    = 0.49."""
+    assert clustered_mean(np.array([1.0, 0.0, 1.0, 1.0]), list("aabb")) == pytest.approx(
+        (0.75, 0.49), abs=EXACT
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_clustered_interval_is_the_sandwich_of_a_regression_on_a_constant(seed):
-    """(X'X)^-1 (sum_g X_g' u_g u_g' X_g) (X'X)^-1 G / (G - 1), as regression packages have it, with X a column of ones."""
+    """(X'X)^-1 (sum_g X_g' u_g u_g' X_g) (X'X)^-1 G / (G - 1), as regression packages have it, with
+    X a column of ones."""
     generator = np.random.default_rng(seed)
     values, clusters = generator.random(40), generator.integers(0, 9, 40)
     X, residuals = np.ones((40, 1)), values - values.mean()
@@ -71,17 +76,31 @@ def test_with_a_value_a_cluster_the_interval_is_the_classic_one():
 
 def test_saying_the_same_again_for_the_same_prompt_makes_no_interval_narrower():
     values, prompts = np.array([0.0, 1.0, 1.0, 0.5, 0.25]), np.arange(5)
-    once, often = clustered_mean(values, prompts), clustered_mean(values.repeat(7), prompts.repeat(7))
+    once, often = (
+        clustered_mean(values, prompts),
+        clustered_mean(values.repeat(7), prompts.repeat(7)),
+    )
     assert often == pytest.approx(once, abs=EXACT)
-    assert clustered_mean(values.repeat(7), range(35))[1] < 0.5 * once[1], "if they were independent it would be narrower"
+    assert clustered_mean(values.repeat(7), range(35))[1] < 0.5 * once[1], (
+        "if they were independent it would be narrower"
+    )
 
 
 def test_the_clustered_interval_is_that_of_drawing_prompts_anew():
-    """1.96 standard deviations of the mean of 60 clusters drawn with replacement, of 1 to 6 dependent values each."""
+    """1.96 standard deviations of the mean of 60 clusters drawn with replacement, of 1 to 6
+    dependent values each."""
     generator = np.random.default_rng(0)
-    groups = [generator.normal() + 0.5 * generator.normal(size=generator.integers(1, 7)) for _ in range(60)]
-    means = [np.concatenate([groups[g] for g in generator.integers(0, 60, 60)]).mean() for _ in range(4000)]
-    _, half_width = clustered_mean(np.concatenate(groups), np.repeat(np.arange(60), [len(group) for group in groups]))
+    groups = [
+        generator.normal() + 0.5 * generator.normal(size=generator.integers(1, 7))
+        for _ in range(60)
+    ]
+    means = [
+        np.concatenate([groups[g] for g in generator.integers(0, 60, 60)]).mean()
+        for _ in range(4000)
+    ]
+    _, half_width = clustered_mean(
+        np.concatenate(groups), np.repeat(np.arange(60), [len(group) for group in groups])
+    )
     assert half_width == pytest.approx(1.96 * np.std(means), rel=0.1)
 
 
@@ -101,7 +120,8 @@ def test_there_is_no_mean_of_nothing_and_no_interval_of_one_cluster():
 
 
 def at_equal_length(wins, lead):
-    """sigma(theta) at scipy's maximum of log-likelihood - (theta^2 + phi^2)/200, P(win) = sigma(theta + phi tanh(d/std d))."""
+    """sigma(theta) at scipy's maximum of log-likelihood - (theta^2 + phi^2)/200, P(win) =
+    sigma(theta + phi tanh(d/std d))."""
     steps = np.tanh(lead / np.std(lead)) if np.std(lead) else 0 * lead
 
     def minus_log_posterior(w):
@@ -116,8 +136,13 @@ def at_equal_length(wins, lead):
 def test_the_length_controlled_rate_is_the_maximum_of_the_penalised_likelihood(kind, n):
     generator = np.random.default_rng(n)
     lead = generator.integers(-30, 60, n).astype(float) * (kind != "no lead")
-    wins = {"outcomes": generator.choice([0.0, 0.5, 1.0], n), "probabilities": generator.random(n), "all won": np.ones(n),
-            "by length": (lead > 0) * 1.0, "no lead": generator.random(n)}[kind]  # fmt: skip
+    wins = {
+        "outcomes": generator.choice([0.0, 0.5, 1.0], n),
+        "probabilities": generator.random(n),
+        "all won": np.ones(n),
+        "by length": (lead > 0) * 1.0,
+        "no lead": generator.random(n),
+    }[kind]
     assert length_controlled(wins, lead) == pytest.approx(at_equal_length(wins, lead), abs=SOLVER)
 
 
@@ -167,32 +192,45 @@ def test_at_equal_length_neither_the_unit_of_length_nor_what_was_not_judged_coun
     lead, wins = generator.normal(size=30), generator.random(30)
     rate = length_controlled(wins, lead)
     assert length_controlled(wins, 100 * lead) == pytest.approx(rate, abs=EXACT)
-    assert length_controlled(np.append(wins, [NAN, NAN]), np.append(lead, [50.0, -7.0])) == pytest.approx(rate, abs=EXACT)
+    assert length_controlled(
+        np.append(wins, [NAN, NAN]), np.append(lead, [50.0, -7.0])
+    ) == pytest.approx(rate, abs=EXACT)
     assert math.isnan(length_controlled(np.array([NAN]), np.array([1.0])))
 
 
 def test_the_report_of_a_win_rate_by_hand():
-    wins, prompts, lead = torch.tensor([1.0, 0.0, NAN, 1.0, 1.0]), ["a", "a", "b", "b", "b"], [3, -1, 100, 2, 2]
+    wins, prompts, lead = (
+        torch.tensor([1.0, 0.0, NAN, 1.0, 1.0]),
+        ["a", "a", "b", "b", "b"],
+        [3, -1, 100, 2, 2],
+    )
     found = win_rate_report(wins.double(), prompts, lead)
     judged = np.array([1.0, 0.0, 1.0, 1.0]), np.array([3.0, -1.0, 2.0, 2.0])
     expected = {"win_rate": 0.75, "interval": 0.49, "n": 5, "n_parsed": 4}
-    assert found == pytest.approx({**expected, "length_controlled": at_equal_length(*judged)}, abs=SOLVER)
+    assert found == pytest.approx(
+        {**expected, "length_controlled": at_equal_length(*judged)}, abs=SOLVER
+    )
 
 
 # --- Kappa ---
 
 
 def test_kappa_by_hand_is_two_fifths():
-    """Of 50 cases both say yes to 20 and no to 15, one alone says yes to 5, the other alone to 10: p_o is 0.7, p_e 0.5 * 0.6 +
-    0.5 * 0.4."""
-    first, second = ["yes"] * 25 + ["no"] * 25, ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
+    """Of 50 cases both say yes to 20 and no to 15, one alone says yes to 5, the other alone to 10:
+    p_o is 0.7, p_e 0.5 * 0.6 + 0.5 * 0.4."""
+    first, second = (
+        ["yes"] * 25 + ["no"] * 25,
+        ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15,
+    )
     assert cohens_kappa(first, second) == pytest.approx(0.4, abs=EXACT)
     assert cohens_kappa(second, first) == pytest.approx(0.4, abs=EXACT)
 
 
 def test_kappa_is_1_for_the_same_labels_0_for_independent_and_minus_1_for_opposite_ones():
     assert cohens_kappa("aabbt", "aabbt") == pytest.approx(1, abs=EXACT)
-    assert cohens_kappa("aaaabb", "aabbab") == pytest.approx(0, abs=EXACT)  # a with 2/3 and with 1/2, and both with 1/3
+    assert cohens_kappa("aaaabb", "aabbab") == pytest.approx(
+        0, abs=EXACT
+    )  # a with 2/3 and with 1/2, and both with 1/3
     assert cohens_kappa("ab", "ba") == pytest.approx(-1, abs=EXACT)
     assert math.isnan(cohens_kappa("aaa", "aaa"))
     assert cohens_kappa("aaa", "aab") == pytest.approx(0, abs=EXACT)
@@ -218,18 +256,25 @@ def comparisons(P, prompt="x"):
 
 
 def joined(parts):
-    return [[value for column in columns for value in column] for columns in zip(*parts, strict=True)]
+    return [
+        [value for column in columns for value in column] for columns in zip(*parts, strict=True)
+    ]
 
 
 def test_rock_paper_scissors_is_cyclic_and_an_order_is_not():
     assert cyclic_triples(*comparisons({"rs": 1.0, "sp": 0.6, "pr": 0.9})) == (1, 1)
-    assert cyclic_triples(*comparisons({"rs": 1.0, "sp": 0.6, "rp": 0.1})) == (1, 1)  # one asked the other way round
+    assert cyclic_triples(*comparisons({"rs": 1.0, "sp": 0.6, "rp": 0.1})) == (
+        1,
+        1,
+    )  # one asked the other way round
     assert cyclic_triples(*comparisons({"rs": 1.0, "sp": 0.6, "rp": 0.9})) == (0, 1)
 
 
 def test_of_the_8_tournaments_of_three_2_are_cyclic():
-    found = [cyclic_triples(*comparisons(dict(zip(("ab", "bc", "ca"), P, strict=True))))
-             for P in itertools.product((0.0, 1.0), repeat=3)]  # fmt: skip
+    found = [
+        cyclic_triples(*comparisons(dict(zip(("ab", "bc", "ca"), P, strict=True))))
+        for P in itertools.product((0.0, 1.0), repeat=3)
+    ]
     assert sorted(found) == [(0, 1)] * 6 + [(1, 1)] * 2
 
 
@@ -240,12 +285,16 @@ def test_a_triple_with_a_tie_or_without_an_answer_does_not_count(undecided):
 
 
 def test_responses_to_different_prompts_make_no_triple():
-    parts = [comparisons({pair: 1.0}, prompt) for pair, prompt in (("rs", "x"), ("sp", "x"), ("pr", "z"))]
+    parts = [
+        comparisons({pair: 1.0}, prompt) for pair, prompt in (("rs", "x"), ("sp", "x"), ("pr", "z"))
+    ]
     assert cyclic_triples(*joined(parts)) == (0, 0)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_cyclic_triples_of_a_partly_decided_tournament_are_those_that_powers_of_its_matrix_count(seed):
+def test_cyclic_triples_of_a_partly_decided_tournament_are_those_that_powers_of_its_matrix_count(
+    seed,
+):
     """A directed triangle is 3 closed walks of length 3, an undirected one 6."""
     generator = np.random.default_rng(seed)
     names, won = [f"y{i}" for i in range(9)], np.zeros((9, 9), dtype=int)
@@ -261,10 +310,14 @@ def test_cyclic_triples_of_a_partly_decided_tournament_are_those_that_powers_of_
 
 
 def test_of_a_judge_that_tosses_a_coin_a_quarter_of_the_triples_is_cyclic():
-    """Of a random tournament: triples are pairwise uncorrelated, so their number has variance n * 3/16."""
+    """Of a random tournament: triples are pairwise uncorrelated, so their number has variance n *
+    3/16."""
     draw, parts = random.Random(0), []
     for prompt in range(20):
-        P = {(f"{i}", f"{j}"): float(draw.random() < 0.5) for i, j in itertools.combinations(range(10), 2)}
+        P = {
+            (f"{i}", f"{j}"): float(draw.random() < 0.5)
+            for i, j in itertools.combinations(range(10), 2)
+        }
         parts.append(comparisons(P, f"{prompt}"))
     cyclic, total = cyclic_triples(*joined(parts))
     assert total == 20 * 120
@@ -272,14 +325,20 @@ def test_of_a_judge_that_tosses_a_coin_a_quarter_of_the_triples_is_cyclic():
 
 
 def test_every_triple_of_the_three_registers_is_cyclic_to_every_prompt():
-    """By hand P(concise > vivid), P(vivid > precise), P(precise > concise) are below 1/2, or all above, by the verb."""
+    """By hand P(concise > vivid), P(vivid > precise), P(precise > concise) are below 1/2, or all
+    above, by the verb."""
     columns = [[], [], []]
     for prompt in PROMPTS:
-        answers = [register.write(topic(prompt), random.Random(0)) for register in REGISTERS.values()]
+        answers = [
+            register.write(topic(prompt), random.Random(0)) for register in REGISTERS.values()
+        ]
         for a, b in itertools.combinations(answers, 2):
             for column, value in zip(columns, (prompt, a, b), strict=True):
                 column.append(value)
-    assert cyclic_triples(*columns, RegisterJudge().prefer(*columns).tolist()) == (len(PROMPTS), len(PROMPTS))
+    assert cyclic_triples(*columns, RegisterJudge().prefer(*columns).tolist()) == (
+        len(PROMPTS),
+        len(PROMPTS),
+    )
 
 
 # --- Agreement with people ---
@@ -302,14 +361,26 @@ ITEMS = [  # and P(a > b) of a judge
     (item("z", "one", "eleven", "b"), NAN),
     (item("z", "seven", "six", "a"), 1.0),
 ]
-BY_HAND = {"n": 7, "n_parsed": 6, "agreement": 2 / 3, "interval": 0, "kappa": (2 / 3 - 1 / 2) / (1 - 1 / 2), "flip_rate": None,
-           "longer_wins": 3 / 4, "longer_wins_people": 2 / 4, "triples": 1, "cyclic": 1.0, "cyclic_p_value": 0.25}  # fmt: skip
+BY_HAND = {
+    "n": 7,
+    "n_parsed": 6,
+    "agreement": 2 / 3,
+    "interval": 0,
+    "kappa": (2 / 3 - 1 / 2) / (1 - 1 / 2),
+    "flip_rate": None,
+    "longer_wins": 3 / 4,
+    "longer_wins_people": 2 / 4,
+    "triples": 1,
+    "cyclic": 1.0,
+    "cyclic_p_value": 0.25,
+}
 
 
 def test_agreement_of_a_small_file_by_hand():
-    """Same verdict in items 1, 3, 4 and 7 of the six judged. Deviations from 2/3 sum to 0 over each prompt's three, so the
-    interval is 0. Judge: a 4, b 1, tie 1; people: a 4, b 1, tie 1: p_e = (16 + 1 + 1)/36 = 1/2. Of different length and decided
-    by the judge: items 1 (longer lost), 2 (won), 3 (won), 7 (won); by people: 1 (lost), 2 (lost), 3 (won), 7 (won)."""
+    """Same verdict in items 1, 3, 4 and 7 of the six judged. Deviations from 2/3 sum to 0 over each
+    prompt's three, so the interval is 0. Judge: a 4, b 1, tie 1; people: a 4, b 1, tie 1: p_e = (16
+    + 1 + 1)/36 = 1/2. Of different length and decided by the judge: items 1 (longer lost), 2 (won),
+    3 (won), 7 (won); by people: 1 (lost), 2 (lost), 3 (won), 7 (won)."""
     items, P = map(list, zip(*ITEMS, strict=True))
     found = agreement(items, P, 0.125)
     assert found == pytest.approx({**BY_HAND, "flip_rate": 0.125}, abs=EXACT)
@@ -326,20 +397,30 @@ def test_of_no_judgment_at_all_nothing_is_claimed():
     found = agreement([items for items, _ in ITEMS], [NAN] * 7)
     assert (found["n"], found["n_parsed"], found["triples"]) == (7, 0, 0)
     assert all(math.isnan(found[name]) for name in ("agreement", "interval", "kappa"))
-    assert found["longer_wins"] is found["longer_wins_people"] is found["cyclic"] is found["cyclic_p_value"] is None
+    assert (
+        found["longer_wins"]
+        is found["longer_wins_people"]
+        is found["cyclic"]
+        is found["cyclic_p_value"]
+        is None
+    )
 
 
 @pytest.mark.parametrize(("cyclic", "total"), [(0, 3), (1, 4), (5, 8), (6, 6)])
 def test_the_p_value_is_the_chance_of_what_is_as_unlikely_for_a_coin(cyclic, total):
     """By adding up the binomial terms that are not larger than the one found, and by scipy."""
-    parts = [comparisons({"rs": 1.0, "sp": 1.0, "pr": float(i < cyclic)}, f"{i}") for i in range(total)]
+    parts = [
+        comparisons({"rs": 1.0, "sp": 1.0, "pr": float(i < cyclic)}, f"{i}") for i in range(total)
+    ]
     prompts, a, b, P = joined(parts)
     found = agreement([item(x, y, z, "a") for x, y, z in zip(prompts, a, b, strict=True)], P)
     chances = [math.comb(total, k) * 0.25**k * 0.75 ** (total - k) for k in range(total + 1)]
     by_hand = sum(chance for chance in chances if chance <= chances[cyclic] * (1 + 1e-7))
     assert (found["cyclic"], found["triples"]) == (cyclic / total, total)
     assert found["cyclic_p_value"] == pytest.approx(by_hand, abs=EXACT)
-    assert found["cyclic_p_value"] == pytest.approx(binomtest(cyclic, total, 0.25).pvalue, abs=EXACT)
+    assert found["cyclic_p_value"] == pytest.approx(
+        binomtest(cyclic, total, 0.25).pvalue, abs=EXACT
+    )
 
 
 # --- Files of labels ---
@@ -348,12 +429,18 @@ GOOD = item("x", "yes", "no", "a")
 
 
 def written(path, *lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return path
 
 
 def test_labels_are_read_with_what_the_judge_said_if_it_is_there(tmp_path):
-    lines = [GOOD, {**GOOD, "label": "tie", "judge": 0.25}, {**GOOD, "label": "b", "judge": 1, "by": "someone"}]
+    lines = [
+        GOOD,
+        {**GOOD, "label": "tie", "judge": 0.25},
+        {**GOOD, "label": "b", "judge": 1, "by": "someone"},
+    ]
     lines.append({**GOOD, "judge": 0})
     assert read_labels(written(tmp_path / "labels.jsonl", *lines)) == lines
 
@@ -372,16 +459,24 @@ def test_blank_lines_and_a_mark_of_the_byte_order_do_not_count(tmp_path):
 def test_a_text_may_hold_any_character_that_json_allows_in_a_line(tmp_path):
     """Among them U+2028, which is a line break to Unicode and none to JSON."""
     line = {**GOOD, "a": "one\u2028two\x85three"}
-    assert read_labels(written(tmp_path / "labels.jsonl", GOOD, json.dumps(line, ensure_ascii=False))) == [GOOD, line]
+    assert read_labels(
+        written(tmp_path / "labels.jsonl", GOOD, json.dumps(line, ensure_ascii=False))
+    ) == [GOOD, line]
 
 
 BAD_LINES = {
-    "no JSON": "{", "deep lists": "[" * 100_000,
-    "a list": "[]", "a number": "1", "another label": {**GOOD, "label": "A"},
-    "labels in a list": {**GOOD, "label": ["a"]}, "a number as text": {**GOOD, "a": 3}, "a judge of 2": {**GOOD, "judge": 2},
-    "a judge that is a text": {**GOOD, "judge": "a"}, "a judge that is NaN": {**GOOD, "judge": NAN},
+    "no JSON": "{",
+    "deep lists": "[" * 100_000,
+    "a list": "[]",
+    "a number": "1",
+    "another label": {**GOOD, "label": "A"},
+    "labels in a list": {**GOOD, "label": ["a"]},
+    "a number as text": {**GOOD, "a": 3},
+    "a judge of 2": {**GOOD, "judge": 2},
+    "a judge that is a text": {**GOOD, "judge": "a"},
+    "a judge that is NaN": {**GOOD, "judge": NAN},
     **{f"no {name}": {key: value for key, value in GOOD.items() if key != name} for name in GOOD},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
@@ -467,30 +562,47 @@ def test_where_the_price_is_not_known_no_dollars_are_told(server, capsys, tmp_pa
     assert "None" not in line
 
 
-def test_the_agreement_with_labels_drawn_from_the_judge_itself_is_the_mean_of_the_larger_probability(capsys, tmp_path):
+def test_the_agreement_with_labels_drawn_from_the_judge_itself_is_the_mean_of_the_larger_probability(
+    capsys, tmp_path
+):
     """E max(p, 1 - p), and for people who always take the likelier one, 1."""
     draw, judge = random.Random(0), RegisterJudge()
     prompts = draw.choices(PROMPTS, k=1500)
-    texts = [[register.write(topic(x), draw) for register in draw.sample(list(REGISTERS.values()), 2)] for x in prompts]
+    texts = [
+        [register.write(topic(x), draw) for register in draw.sample(list(REGISTERS.values()), 2)]
+        for x in prompts
+    ]
     P = judge.prefer(prompts, *zip(*texts, strict=True)).tolist()
-    drawn = [item(x, a, b, "a" if draw.random() < p else "b") for x, (a, b), p in zip(prompts, texts, P, strict=True)]
-    likelier = [{**line, "label": "a" if p > 0.5 else "b"} for line, p in zip(drawn, P, strict=True)]
+    drawn = [
+        item(x, a, b, "a" if draw.random() < p else "b")
+        for x, (a, b), p in zip(prompts, texts, P, strict=True)
+    ]
+    likelier = [
+        {**line, "label": "a" if p > 0.5 else "b"} for line, p in zip(drawn, P, strict=True)
+    ]
     for lines, expected in ((drawn, sum(max(p, 1 - p) for p in P) / 1500), (likelier, 1)):
         assert command(written(tmp_path / "labels.jsonl", *lines), "--oracle", "synthetic") == 0
         found = table(capsys)
-        assert found["agreement"] == pytest.approx(expected, abs=SPREAD * math.sqrt(expected * (1 - expected) / 1500) + PRINTED)
+        assert found["agreement"] == pytest.approx(
+            expected, abs=SPREAD * math.sqrt(expected * (1 - expected) / 1500) + PRINTED
+        )
         assert found["n"] == found["n_parsed"] == 1500
 
 
 TEXTS = ["worth 6", "worth 5", "worth 2", "worth 2, as it is", "worth 0"]
-LABELS = [item("Describe the sea.", a, b, "a" if quality(a) > quality(b) else "b") for a, b in itertools.permutations(TEXTS, 2)]
+LABELS = [
+    item("Describe the sea.", a, b, "a" if quality(a) > quality(b) else "b")
+    for a, b in itertools.permutations(TEXTS, 2)
+]
 
 
 def asking(server, *arguments):
     return "--judge-url", server.url, "--judge-prices", "10,30", *arguments
 
 
-def test_a_judge_that_gives_scores_is_asked_once_for_all_responses_to_a_prompt(server, capsys, tmp_path):
+def test_a_judge_that_gives_scores_is_asked_once_for_all_responses_to_a_prompt(
+    server, capsys, tmp_path
+):
     """Two of the 20 comparisons are ties to it; to people, who had no such label, b was better."""
     server.control()
     assert command(written(tmp_path / "labels.jsonl", *LABELS), *asking(server)) == 0
@@ -502,10 +614,15 @@ def test_a_judge_that_gives_scores_is_asked_once_for_all_responses_to_a_prompt(s
 
 
 def test_a_judge_of_pairs_is_asked_in_both_orders_and_the_flip_rate_told(server, capsys, tmp_path):
-    """First place is worth 1.6 in quality: of the ten pairs the tie and the one that differs by 1 flip. The mean of both orders
-    has no such bias, and decides the others by quality."""
+    """First place is worth 1.6 in quality: of the ten pairs the tie and the one that differs by 1
+    flip. The mean of both orders has no such bias, and decides the others by quality."""
     server.control(first_bias=FIRST_BIAS)
-    assert command(written(tmp_path / "labels.jsonl", *LABELS), *asking(server, "--judge-form", "pairwise")) == 0
+    assert (
+        command(
+            written(tmp_path / "labels.jsonl", *LABELS), *asking(server, "--judge-form", "pairwise")
+        )
+        == 0
+    )
     said = table(capsys)
     assert said["flip_rate"] == pytest.approx(2 / 10, abs=PRINTED)
     assert said["agreement"] == pytest.approx(18 / 20, abs=PRINTED)
@@ -514,7 +631,9 @@ def test_a_judge_of_pairs_is_asked_in_both_orders_and_the_flip_rate_told(server,
     assert is_figure(tmp_path / "runs" / "agreement" / "agreement.png")
 
 
-def test_asked_again_it_answers_from_its_cache_and_also_without_server_and_key(server, capsys, tmp_path, monkeypatch):
+def test_asked_again_it_answers_from_its_cache_and_also_without_server_and_key(
+    server, capsys, tmp_path, monkeypatch
+):
     server.control()
     labels = written(tmp_path / "labels.jsonl", *LABELS)
     found, live = [], asking(server, "--out", "judged")
@@ -526,12 +645,18 @@ def test_asked_again_it_answers_from_its_cache_and_also_without_server_and_key(s
     assert found[1:] == [pytest.approx(found[0], abs=0, nan_ok=True)] * 2
 
 
-APART = [item("Describe the sea.", f"worth {i}", f"worth {j}", "a") for i, j in ((6, 1), (5, 2), (4, 3))]  # no text twice
+APART = [
+    item("Describe the sea.", f"worth {i}", f"worth {j}", "a") for i, j in ((6, 1), (5, 2), (4, 3))
+]  # no text twice
 MODES = [("scored", LABELS), ("pairwise", LABELS), ("scored", APART), ("pairwise", APART)]
 
 
-@pytest.mark.parametrize(("form", "lines"), MODES, ids=["scored", "pairwise", "scored, apart", "pairwise, apart"])
-def test_a_dry_run_says_how_many_requests_will_be_sent_and_sends_and_writes_nothing(server, form, lines, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "lines"), MODES, ids=["scored", "pairwise", "scored, apart", "pairwise, apart"]
+)
+def test_a_dry_run_says_how_many_requests_will_be_sent_and_sends_and_writes_nothing(
+    server, form, lines, capsys, tmp_path
+):
     server.control()
     labels = written(tmp_path / "labels.jsonl", *lines)
     assert command(labels, *asking(server, "--judge-form", form, "--dry-run")) == 0
@@ -543,7 +668,9 @@ def test_a_dry_run_says_how_many_requests_will_be_sent_and_sends_and_writes_noth
     assert command(labels, *asking(server, "--judge-form", form)) == 0
     sent = server.stats()
     assert sent["requests"] == int(requests)
-    assert sent["tokens"][0] * 10e-6 + sent["tokens"][1] * 30e-6 <= float(dollars) + 0.005  # dollars are told in cents
+    assert (
+        sent["tokens"][0] * 10e-6 + sent["tokens"][1] * 30e-6 <= float(dollars) + 0.005
+    )  # dollars are told in cents
 
 
 def test_a_dry_run_says_what_is_left_to_ask(server, capsys, tmp_path):
@@ -563,7 +690,8 @@ def test_a_dry_run_writes_nothing_also_where_nobody_is_to_be_asked(options, tmp_
 
 
 def test_judgments_that_failed_are_told_and_are_no_labels(server, capsys, tmp_path):
-    """The questions on the text "worth 0" are filtered: 12 of 20 comparisons are left, of which two are ties."""
+    """The questions on the text "worth 0" are filtered: 12 of 20 comparisons are left, of which two
+    are ties."""
     server.control(filters="worth 0")
     options = asking(server, "--judge-form", "pairwise", "--max-failed", "1")
     assert command(written(tmp_path / "labels.jsonl", *LABELS), *options) == 0
@@ -572,12 +700,21 @@ def test_judgments_that_failed_are_told_and_are_no_labels(server, capsys, tmp_pa
     assert said["agreement"] == pytest.approx(10 / 12, abs=PRINTED)
 
 
-def test_too_many_failures_are_exit_code_1_and_the_limit_of_dollars_130_with_one_line_and_no_figure(server, capsys, tmp_path):
+def test_too_many_failures_are_exit_code_1_and_the_limit_of_dollars_130_with_one_line_and_no_figure(
+    server, capsys, tmp_path
+):
     labels = written(tmp_path / "labels.jsonl", *LABELS)
-    for behaviour, more, code, message in (({"filters": "worth 0"}, (), 1, "have no full answer"),
-                                           ({}, ("--max-usd", 0.03), 130, "stopped below the limit of $0.03")):  # fmt: skip
+    for behaviour, more, code, message in (
+        ({"filters": "worth 0"}, (), 1, "have no full answer"),
+        ({}, ("--max-usd", 0.03), 130, "stopped below the limit of $0.03"),
+    ):
         server.control(**behaviour)
-        assert command(labels, *asking(server, "--judge-form", "pairwise", "--out", f"exits-{code}", *more)) == code
+        assert (
+            command(
+                labels, *asking(server, "--judge-form", "pairwise", "--out", f"exits-{code}", *more)
+            )
+            == code
+        )
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert message in line
         assert not list(tmp_path.rglob("*.png"))
@@ -602,23 +739,14 @@ def refused(capsys, *arguments):
         ("agreement labels.jsonl", "unrecognized arguments: labels.jsonl"),
         ("labels.jsonl --margin 1", "unrecognized arguments: --margin"),
         ("labels.jsonl --oracle gpt-4", "oracle is 'gpt-4'"),
-        (
-            "labels.jsonl --oracle openai:",
-            "oracle is 'openai:'; the model's name is missing",
-        ),
-        (
-            "labels.jsonl --oracle openai",
-            "the model's name is missing, and OpenAI has many",
-        ),
+        ("labels.jsonl --oracle openai:", "oracle is 'openai:'; the model's name is missing"),
+        ("labels.jsonl --oracle openai", "the model's name is missing, and OpenAI has many"),
         ("labels.jsonl --max-usd 3", "belong to a language model"),
         (
             "labels.jsonl --oracle openai:local-judge --max-usd 3",
             "the price of 'local-judge' is not known",
         ),
-        (
-            "labels.jsonl --oracle replay:nothing.sqlite",
-            "nothing.sqlite cannot be used as a cache",
-        ),
+        ("labels.jsonl --oracle replay:nothing.sqlite", "nothing.sqlite cannot be used as a cache"),
         ("labels.jsonl --oracle synthetic", "prompt 'x' is not of this world"),
         ("missing.jsonl", "missing.jsonl"),
         ("broken.jsonl", "broken.jsonl, line 2 is '{'"),
@@ -639,7 +767,10 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 
 
 def test_a_recorded_judge_of_null_is_no_judgment(capsys, tmp_path):
-    assert command(written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0}, {**GOOD, "judge": None})) == 0
+    assert (
+        command(written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0}, {**GOOD, "judge": None}))
+        == 0
+    )
     assert (said := table(capsys))["n"] == 2
     assert said["n_parsed"] == 1
 
@@ -654,7 +785,9 @@ def test_help_lists_every_option(capsys):
         main(["--help"])
     said = capsys.readouterr().out
     assert "usage: python -m experiments.agreement FILE.jsonl" in said
-    assert {"--" + field.name.replace("_", "-") for field in fields(AgreementOptions)} <= set(re.findall(r"--[\w-]+", said))
+    assert {"--" + field.name.replace("_", "-") for field in fields(AgreementOptions)} <= set(
+        re.findall(r"--[\w-]+", said)
+    )
 
 
 def as_a_command(*arguments):
@@ -672,7 +805,10 @@ def test_as_a_command_it_exits_with_its_code(tmp_path):
 def test_a_replay_leaves_the_folder_of_the_cache_as_it_was(server, tmp_path):
     """A cache may lie where nothing can be written."""
     server.control()
-    labels, cache = written(tmp_path / "labels.jsonl", *LABELS), tmp_path / "recorded" / "cache.sqlite"
+    labels, cache = (
+        written(tmp_path / "labels.jsonl", *LABELS),
+        tmp_path / "recorded" / "cache.sqlite",
+    )
     assert as_a_command(labels, *asking(server, "--judge-cache", cache)).returncode == 0
     before = {path.name: path.read_bytes() for path in cache.parent.iterdir()}
     assert before.keys() == {cache.name}

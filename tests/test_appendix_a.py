@@ -1,4 +1,5 @@
-"""Appendix A: the regularised game, Algorithm 3's two options, mixtures of policies. Claims C21 to C23."""
+"""Appendix A: the regularised game, Algorithm 3's two options, mixtures of policies. Claims C21 to
+C23."""
 
 import pytest
 import torch
@@ -20,32 +21,43 @@ def test_C22_the_nash_of_the_regularised_game_is_its_fixed_point_and_has_no_gap(
     pi = solvers.regularized_nash(P, pi_ref, tau)
     r = torch.einsum("xyz,xz->xy", P, pi)
     fixed_point = pi_ref * (r / tau - r.amax(-1, keepdim=True) / tau).exp()
-    assert (pi - fixed_point / fixed_point.sum(-1, keepdim=True)).abs().max() < 1e-11  # logits of up to 1/tau = 50
+    assert (
+        pi - fixed_point / fixed_point.sum(-1, keepdim=True)
+    ).abs().max() < 1e-11  # logits of up to 1/tau = 50
     assert abs(regularized.regularized_gap(P, pi, pi_ref, tau)) < 1e-11
 
 
 @games
 def test_C22_no_policy_beats_the_regularised_nash(P):
-    """Against it nobody gets more than 1/2 in P_tau, Eq. (6); strictly less, as P_tau is strictly concave in the policy."""
+    """Against it nobody gets more than 1/2 in P_tau, Eq. (6); strictly less, as P_tau is strictly
+    concave in the policy."""
     X, Y, _ = P.shape
     pi_ref, tau = random_policy(X, Y, 0), 0.2
     pi = solvers.regularized_nash(P, pi_ref, tau)
     for seed in range(20):
         for weight in (0.05, 1.0):
             other = (1 - weight) * pi + weight * random_policy(X, Y, seed + 1, scale=2.0)
-            assert regularized.regularized_win_rate(P, other, pi, pi_ref, tau, random_rho(X, 9)) < 0.5
+            assert (
+                regularized.regularized_win_rate(P, other, pi, pi_ref, tau, random_rho(X, 9)) < 0.5
+            )
 
 
 @pytest.mark.parametrize("tau", TAUS)
 @games
 def test_the_regularised_gap_is_twice_the_best_replys_win_rate_less_one(P, tau):
-    """The best reply by the closed form of Eq. (2), its value by Eq. (6); nothing found at random does better."""
+    """The best reply by the closed form of Eq. (2), its value by Eq. (6); nothing found at random
+    does better."""
     X, Y, _ = P.shape
     pi, pi_ref, rho = random_policy(X, Y, 0), random_policy(X, Y, 1), random_rho(X, 2)
     best = dno.soft_policy_iteration(pi_ref.log(), dno.expected_win_rate(P, pi), tau).exp()
     gap = regularized.regularized_gap(P, pi, pi_ref, tau, rho)
-    assert gap == pytest.approx(2 * regularized.regularized_win_rate(P, best, pi, pi_ref, tau, rho) - 1, abs=1e-11)
-    others = [regularized.regularized_win_rate(P, random_policy(X, Y, s), pi, pi_ref, tau, rho) for s in range(3, 20)]
+    assert gap == pytest.approx(
+        2 * regularized.regularized_win_rate(P, best, pi, pi_ref, tau, rho) - 1, abs=1e-11
+    )
+    others = [
+        regularized.regularized_win_rate(P, random_policy(X, Y, s), pi, pi_ref, tau, rho)
+        for s in range(3, 20)
+    ]
     assert gap >= 2 * max(others) - 1
     assert gap >= 0
 
@@ -53,7 +65,9 @@ def test_the_regularised_gap_is_twice_the_best_replys_win_rate_less_one(P, tau):
 def test_at_tau_0_the_regularised_gap_is_the_duality_gap_and_a_large_tau_keeps_the_reference():
     P, pi, pi_ref = random_game(2, 6, seed=0).P, random_policy(2, 6, 0), random_policy(2, 6, 1)
     assert regularized.regularized_gap(P, pi, pi_ref, 0) == dno.duality_gap(P, pi)
-    assert regularized.regularized_gap(P, pi, pi_ref, 1e-6) == pytest.approx(dno.duality_gap(P, pi), abs=1e-4)
+    assert regularized.regularized_gap(P, pi, pi_ref, 1e-6) == pytest.approx(
+        dno.duality_gap(P, pi), abs=1e-4
+    )
     assert dno.total_variation(solvers.regularized_nash(P, pi_ref, 1e4), pi_ref).max() < 1e-4
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="tau"):
@@ -63,12 +77,19 @@ def test_at_tau_0_the_regularised_gap_is_the_duality_gap_and_a_large_tau_keeps_t
 
 
 def test_the_mixture_at_tau_1_by_hand_and_at_tau_0_whatever_the_reference():
-    half, reference = torch.tensor([[0.5, 0.5]]).double().log(), torch.tensor([[0.25, 1.0]]).double().log()
-    found = regularized.geometric_mixture(half, reference, 1.0, 4.0).exp()  # (1/2)^(3/4) (1/4)^(1/4) and (1/2)^(3/4)
+    half, reference = (
+        torch.tensor([[0.5, 0.5]]).double().log(),
+        torch.tensor([[0.25, 1.0]]).double().log(),
+    )
+    found = regularized.geometric_mixture(
+        half, reference, 1.0, 4.0
+    ).exp()  # (1/2)^(3/4) (1/4)^(1/4) and (1/2)^(3/4)
     assert found[0].tolist() == pytest.approx([2**-1.25, 2**-0.75], abs=EXACT)
     never = torch.tensor([[0.0, -float("inf")]], dtype=torch.float64)
     assert torch.equal(regularized.geometric_mixture(half, never, 0.0, 4.0), half)
-    assert torch.equal(regularized.geometric_mixture(never, half, 4.0, 4.0), half)  # 0 times log 0 is 0
+    assert torch.equal(
+        regularized.geometric_mixture(never, half, 4.0, 4.0), half
+    )  # 0 times log 0 is 0
 
 
 @pytest.mark.parametrize("tau", [-0.5, float("inf"), float("nan")])
@@ -107,7 +128,12 @@ def test_C21_option_II_with_the_decreasing_step_is_within_8_over_tau_squared_T_p
 @games
 def test_C21_option_I_brings_the_regularised_gap_of_the_average_iterate_to_zero(P):
     tau, pi_ref = 0.05, random_policy(*P.shape[:2], 0)
-    gaps = [regularized.regularized_gap(P, solvers.solve(P, "dno", 1.0, T, pi_ref, tau).average, pi_ref, tau) for T in (1, 30, 1000)]
+    gaps = [
+        regularized.regularized_gap(
+            P, solvers.solve(P, "dno", 1.0, T, pi_ref, tau).average, pi_ref, tau
+        )
+        for T in (1, 30, 1000)
+    ]
     assert gaps[2] <= gaps[1] <= gaps[0] + EXACT
     assert gaps[2] < 0.005
 
@@ -124,7 +150,8 @@ def test_C21_eq_7_is_the_normalised_geometric_mixture_then_a_step_of_eq_9():
 
 
 def test_C21_the_unnormalised_reference_in_the_loss_gives_the_same_loss_as_the_normalised_one():
-    """The constant log Z(x) is the same for both responses of a pair, and the loss sees only their difference."""
+    """The constant log Z(x) is the same for both responses of a pair, and the loss sees only their
+    difference."""
     pi, pi_t, ref = (random_policy(1, 9, seed)[0].log() for seed in range(3))
     mixture = regularized.geometric_mixture(pi_t, ref, 0.3, 0.7)
     assert abs(mixture.logsumexp(-1)) > 0.01  # not normalised
@@ -132,7 +159,8 @@ def test_C21_the_unnormalised_reference_in_the_loss_gives_the_same_loss_as_the_n
     y1, y2 = torch.triu_indices(9, 9, 1)
     r = random_policy(1, 9, 5)[0]
     losses = [
-        dno.dno_loss((pi - m)[y1], (pi - m)[y2], r[y1], r[y2], 0.7) for m in (mixture, mixture.log_softmax(-1))
+        dno.dno_loss((pi - m)[y1], (pi - m)[y2], r[y1], r[y2], 0.7)
+        for m in (mixture, mixture.log_softmax(-1))
     ]
     assert (losses[0] - losses[1]).abs().max() < EXACT
 
@@ -142,7 +170,11 @@ def test_algorithm_3_records_the_exact_target_of_its_option(option):
     P, policy = random_feature_game(2, 6, seed=0).P, TabularPolicy(2, 6)
     with torch.no_grad():
         policy.logits.copy_(random_policy(2, 6, 1).log())
-    records = list(regularized.algorithm3(policy, P, 0.5, 3, 0.2, option=option, settings=dno.Regression(steps=5, pairs=64)))
+    records = list(
+        regularized.algorithm3(
+            policy, P, 0.5, 3, 0.2, option=option, settings=dno.Regression(steps=5, pairs=64)
+        )
+    )
     method = {"I": "dno", "II": "nash-md"}[option]
     pi_ref = records[0].log_pi_t.exp()
     for it in records:
@@ -156,16 +188,31 @@ def test_C21_the_regression_against_the_mixture_reaches_the_regularised_target(o
     """Not the target of Algorithm 1, which a loss against pi_t alone would lead to."""
     P, policy = random_feature_game(2, 6, seed=0).P, TabularPolicy(2, 6)
     settings = dno.Regression(steps=100, pairs=512, learning_rate=0.05)
-    records = list(regularized.algorithm3(policy, P, 0.25, 6, 0.2, option=option, settings=settings))
-    plain = [dno.soft_policy_iteration(it.log_pi_t, dno.expected_win_rate(P, it.log_pi_t.exp()), 0.25) for it in records]
-    assert max(float(dno.total_variation(it.log_pi_next.exp(), it.log_pi_star.exp()).max()) for it in records) < 0.02
+    records = list(
+        regularized.algorithm3(policy, P, 0.25, 6, 0.2, option=option, settings=settings)
+    )
+    plain = [
+        dno.soft_policy_iteration(it.log_pi_t, dno.expected_win_rate(P, it.log_pi_t.exp()), 0.25)
+        for it in records
+    ]
+    assert (
+        max(
+            float(dno.total_variation(it.log_pi_next.exp(), it.log_pi_star.exp()).max())
+            for it in records
+        )
+        < 0.02
+    )
     assert dno.total_variation(plain[-1].exp(), records[-1].log_pi_star.exp()).max() > 0.05
 
 
 def test_the_reference_moves_to_the_current_policy_when_told_to():
     P = random_feature_game(2, 6, seed=0).P
     settings = dno.Regression(steps=5, pairs=64)
-    records = list(regularized.algorithm3(TabularPolicy(2, 6), P, 0.5, 5, 0.2, move_reference_every=2, settings=settings))
+    records = list(
+        regularized.algorithm3(
+            TabularPolicy(2, 6), P, 0.5, 5, 0.2, move_reference_every=2, settings=settings
+        )
+    )
     expected = [records[0].log_pi_t] + [records[1].log_pi_next] * 2 + [records[3].log_pi_next] * 2
     assert all(torch.equal(it.log_pi_ref, ref) for it, ref in zip(records, expected, strict=True))
 
@@ -194,22 +241,34 @@ def test_algorithm_3_rates_against_pi_t_or_the_normalised_mixture_and_averages_p
 def test_at_tau_eta_the_reference_alone_is_stepped_from():
     P, pi_ref, pi_1 = random_game(1, 4, seed=0).P, random_policy(1, 4, 0), random_policy(1, 4, 1)
     step = pi_ref * ((P @ pi_1[:, :, None])[:, :, 0] / 0.5).exp()
-    assert (solvers.solve(P, "dno", 0.5, 1, pi_ref, 0.5, pi_1=pi_1).last - step / step.sum()).abs().max() < EXACT
+    assert (
+        solvers.solve(P, "dno", 0.5, 1, pi_ref, 0.5, pi_1=pi_1).last - step / step.sum()
+    ).abs().max() < EXACT
 
 
 def test_the_regularised_nash_is_found_for_a_weak_pull_too():
     """At tau = 1e-4 logits are of order 1e4, and their rounding 1e-12."""
     P = rock_paper_scissors(0.4, 0.3, 0.2).P
     found = solvers.regularized_nash(P, torch.full((1, 3), 1 / 3, dtype=torch.float64), 1e-4)
-    assert found[0].tolist() == pytest.approx([3 / 9, 2 / 9, 4 / 9], abs=1e-3)  # that of P itself, up to order tau
+    assert found[0].tolist() == pytest.approx(
+        [3 / 9, 2 / 9, 4 / 9], abs=1e-3
+    )  # that of P itself, up to order tau
 
 
 def test_bad_regularisation_is_refused():
     P = random_game(1, 3, seed=0).P
-    for tau, option, message in [(0.6, "I", "tau is 0.6"), (-0.1, "I", "tau"), (0.1, "III", "option is 'III'")]:
+    for tau, option, message in [
+        (0.6, "I", "tau is 0.6"),
+        (-0.1, "I", "tau"),
+        (0.1, "III", "option is 'III'"),
+    ]:
         with pytest.raises(ValueError, match=message):
             next(regularized.algorithm3(TabularPolicy(1, 3), P, 0.5, 1, tau, option=option))
-    for eta, iterations, message in ((0.0, 1, "eta is 0"), (-1.0, 1, "eta is -1"), (0.5, 0, "iterations is 0")):
+    for eta, iterations, message in (
+        (0.0, 1, "eta is 0"),
+        (-1.0, 1, "eta is -1"),
+        (0.5, 0, "iterations is 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             next(regularized.algorithm3(TabularPolicy(1, 3), P, eta, iterations, 0.0))
     with pytest.raises(ValueError, match="tau is 2"):
@@ -220,23 +279,30 @@ def test_bad_regularisation_is_refused():
 
 
 def test_C23_mixing_token_by_token_is_not_the_sequence_level_mixture():
-    """Two autoregressive policies over 4^3 sequences, mixed half and half geometrically. Token by token every conditional is
-    normalised by itself; the sequence-level mixture is normalised once. The distance is 0 only for one token; the first
-    token's conditional of the two differs by what is lost later."""
+    """Two autoregressive policies over 4^3 sequences, mixed half and half geometrically. Token by
+    token every conditional is normalised by itself; the sequence-level mixture is normalised once.
+    The distance is 0 only for one token; the first token's conditional of the two differs by what
+    is lost later."""
     distances = {}
     for L in (1, 3):
         policies = []
         for seed in (0, 1):
             torch.manual_seed(seed)
-            model = Transformer(Config(vocab_size=6, width=16, heads=2, kv_heads=1, hidden=32)).double()
+            model = Transformer(
+                Config(vocab_size=6, width=16, heads=2, kv_heads=1, hidden=32)
+            ).double()
             torch.nn.init.normal_(model.head.weight, std=0.6)
             policies.append(TransformerPolicy(model, torch.tensor([[4], [5]]), V=4, L=L))
         with torch.no_grad():
-            by_token = chain(sum(0.5 * p.next_word_log_probs() for p in policies).log_softmax(-1), 4, L)
+            by_token = chain(
+                sum(0.5 * p.next_word_log_probs() for p in policies).log_softmax(-1), 4, L
+            )
             log_probs = [p.log_probs() for p in policies]
         by_sequence = regularized.geometric_mixture(*log_probs, tau=0.5, eta=1.0).log_softmax(-1)
         assert by_token.exp().sum(-1).tolist() == pytest.approx([1, 1], abs=EXACT)
         distances[L] = float(dno.total_variation(by_token.exp(), by_sequence.exp()).mean())
-    print(f"C23: TV between the mixtures, one token {distances[1]:.1e}, three tokens {distances[3]:.3f}")
+    print(
+        f"C23: TV between the mixtures, one token {distances[1]:.1e}, three tokens {distances[3]:.3f}"
+    )
     assert distances[1] < EXACT
     assert distances[3] > 0.02

@@ -1,4 +1,5 @@
-"""Asking a language model over HTTP: faults, kills, money, caches and secrets, against a server whose mind is known."""
+"""Asking a language model over HTTP: faults, kills, money, caches and secrets, against a server
+whose mind is known."""
 
 import email.utils
 import hashlib
@@ -58,7 +59,9 @@ def server(running):
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.getbasetemp()))  # where tiktoken keeps its files
+    monkeypatch.setattr(
+        tempfile, "tempdir", str(tmp_path_factory.getbasetemp())
+    )  # where tiktoken keeps its files
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -75,8 +78,18 @@ def asking(server, client, tmp_path):
     """An endpoint on the server, patient with it but not slow."""
 
     def begin(**settings):
-        return Endpoint(**{"model": "judge", "client": client, "cache": tmp_path / "cache.sqlite", "price": PRICE,
-                           "timeout": 20.0, "backoff": 0.02, "attempts": 12, **settings})  # fmt: skip
+        return Endpoint(
+            **{
+                "model": "judge",
+                "client": client,
+                "cache": tmp_path / "cache.sqlite",
+                "price": PRICE,
+                "timeout": 20.0,
+                "backoff": 0.02,
+                "attempts": 12,
+                **settings,
+            }
+        )
 
     return begin
 
@@ -84,19 +97,25 @@ def asking(server, client, tmp_path):
 def golds(n, start=0):
     """n questions, and what the server answers."""
     return [teacher_question(f"Question {i}", 16, 0) for i in range(start, start + n)], [
-        f"A gold answer to Question {i}" for i in range(start, start + n)]  # fmt: skip
+        f"A gold answer to Question {i}" for i in range(start, start + n)
+    ]
 
 
 def pairs(n, seed=0):
     """n prompts with two responses each: what `prefer` takes."""
     draw = random.Random(seed)
-    first, second = ([f"Text {i} is worth {draw.randrange(7)}." for i in range(n)] for _ in range(2))
+    first, second = (
+        [f"Text {i} is worth {draw.randrange(7)}." for i in range(n)] for _ in range(2)
+    )
     return [f"Prompt {seed}.{i}" for i in range(n)], first, [text + " So it is." for text in second]
 
 
 def truth(form, prompts, a, b):
-    """P(a > b) as the server's mind has it: all or nothing by points; or 1/2 plus a sixteenth of the lead."""
-    lead = torch.tensor([quality(y) - quality(z) for y, z in zip(a, b, strict=True)], dtype=torch.float64)
+    """P(a > b) as the server's mind has it: all or nothing by points; or 1/2 plus a sixteenth of
+    the lead."""
+    lead = torch.tensor(
+        [quality(y) - quality(z) for y, z in zip(a, b, strict=True)], dtype=torch.float64
+    )
     return (1 + lead.sign()) / 2 if form == "scored" else 0.5 + lead / 16
 
 
@@ -109,8 +128,11 @@ def dollars(tokens):
 
 
 def bound(question):
-    """A byte a token and 16 tokens around a message, the form that is asked for, and as long an answer as may be."""
-    size = sum(len(message["content"].encode()) + 16 for message in question.messages) + len(json.dumps(question.wishes))
+    """A byte a token and 16 tokens around a message, the form that is asked for, and as long an
+    answer as may be."""
+    size = sum(len(message["content"].encode()) + 16 for message in question.messages) + len(
+        json.dumps(question.wishes)
+    )
     return (10 * size + 30 * question.max_tokens) / 1e6
 
 
@@ -154,7 +176,9 @@ def assert_counted_right(endpoint, server):
         pytest.param({"mode": "random", "rate": 0.5, "idempotent": False}, id="at random"),
     ],
 )
-def test_whatever_faults_the_server_has_the_labels_are_those_of_a_run_without_any(form, behaviour, server, asking, tmp_path):
+def test_whatever_faults_the_server_has_the_labels_are_those_of_a_run_without_any(
+    form, behaviour, server, asking, tmp_path
+):
     asked = pairs(2 * len(FAULTS) if form == "scored" else len(FAULTS))
     clean = OpenAIJudge(asking(cache=tmp_path / "clean.sqlite"), form).prefer(*asked)
     assert off(clean, truth(form, *asked)) < ROUNDING
@@ -163,14 +187,19 @@ def test_whatever_faults_the_server_has_the_labels_are_those_of_a_run_without_an
     P = OpenAIJudge(endpoint, form).prefer(*asked)
     assert torch.equal(P, clean)
     met = server.stats()["by_fault"]
-    assert behaviour["mode"] == "random" or {fault for fault in FAULTS if met.get(fault, 0) < 2} == set()
+    assert (
+        behaviour["mode"] == "random"
+        or {fault for fault in FAULTS if met.get(fault, 0) < 2} == set()
+    )
     assert sum(met.get(fault, 0) for fault in FAULTS) > len(FAULTS)
     assert_counted_right(endpoint, server)
 
 
 @BOTH
 @pytest.mark.parametrize("fault", [*BROKEN, *LOST])
-def test_a_fault_that_never_ends_gives_no_label_after_as_many_requests_as_there_are_attempts(form, fault, server, asking):
+def test_a_fault_that_never_ends_gives_no_label_after_as_many_requests_as_there_are_attempts(
+    form, fault, server, asking
+):
     server.control(faults=[fault], mode="always")
     endpoint = asking(attempts=2, max_failed=1, timeout=0.3 if fault == "timeout" else 20.0)
     P = OpenAIJudge(endpoint, form).prefer(*pairs(2))
@@ -189,7 +218,8 @@ def test_a_reply_that_is_only_dressed_up_is_read_at_once(form, fault, server, as
 
 @pytest.mark.parametrize("fault", DRIPS)
 def test_a_reply_that_comes_in_drips_cannot_outlast_the_timeout(fault, server, asking):
-    """Byte by byte for three seconds, none of them later than the timeout of half a second after the one before."""
+    """Byte by byte for three seconds, none of them later than the timeout of half a second after
+    the one before."""
     server.control(faults=[fault], mode="always", drip=3.0)
     assert asking(attempts=1, max_failed=1, timeout=0.5).ask(golds(1)[0]) == [None]
     assert server.stats()["outlasted"] == 0
@@ -210,7 +240,9 @@ def test_a_refusal_by_a_content_filter_fails_its_own_question_alone(server, aski
     questions, answers = golds(20)
     server.control(filters="Question 7")
     endpoint = asking(attempts=5)
-    assert endpoint.ask(questions) == [None if i == 7 else answer for i, answer in enumerate(answers)]
+    assert endpoint.ask(questions) == [
+        None if i == 7 else answer for i, answer in enumerate(answers)
+    ]
     assert server.stats()["requests"] == 20
     assert endpoint.report()["dollars_unknown_at_most"] == 0
 
@@ -219,7 +251,12 @@ PERMANENT = {
     "wrong key": (401, "Incorrect API key", "invalid_api_key", ""),
     "not allowed": (403, "Country not supported", None, ""),
     "no such model": (404, "The model does not exist", "model_not_found", ""),
-    "too long": (400, "This model's maximum context length is 4096 tokens", "context_length_exceeded", ""),
+    "too long": (
+        400,
+        "This model's maximum context length is 4096 tokens",
+        "context_length_exceeded",
+        "",
+    ),
     "no money left": (429, "You exceeded your current quota", "insufficient_quota", ""),
     "busy for long": (429, "Rate limit reached", "rate_limit_exceeded", "retry-after: 121\r\n"),
     "busy for ever": (503, "Overloaded", None, f"retry-after: {'9' * 400}\r\n"),
@@ -229,12 +266,16 @@ PERMANENT = {
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 @pytest.mark.parametrize("status", PERMANENT.values(), ids=PERMANENT)
-def test_a_permanent_error_stops_at_once_and_says_in_a_line_what_where_and_why(status, concurrency, server, asking):
+def test_a_permanent_error_stops_at_once_and_says_in_a_line_what_where_and_why(
+    status, concurrency, server, asking
+):
     server.control(status=status, latency=0.01)
     endpoint = asking(concurrency=concurrency)
     with refused() as error:
         endpoint.ask(golds(30)[0])
-    assert all(part in str(error.value) for part in (f"HTTP {status[0]}", "judge", server.url, status[1]))
+    assert all(
+        part in str(error.value) for part in (f"HTTP {status[0]}", "judge", server.url, status[1])
+    )
     assert 1 <= server.stats()["requests"] <= concurrency
     assert endpoint.report()["dollars"] == endpoint.ledger.spent() == 0
 
@@ -270,11 +311,13 @@ def test_no_redirect_is_followed_and_one_line_names_its_target(status, ones_own,
 @pytest.mark.parametrize(
     ("location", "target"),
     [
-        ("/elsewhere/x", "ROOT/elsewhere/x"), ("//other/x", "http://other/x"),
+        ("/elsewhere/x", "ROOT/elsewhere/x"),
+        ("//other/x", "http://other/x"),
         ("", "ROOT/v1/chat/completions"),
-        ("http://[::1/x", "an address that is none"), ("http://h/\x1b[2J", "http://h/"),
+        ("http://[::1/x", "an address that is none"),
+        ("http://h/\x1b[2J", "http://h/"),
     ],
-)  # fmt: skip
+)
 def test_the_target_of_a_redirect_may_be_relative_or_none_or_ugly(location, target, server, asking):
     server.control(status=(302, "moved", None, f"location: {location}\r\n" * bool(location)))
     with refused() as error:
@@ -310,12 +353,17 @@ def test_no_more_requests_are_under_way_at_once_than_allowed(server, asking):
 
 def test_replies_that_could_not_be_read_to_the_last_attempt_are_not_paid_for_again(server, asking):
     server.control(faults=["not-json"], mode="always")
-    questions, answers = [pairwise_question(f"Prompt {i}", "a", "b", 100) for i in range(3)], [None] * 3
+    questions, answers = (
+        [pairwise_question(f"Prompt {i}", "a", "b", 100) for i in range(3)],
+        [None] * 3,
+    )
     assert asking(attempts=2, max_failed=1).ask(questions) == answers
     server.change(mode="none")
     assert asking(attempts=2, max_failed=1).ask(questions) == answers
     assert server.stats()["requests"] == 6
-    assert None not in asking(attempts=2, max_failed=0.5).ask(questions), "more than may fail: the run could not go on else"
+    assert None not in asking(attempts=2, max_failed=0.5).ask(questions), (
+        "more than may fail: the run could not go on else"
+    )
     assert server.stats()["requests"] == 9
 
 
@@ -340,7 +388,9 @@ def test_few_failures_are_no_reason_to_stop(server, asking):
     with refused(Stopped):
         asking(max_failed=(sum(failing) - 0.5) / len(failing)).ask(questions)
     results = asking(max_failed=(sum(failing) + 0.5) / len(failing)).ask(questions)
-    assert results == [None if fails else text for fails, text in zip(failing, answers, strict=True)]
+    assert results == [
+        None if fails else text for fails, text in zip(failing, answers, strict=True)
+    ]
 
 
 def http_date(seconds):
@@ -350,14 +400,23 @@ def http_date(seconds):
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
-        ({}, None), ({"retry-after": "5"}, 5), ({"retry-after": " 1.5 "}, 1.5), ({"retry-after-ms": "250"}, 0.25),
-        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25), ({"retry-after": "0"}, 0), ({"retry-after": "-3"}, None),
-        ({"retry-after": "soon"}, None), ({"retry-after": "nan"}, None), ({"retry-after": "1e3"}, None),
-        ({"retry-after": ""}, None), ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({}, None),
+        ({"retry-after": "5"}, 5),
+        ({"retry-after": " 1.5 "}, 1.5),
+        ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "0"}, 0),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "1e3"}, None),
+        ({"retry-after": ""}, None),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
         ({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"}, pytest.approx(2.5e11, rel=0.1)),
-        ({"retry-after": "Fri, 31 Dec 99999999999 23:59:59 GMT"}, None), ({"retry-after": "9" * 400}, math.inf),
+        ({"retry-after": "Fri, 31 Dec 99999999999 23:59:59 GMT"}, None),
+        ({"retry-after": "9" * 400}, math.inf),
     ],
-)  # fmt: skip
+)
 def test_how_long_a_server_asks_to_be_left_alone(headers, seconds):
     assert judge.endpoint._retry_after(headers) == seconds
 
@@ -367,7 +426,9 @@ def test_a_date_to_come_back_at_is_understood():
     assert judge.endpoint._retry_after({"retry-after": http_date(60)}) == pytest.approx(60, abs=5)
 
 
-@pytest.mark.parametrize(("header", "least"), [("retry-after-ms: 400", 0.4), ("retry-after: 1", 1.0)])
+@pytest.mark.parametrize(
+    ("header", "least"), [("retry-after-ms: 400", 0.4), ("retry-after: 1", 1.0)]
+)
 def test_it_waits_as_long_as_the_server_asks(header, least, server, asking):
     server.control(status=(429, "slow down", None, header + "\r\n"))
     start = time.monotonic()
@@ -384,7 +445,9 @@ def waits(endpoint, monkeypatch):
     return [wait for wait in seconds if wait]
 
 
-def test_without_being_told_it_waits_twice_as_long_each_time_to_at_most_a_minute_less_up_to_half(server, asking, monkeypatch):
+def test_without_being_told_it_waits_twice_as_long_each_time_to_at_most_a_minute_less_up_to_half(
+    server, asking, monkeypatch
+):
     server.control(faults=["500"], mode="always")
     several = [waits(asking(attempts=10, backoff=0.5, max_failed=1), monkeypatch) for _ in range(8)]
     for most, *waited in zip((0.5, 1, 2, 4, 8, 16, 32, 60, 60), *several, strict=True):
@@ -404,18 +467,26 @@ def test_a_server_is_never_asked_again_sooner_than_it_said(server, asking, monke
 @pytest.mark.parametrize(
     ("form", "refuses", "lines"),
     [
-        ("scored", ["json_schema"], 1), ("scored", ["response_format"], 2), ("scored", ["temperature"], 1),
-        ("scored", ["max_tokens"], 1), ("pairwise", ["logprobs"], 1), ("pairwise", ["max_tokens", "temperature"], 2),
+        ("scored", ["json_schema"], 1),
+        ("scored", ["response_format"], 2),
+        ("scored", ["temperature"], 1),
+        ("scored", ["max_tokens"], 1),
+        ("pairwise", ["logprobs"], 1),
+        ("pairwise", ["max_tokens", "temperature"], 2),
         ("scored", ["temperature", "response_format"], 3),
     ],
-)  # fmt: skip
-def test_a_setting_that_the_endpoint_refuses_is_left_out_and_we_say_so_once(form, refuses, lines, server, asking, capsys):
+)
+def test_a_setting_that_the_endpoint_refuses_is_left_out_and_we_say_so_once(
+    form, refuses, lines, server, asking, capsys
+):
     """Where there is another form of it, that is sent; to refuse that as well takes a second line."""
     server.control(refuses=refuses)
     asked = pairs(10)
     P = OpenAIJudge(asking(), form).prefer(*asked)
     expected = truth(form, *asked)
-    if refuses == ["logprobs"]:  # verdicts without probabilities: a tie goes to the second in either order
+    if refuses == [
+        "logprobs"
+    ]:  # verdicts without probabilities: a tie goes to the second in either order
         expected = (1 + (expected - 0.5).sign()) / 2
     assert off(P, expected) < ROUNDING
     last = server.stats()["last"]
@@ -424,7 +495,10 @@ def test_a_setting_that_the_endpoint_refuses_is_left_out_and_we_say_so_once(form
     assert last.keys() >= {"max_tokens", "temperature"} - set(refuses)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == lines
-    assert all("judge" in line and any(name in line for name in (*refuses, "response_format")) for line in said)
+    assert all(
+        "judge" in line and any(name in line for name in (*refuses, "response_format"))
+        for line in said
+    )
 
 
 @BOTH
@@ -442,11 +516,21 @@ def test_what_is_asked_for_is_sent_where_nothing_is_refused(server, asking, caps
         judge = OpenAIJudge(asking(temperature=0.5), form)
         judge.prefer(*pairs(1))
         question = judge.questions(["Prompt 0.0"], ["a"], ["b"])[0]
-        expected = {"model": "judge", "temperature": 0.5, "max_tokens": question.max_tokens, **question.wishes}
+        expected = {
+            "model": "judge",
+            "temperature": 0.5,
+            "max_tokens": question.max_tokens,
+            **question.wishes,
+        }
         assert server.stats()["last"] == expected
         schema = expected["response_format"]["json_schema"]["schema"]
         assert (schema["type"], schema["required"]) == ("object", list(schema["properties"]))
-    assert schema["required"] == ["id1_justification", "id1_score", "id2_justification", "id2_score"]
+    assert schema["required"] == [
+        "id1_justification",
+        "id1_score",
+        "id2_justification",
+        "id2_score",
+    ]
     assert capsys.readouterr() == ("", "")
 
 
@@ -462,13 +546,23 @@ def test_a_setting_may_be_refused_even_if_there_is_but_one_attempt(server, askin
 @pytest.mark.parametrize(
     "url",
     [
-        "http://user:hunter2@localhost/v1", "http://hunter2@localhost/v1", "http://localhost/v1?key=hunter2",
-        "http://localhost/v1#hunter2", "ftp://localhost/hunter2", "localhost:8000/hunter2", "file:///hunter2",
-        "http://[::1/hunter2", "http://localhost:abc/hunter2", "http://localhost:99999/hunter2", "http:///hunter2",
+        "http://user:hunter2@localhost/v1",
+        "http://hunter2@localhost/v1",
+        "http://localhost/v1?key=hunter2",
+        "http://localhost/v1#hunter2",
+        "ftp://localhost/hunter2",
+        "localhost:8000/hunter2",
+        "file:///hunter2",
+        "http://[::1/hunter2",
+        "http://localhost:abc/hunter2",
+        "http://localhost:99999/hunter2",
+        "http:///hunter2",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("given", ["url", "OPENAI_BASE_URL"])
-def test_a_url_that_is_none_or_holds_a_key_is_refused_and_not_repeated(url, given, tmp_path, monkeypatch):
+def test_a_url_that_is_none_or_holds_a_key_is_refused_and_not_repeated(
+    url, given, tmp_path, monkeypatch
+):
     if given == "OPENAI_BASE_URL":
         monkeypatch.setenv(given, url)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
@@ -477,7 +571,9 @@ def test_a_url_that_is_none_or_holds_a_key_is_refused_and_not_repeated(url, give
     assert "hunter2" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["sk-hunter2\n", "sk-hunter2\r\nX: y", "sk hunter2", "sk-hunter2\u200b", "“hunter2”"])
+@pytest.mark.parametrize(
+    "key", ["sk-hunter2\n", "sk-hunter2\r\nX: y", "sk hunter2", "sk-hunter2\u200b", "“hunter2”"]
+)
 def test_a_key_that_cannot_be_one_is_refused_and_not_repeated(key, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with refused(Refused) as error:
@@ -537,8 +633,20 @@ class Scripted:
         self.listener.close()
 
 
-@pytest.mark.parametrize("body", ['{"data": []}', '{"data": [{"id": "a"}, {"id": "b"}]}', "{}", "[]", "<html>", '{"data": 1}',
-                                  '{"data": [{}]}', '{"data": [null]}', ""])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"data": []}',
+        '{"data": [{"id": "a"}, {"id": "b"}]}',
+        "{}",
+        "[]",
+        "<html>",
+        '{"data": 1}',
+        '{"data": [{}]}',
+        '{"data": [null]}',
+        "",
+    ],
+)
 def test_a_server_with_no_model_or_several_or_that_does_not_say_is_refused(body):
     with Scripted(body.encode()) as other, refused():
         only_model(other.url)
@@ -620,9 +728,22 @@ def test_a_word_that_stands_for_a_key_where_none_is_needed_is_not_hidden(
     ]
 
 
-@pytest.mark.parametrize("settings", [{"attempts": 0}, {"concurrency": 0}, {"timeout": 0}, {"timeout": math.inf},
-                                      {"backoff": -1}, {"max_failed": -0.1}, {"max_failed": math.nan}, {"max_usd": -1},
-                                      {"max_usd": math.nan}, {"temperature": -1}, {"temperature": math.nan}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attempts": 0},
+        {"concurrency": 0},
+        {"timeout": 0},
+        {"timeout": math.inf},
+        {"backoff": -1},
+        {"max_failed": -0.1},
+        {"max_failed": math.nan},
+        {"max_usd": -1},
+        {"max_usd": math.nan},
+        {"temperature": -1},
+        {"temperature": math.nan},
+    ],
+)
 def test_numbers_that_make_no_sense_are_named(settings, asking):
     with pytest.raises(ValueError, match=next(iter(settings))):
         asking(**settings)
@@ -631,7 +752,9 @@ def test_numbers_that_make_no_sense_are_named(settings, asking):
 # --- Questions and their keys ---
 
 
-def test_a_question_is_asked_once_however_often_it_is_put_and_answers_keep_their_places(server, asking):
+def test_a_question_is_asked_once_however_often_it_is_put_and_answers_keep_their_places(
+    server, asking
+):
     questions, answers = golds(10)
     order = random.Random(0).choices(range(10), k=100)
     assert asking().ask([questions[i] for i in order]) == [answers[i] for i in order]
@@ -641,12 +764,27 @@ def test_a_question_is_asked_once_however_often_it_is_put_and_answers_keep_their
 
 def test_whatever_changes_the_answer_changes_the_key_and_nothing_else_does(asking):
     here, question = asking(), teacher_question("Why?", 16, 0)
-    others = [teacher_question("Why? ", 16, 0), teacher_question("Why?", 17, 0), teacher_question("Why?", 16, 1),
-              pairwise_question("Why?", "a", "b", 9), pairwise_question("Why?", "b", "a", 9)]  # fmt: skip
-    keys = [asking(model="other").key(question), asking(temperature=0.1).key(question), *map(here.key, others)]
+    others = [
+        teacher_question("Why? ", 16, 0),
+        teacher_question("Why?", 17, 0),
+        teacher_question("Why?", 16, 1),
+        pairwise_question("Why?", "a", "b", 9),
+        pairwise_question("Why?", "b", "a", 9),
+    ]
+    keys = [
+        asking(model="other").key(question),
+        asking(temperature=0.1).key(question),
+        *map(here.key, others),
+    ]
     assert len({here.key(question), *keys}) == 8
-    same = Question(question.version, question.messages, 16, lambda choice: (None, False), {"logprobs": True})
-    assert here.key(question) == here.key(same) == asking(client=None, url="http://elsewhere/v1").key(question)
+    same = Question(
+        question.version, question.messages, 16, lambda choice: (None, False), {"logprobs": True}
+    )
+    assert (
+        here.key(question)
+        == here.key(same)
+        == asking(client=None, url="http://elsewhere/v1").key(question)
+    )
 
 
 # --- Money ---
@@ -655,28 +793,50 @@ def test_whatever_changes_the_answer_changes_the_key_and_nothing_else_does(askin
 @pytest.mark.parametrize(
     ("model", "price"),
     [
-        ("gpt-4o", (2.5, 10)), ("gpt-4o-2024-08-06", (2.5, 10)), ("gpt-4-0613", (30, 60)), ("gpt-4-1106-preview", (10, 30)),
-        ("gpt-4o-mini-2024-07-18", (0.15, 0.6)), ("gpt-4.1-2025-04-14", (2, 8)), ("gpt-4-turbo-2024-04-09", (10, 30)),
+        ("gpt-4o", (2.5, 10)),
+        ("gpt-4o-2024-08-06", (2.5, 10)),
+        ("gpt-4-0613", (30, 60)),
+        ("gpt-4-1106-preview", (10, 30)),
+        ("gpt-4o-mini-2024-07-18", (0.15, 0.6)),
+        ("gpt-4.1-2025-04-14", (2, 8)),
+        ("gpt-4-turbo-2024-04-09", (10, 30)),
         ("gpt-4-32k-0613", (60, 120)),
     ],
-)  # fmt: skip
+)
 def test_the_price_of_a_model_is_that_of_its_dated_versions(model, price):
     assert price_of(model) == Price(*price)
 
 
-@pytest.mark.parametrize("model", ["gpt-4o-audio-preview", "gpt-4o-audio-preview-2024-12-17", "gpt-4o-realtime-preview",
-                                   "ft:gpt-4o-2024-08-06:me::1", "gpt-4.5-preview-2025-02-27", "gpt-5-pro-2025-10-06",
-                                   "gpt-3.5-turbo", "gpt-4o-08-06", "my/gpt-4o", "GPT-4o", "local-judge", ""])  # fmt: skip
+@pytest.mark.parametrize(
+    "model",
+    [
+        "gpt-4o-audio-preview",
+        "gpt-4o-audio-preview-2024-12-17",
+        "gpt-4o-realtime-preview",
+        "ft:gpt-4o-2024-08-06:me::1",
+        "gpt-4.5-preview-2025-02-27",
+        "gpt-5-pro-2025-10-06",
+        "gpt-3.5-turbo",
+        "gpt-4o-08-06",
+        "my/gpt-4o",
+        "GPT-4o",
+        "local-judge",
+        "",
+    ],
+)
 def test_no_price_is_guessed_for_another_model(model):
     assert price_of(model) is None
 
 
 def test_the_first_version_of_gpt_4o_cost_twice_as_much_as_the_later_ones():
-    """5 and 15 dollars a million tokens: it must not pass for one at 2.5 and 10, or a limit would not hold."""
+    """5 and 15 dollars a million tokens: it must not pass for one at 2.5 and 10, or a limit would
+    not hold."""
     assert price_of("gpt-4o-2024-05-13") in (None, Price(5, 15))
 
 
-@pytest.mark.parametrize("price", [(-1, 1), (1, -1), (math.nan, 1), (1, math.nan), (math.inf, 1), (1, math.inf)])
+@pytest.mark.parametrize(
+    "price", [(-1, 1), (1, -1), (math.nan, 1), (1, math.nan), (math.inf, 1), (1, math.inf)]
+)
 def test_a_price_below_nothing_or_that_is_none_is_refused(price):
     with pytest.raises(ValueError, match="dollars per million tokens"):
         Price(*price)
@@ -693,12 +853,19 @@ def test_a_limit_on_dollars_needs_a_price(asking):
     "behaviour",
     [
         pytest.param({}, id="no faults"),
-        pytest.param({"faults": FAULTS, "mode": "random", "rate": 0.4, "idempotent": False}, id="faults"),
+        pytest.param(
+            {"faults": FAULTS, "mode": "random", "rate": 0.4, "idempotent": False}, id="faults"
+        ),
         pytest.param({"usage": False}, id="charges not told"),
-        pytest.param({"faults": ["timeout"], "mode": "random", "rate": 0.2, "most": 1, "idempotent": False}, id="timeouts"),
+        pytest.param(
+            {"faults": ["timeout"], "mode": "random", "rate": 0.2, "most": 1, "idempotent": False},
+            id="timeouts",
+        ),
     ],
 )
-def test_never_is_more_charged_than_the_limit_and_a_higher_limit_goes_on_from_there(behaviour, server, asking):
+def test_never_is_more_charged_than_the_limit_and_a_higher_limit_goes_on_from_there(
+    behaviour, server, asking
+):
     """At $10 and $30 a million tokens the 300 questions would cost about a dollar."""
     asked, limit = pairs(150), 0.5
     server.control(latency=0.002, **behaviour)
@@ -732,7 +899,8 @@ def test_a_limit_below_the_first_request_sends_nothing(server, asking):
 
 
 def test_a_request_waits_for_those_under_way_before_it_is_found_too_dear(server, asking):
-    """Five bounds' worth, at a charge of a tenth of the bound: one at a time, all 10 questions are answered."""
+    """Five bounds' worth, at a charge of a tenth of the bound: one at a time, all 10 questions are
+    answered."""
     questions, answers = golds(10)
     server.control(latency=0.02)
     endpoint = asking(max_usd=5 * bound(questions[0]), concurrency=10)
@@ -776,7 +944,8 @@ def test_a_plan_counts_what_is_not_in_the_ledger_and_sends_nothing(server, askin
 
 @BOTH
 def test_a_plan_is_not_below_what_a_clean_run_costs_and_neither_is_any_bound(form, server, asking):
-    """The server counts a token for four characters, a plan one for four bytes and four more a message."""
+    """The server counts a token for four characters, a plan one for four bytes and four more a
+    message."""
     asked = pairs(20)
     endpoint = asking()
     judge = OpenAIJudge(endpoint, form)
@@ -824,7 +993,9 @@ def no_network(monkeypatch):
     judge.prices._encoding.cache_clear()
 
 
-def test_without_the_file_of_an_encoding_a_token_is_taken_for_four_bytes(no_network, tmp_path, monkeypatch):
+def test_without_the_file_of_an_encoding_a_token_is_taken_for_four_bytes(
+    no_network, tmp_path, monkeypatch
+):
     assert count_tokens("four by four bytes!!", "gpt-4o") == 5
     assert count_tokens("éé", "some-local-model") == 1
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # empty
@@ -838,9 +1009,15 @@ def cached_encoding(folder, name="o200k_base"):
 
 
 def test_with_the_file_of_an_encoding_tokens_are_counted(no_network, tmp_path, monkeypatch):
-    """An encoding of bytes and "ab" stands in for the one that the file holds; special tokens in a text are text."""
+    """An encoding of bytes and "ab" stands in for the one that the file holds; special tokens in a
+    text are text."""
     ranks = {**{bytes([byte]): byte for byte in range(256)}, b"ab": 256}
-    tiny = tiktoken.Encoding("o200k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    tiny = tiktoken.Encoding(
+        "o200k_base",
+        pat_str=r"\S+|\s+",
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 257},
+    )
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "o200k_base", tiny)
     monkeypatch.setitem(judge.prices.ENCODINGS, "o200k_base", hashlib.sha256(b"").hexdigest())
     cached_encoding(tmp_path).write_bytes(b"")
@@ -851,13 +1028,17 @@ def test_with_the_file_of_an_encoding_tokens_are_counted(no_network, tmp_path, m
     assert count_tokens("<|endoftext|>", "gpt-4o") == 13
 
 
-def test_a_damaged_file_of_an_encoding_is_no_reason_to_download_another(no_network, tmp_path, monkeypatch):
+def test_a_damaged_file_of_an_encoding_is_no_reason_to_download_another(
+    no_network, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     cached_encoding(tmp_path).write_bytes(b"cut off")
     assert count_tokens("four by four bytes!!", "gpt-4o") == 5
 
 
-def test_no_encoding_is_downloaded_where_tiktokens_own_cache_is_switched_off(no_network, tmp_path, monkeypatch):
+def test_no_encoding_is_downloaded_where_tiktokens_own_cache_is_switched_off(
+    no_network, tmp_path, monkeypatch
+):
     """To tiktoken an empty TIKTOKEN_CACHE_DIR means no cache, whatever DATA_GYM_CACHE_DIR says."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     monkeypatch.setenv("DATA_GYM_CACHE_DIR", str(tmp_path))
@@ -879,7 +1060,11 @@ def test_a_reply_is_asked_for_once_for_all_processes_to_come(n, server, asking):
     assert server.stats()["requests"] == n
     report = endpoint.report()
     assert {name: report[name] for name in ("asked", "cached", "failed", "requests")} == {
-        "asked": n, "cached": n, "failed": 0, "requests": n}  # fmt: skip
+        "asked": n,
+        "cached": n,
+        "failed": 0,
+        "requests": n,
+    }
 
 
 def test_replies_are_read_anew_without_a_request_where_their_parsed_form_is_gone(server, asking):
@@ -892,7 +1077,9 @@ def test_replies_are_read_anew_without_a_request_where_their_parsed_form_is_gone
 
 def test_a_better_parser_reads_what_the_old_one_could_not_without_a_request(server, asking):
     good, answers = golds(4)
-    poor = [Question(q.version, q.messages, q.max_tokens, lambda choice: (None, False)) for q in good]
+    poor = [
+        Question(q.version, q.messages, q.max_tokens, lambda choice: (None, False)) for q in good
+    ]
     assert asking(attempts=2, max_failed=1).ask(poor) == [None] * 4
     assert asking().ask(good) == answers
     assert server.stats()["requests"] == 8
@@ -908,11 +1095,11 @@ def test_a_reply_that_can_no_longer_be_read_is_asked_for_again(reply, server, as
 
 
 JUNK = {
-    "text": b"Dear diary,\n" * 100, "binary": bytes(range(256)) * 40,
+    "text": b"Dear diary,\n" * 100,
+    "binary": bytes(range(256)) * 40,
     "another table": "CREATE TABLE requests (made, otherwise)",
-    "another database":
-        "CREATE TABLE notes (text); CREATE TABLE spending (run TEXT PRIMARY KEY, dollars REAL)",
-}  # fmt: skip
+    "another database": "CREATE TABLE notes (text); CREATE TABLE spending (run TEXT PRIMARY KEY, dollars REAL)",
+}
 
 
 @pytest.mark.parametrize("live", [True, False])
@@ -1099,7 +1286,9 @@ def test_a_ledger_may_have_any_name(server, asking, tmp_path):
 
 
 @BOTH
-def test_a_replay_gives_the_same_answers_without_a_key_or_a_connection_and_writes_nothing(form, asking, tmp_path, monkeypatch):
+def test_a_replay_gives_the_same_answers_without_a_key_or_a_connection_and_writes_nothing(
+    form, asking, tmp_path, monkeypatch
+):
     asked = pairs(10)
     P = OpenAIJudge(asking(), form).prefer(*asked)
     monkeypatch.setattr(socket.socket, "connect", None)
@@ -1112,7 +1301,9 @@ def test_a_replay_gives_the_same_answers_without_a_key_or_a_connection_and_write
         judge.prefer([*asked[0], "Prompt unheard of"], [*asked[1], "y"], [*asked[2], "z"])
     assert "Prompt unheard of" in str(error.value)
     with refused():
-        OpenAIJudge(Endpoint("other", cache=tmp_path / "cache.sqlite", live=False), form).prefer(*asked)
+        OpenAIJudge(Endpoint("other", cache=tmp_path / "cache.sqlite", live=False), form).prefer(
+            *asked
+        )
     assert contents(tmp_path) == before
 
 
@@ -1130,9 +1321,13 @@ def test_a_recording_can_be_read_where_nothing_can_be_written(asking, tmp_path):
 
 
 def test_a_replay_repeats_failures_too(server, asking):
-    """One question of four was answered, one filtered, one could not be read in two attempts, one in none of one so far."""
+    """One question of four was answered, one filtered, one could not be read in two attempts, one
+    in none of one so far."""
     questions, answers = golds(4)
-    unreadable = [Question(q.version, q.messages, q.max_tokens, lambda choice: (None, False)) for q in questions]
+    unreadable = [
+        Question(q.version, q.messages, q.max_tokens, lambda choice: (None, False))
+        for q in questions
+    ]
     asking(attempts=2, max_failed=1).ask(unreadable[1:3])
     asking().ask(questions[:1])
     replay = asking(live=False, max_failed=1)
@@ -1144,14 +1339,17 @@ def test_a_replay_repeats_failures_too(server, asking):
 
 def contents(folder):
     """All files, except for what SQLite shares between processes."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith("-shm")}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith("-shm")
+    }
 
 
 # --- Several processes, and their deaths ---
 
 
 def alone(work, *arguments):
-    """Do it without the lock that bars share with the processes that were forked: who is killed never lets go of it."""
+    """Do it without the lock that bars share with the processes that were forked: who is killed
+    never lets go of it."""
     tqdm.set_lock(threading.RLock())
     work(*arguments)
 
@@ -1204,7 +1402,10 @@ def test_two_processes_that_ask_the_same_at_once_pay_once_and_agree(form, server
     results = [tmp_path / name for name in "ab"]
     settings = {"timeout": 30.0, "concurrency": 8}
     cache = asking().ledger.path
-    children = [child(prefer_and_keep, begun, server.url, cache, form, asked, result, settings) for result in results]
+    children = [
+        child(prefer_and_keep, begun, server.url, cache, form, asked, result, settings)
+        for result in results
+    ]
     assert ended(*children) == [0, 0]
     expected = truth(form, *asked)
     assert [off(torch.load(result), expected) < ROUNDING for result in results] == [True, True]
@@ -1212,12 +1413,17 @@ def test_two_processes_that_ask_the_same_at_once_pay_once_and_agree(form, server
     assert len(rows(tmp_path / "cache.sqlite")) == server.stats()["requests"]
 
 
-def test_two_processes_that_ask_the_same_in_vain_pay_for_no_more_attempts_than_one(server, asking, tmp_path):
+def test_two_processes_that_ask_the_same_in_vain_pay_for_no_more_attempts_than_one(
+    server, asking, tmp_path
+):
     server.control(latency=0.01, idempotent=False, faults=["not-json"], mode="always")
     asked, begun, cache = pairs(10), FORK.Barrier(2), asking().ledger.path
     settings = {"timeout": 30.0, "attempts": 3, "max_failed": 1}
     results = [tmp_path / name for name in "ab"]
-    children = [child(prefer_and_keep, begun, server.url, cache, "pairwise", asked, result, settings) for result in results]
+    children = [
+        child(prefer_and_keep, begun, server.url, cache, "pairwise", asked, result, settings)
+        for result in results
+    ]
     assert ended(*children) == [0, 0]
     assert [torch.load(result).isnan().all().item() for result in results] == [True, True]
     assert list(server.stats()["paid"].values()) == [3] * 20
@@ -1228,8 +1434,19 @@ def test_two_processes_of_one_run_keep_to_one_limit(server, asking, tmp_path):
     limit, begun, results = 0.3, FORK.Barrier(2), [tmp_path / name for name in "ab"]
     settings = {"timeout": 30.0, "concurrency": 4, "max_usd": limit, "run": "both"}
     cache = asking().ledger.path
-    children = [child(prefer_and_keep, begun, server.url, cache, "pairwise", pairs(100, seed), result, settings)
-                for seed, result in enumerate(results)]  # fmt: skip
+    children = [
+        child(
+            prefer_and_keep,
+            begun,
+            server.url,
+            cache,
+            "pairwise",
+            pairs(100, seed),
+            result,
+            settings,
+        )
+        for seed, result in enumerate(results)
+    ]
     assert ended(*children) == [0, 0]
     assert [result.read_text() for result in results] == ["too dear"] * 2
     assert limit / 4 < dollars(server.stats()["tokens"]) <= limit
@@ -1238,8 +1455,12 @@ def test_two_processes_of_one_run_keep_to_one_limit(server, asking, tmp_path):
 
 
 def prefer_and_tell(asking_now, url, cache, form, asked, timeout=30.0):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
-    judge = OpenAIJudge(Endpoint("judge", url, cache, price=PRICE, concurrency=4, timeout=timeout), form)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # whoever runs the tests in the background ignores it
+    judge = OpenAIJudge(
+        Endpoint("judge", url, cache, price=PRICE, concurrency=4, timeout=timeout), form
+    )
     asking_now.set()
     judge.prefer(*asked)
 
@@ -1255,9 +1476,12 @@ KILLS = 20
 
 
 @pytest.mark.parametrize(("form", "idempotent"), [("pairwise", True), ("scored", False)])
-def test_a_run_killed_twenty_times_pays_for_no_judgment_twice_and_loses_none(form, idempotent, server, asking, tmp_path):
-    """With a server that does not honour the idempotency key, only what was in flight when the process died can be paid twice,
-    and is counted as spent. A sixth of the kills come before the first request, the others up to 30 ms after it."""
+def test_a_run_killed_twenty_times_pays_for_no_judgment_twice_and_loses_none(
+    form, idempotent, server, asking, tmp_path
+):
+    """With a server that does not honour the idempotency key, only what was in flight when the
+    process died can be paid twice, and is counted as spent. A sixth of the kills come before the
+    first request, the others up to 30 ms after it."""
     n, draw = 300, random.Random(0)
     asked = pairs({"pairwise": n // 2, "scored": n}[form])
     undisturbed = OpenAIJudge(asking(cache=tmp_path / "undisturbed.sqlite"), form).prefer(*asked)
@@ -1298,7 +1522,9 @@ def test_a_process_that_died_in_flight_keeps_nobody_waiting(buried, server, aski
     """It would be two timeouts: two minutes."""
     server.control(latency=5.0)
     asked, asking_now = pairs(2), FORK.Event()
-    process = child(prefer_and_tell, asking_now, server.url, tmp_path / "cache.sqlite", "pairwise", asked, 60.0)
+    process = child(
+        prefer_and_tell, asking_now, server.url, tmp_path / "cache.sqlite", "pairwise", asked, 60.0
+    )
     until_requests(server, 4)
     os.kill(process.pid, signal.SIGKILL)
     if buried:
@@ -1321,7 +1547,9 @@ def test_control_c_keeps_all_that_was_received(server, asking, tmp_path):
     """What was in flight is waited for, nothing more is sent, and the rest is asked later."""
     server.control(latency=0.2, idempotent=False)
     asked, asking_now = pairs(100), FORK.Event()
-    process = child(prefer_and_tell, asking_now, server.url, tmp_path / "cache.sqlite", "pairwise", asked)
+    process = child(
+        prefer_and_tell, asking_now, server.url, tmp_path / "cache.sqlite", "pairwise", asked
+    )
     until_requests(server, 30)
     os.kill(process.pid, signal.SIGINT)
     assert ended(process) == [1]
@@ -1330,7 +1558,9 @@ def test_control_c_keeps_all_that_was_received(server, asking, tmp_path):
     assert len(kept) == len(answered) == server.stats()["requests"]
     assert {outcome for _, outcome in kept} == {"complete"}
     server.change(latency=0)
-    assert off(OpenAIJudge(asking(), "pairwise").prefer(*asked), truth("pairwise", *asked)) < ROUNDING
+    assert (
+        off(OpenAIJudge(asking(), "pairwise").prefer(*asked), truth("pairwise", *asked)) < ROUNDING
+    )
     assert list(server.stats()["paid"].values()) == [1] * 200
 
 
@@ -1389,13 +1619,37 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else(server, asking, capsys
 
 
 SECRET = 'sk-distinctive/47"11-Zx'
-SCENES = {  # kind -> what the server does, one after the other; it sends the key back wherever it can
-    "errors": [*({"status": (status, f"Error {status}: incorrect key", None, "")} for status in (401, 404, 500, 403, 400)),
-               *({"faults": [fault], "mode": "always"} for fault in ("429", "503"))],
-    "pairwise": [{}, *({"faults": [fault], "mode": "always"} for fault in (*LOST[1:], "truncated-json", "refusal"))],
-    "scored": [{}, *({"faults": [fault], "mode": "always"} for fault in ("missing-ids", "not-utf-8", "two-answers", "python"))],
-    "teacher": [{}, *({"faults": [fault], "mode": "always"} for fault in ("refusal", "truncated-json", "not-utf-8"))],
-}  # fmt: skip
+# kind -> what the server does, one after the other; it sends the key back wherever it can
+SCENES = {
+    "errors": [
+        *(
+            {"status": (status, f"Error {status}: incorrect key", None, "")}
+            for status in (401, 404, 500, 403, 400)
+        ),
+        *({"faults": [fault], "mode": "always"} for fault in ("429", "503")),
+    ],
+    "pairwise": [
+        {},
+        *(
+            {"faults": [fault], "mode": "always"}
+            for fault in (*LOST[1:], "truncated-json", "refusal")
+        ),
+    ],
+    "scored": [
+        {},
+        *(
+            {"faults": [fault], "mode": "always"}
+            for fault in ("missing-ids", "not-utf-8", "two-answers", "python")
+        ),
+    ],
+    "teacher": [
+        {},
+        *(
+            {"faults": [fault], "mode": "always"}
+            for fault in ("refusal", "truncated-json", "not-utf-8")
+        ),
+    ],
+}
 for scenes in SCENES.values():
     scenes += [{**scenes[0], "spelling": spelling} for spelling in ("solidus", "unicode")]
 CHATTY = """
@@ -1433,11 +1687,16 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def chatter(running, tmp_path_factory):
-    """The folder, and by kind what was printed to stdout and stderr, of a process whose key every reply repeats; it ends
-    without closing its files."""
+    """The folder, and by kind what was printed to stdout and stderr, of a process whose key every
+    reply repeats; it ends without closing its files."""
     folder = tmp_path_factory.mktemp("secret")
     path = os.pathsep.join((str(HERE.parent), str(HERE)))
-    secret = {"OPENAI_API_KEY": SECRET, "PYTHONPATH": path, "OPENAI_LOG": "debug", "NO_PROXY": "127.0.0.1"}
+    secret = {
+        "OPENAI_API_KEY": SECRET,
+        "PYTHONPATH": path,
+        "OPENAI_LOG": "debug",
+        "NO_PROXY": "127.0.0.1",
+    }
     command = [sys.executable, "-c", CHATTY, running.root.rpartition(":")[2], json.dumps(SCENES)]
     done = subprocess.run(command, cwd=folder, env={**os.environ, **secret}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]

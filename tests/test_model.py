@@ -1,4 +1,5 @@
-"""The transformer and the policies made of it: exact probabilities, the cache, causality, padding, batching, sampling."""
+"""The transformer and the policies made of it: exact probabilities, the cache, causality, padding,
+batching, sampling."""
 
 import math
 
@@ -9,7 +10,16 @@ from games import random_policy
 from test_section_3_algorithm_1 import chi_square
 
 import model as m
-from model import Cache, Config, TabularPolicy, Transformer, TransformerPolicy, choose, generate, token_log_prob
+from model import (
+    Cache,
+    Config,
+    TabularPolicy,
+    Transformer,
+    TransformerPolicy,
+    choose,
+    generate,
+    token_log_prob,
+)
 
 DOUBLE = 1e-12  # float64: the same sums in another order
 SHAPES = [
@@ -17,7 +27,9 @@ SHAPES = [
     Config(7, layers=1, width=8, heads=2, kv_heads=2, hidden=16, tied=True),
     Config(7, layers=3, width=24, heads=3, kv_heads=1, hidden=8),
 ]
-shapes = pytest.mark.parametrize("config", SHAPES, ids=["grouped-query", "multi-head tied", "multi-query"])
+shapes = pytest.mark.parametrize(
+    "config", SHAPES, ids=["grouped-query", "multi-head tied", "multi-query"]
+)
 
 
 def random_model(config, seed=0):
@@ -29,13 +41,16 @@ def random_model(config, seed=0):
 
 
 def random_policy_of(config, V=3, L=3, T=2, seed=0):
-    prompts = torch.randint(0, config.vocab_size, (4, T), generator=torch.Generator().manual_seed(seed))
+    prompts = torch.randint(
+        0, config.vocab_size, (4, T), generator=torch.Generator().manual_seed(seed)
+    )
     return TransformerPolicy(random_model(config, seed), prompts, V, L)
 
 
 @torch.no_grad()
 def slow_logits(model, tokens):
-    """The architecture again, for one sequence [T], in loops over positions and heads, from its definition."""
+    """The architecture again, for one sequence [T], in loops over positions and heads, from its
+    definition."""
     c, D = model.config, model.config.width // model.config.heads
 
     def norm(x, weight):
@@ -95,8 +110,12 @@ def test_a_token_sees_only_what_comes_before_it(config):
 
 @shapes
 def test_the_cache_changes_nothing(config):
-    """Read at once, token by token, and in pieces of 3, 1 and 4 tokens; and repeated rows after a shared prefix."""
-    model, tokens = random_model(config), torch.randint(0, 7, (3, 8), generator=torch.Generator().manual_seed(1))
+    """Read at once, token by token, and in pieces of 3, 1 and 4 tokens; and repeated rows after a
+    shared prefix."""
+    model, tokens = (
+        random_model(config),
+        torch.randint(0, 7, (3, 8), generator=torch.Generator().manual_seed(1)),
+    )
     whole = model(tokens)
     for pieces in ([1] * 8, [3, 1, 4], [8]):
         cache = Cache(config, 3, 8, model.head.weight)
@@ -110,7 +129,10 @@ def test_the_cache_changes_nothing(config):
 
 @shapes
 def test_logits_do_not_depend_on_the_batch(config):
-    model, tokens = random_model(config), torch.randint(0, 7, (5, 6), generator=torch.Generator().manual_seed(2))
+    model, tokens = (
+        random_model(config),
+        torch.randint(0, 7, (5, 6), generator=torch.Generator().manual_seed(2)),
+    )
     whole = model(tokens)
     for order in ([3], [4, 0], [2, 1, 3]):
         assert (model(tokens[order]) - whole[order]).abs().max() < DOUBLE
@@ -123,9 +145,16 @@ def test_padding_on_either_side_changes_no_log_probability(config):
     responses = [torch.tensor(r) for r in ([0, 1, 2, 0, 1], [2], [1, 1, 0])]
     together = token_log_prob({model: 1.0}, prompts, responses, words=3)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        assert abs(together[i] - token_log_prob({model: 1.0}, [prompt], [response], words=3)[0]) < DOUBLE
-        logits = model(torch.cat([prompt, response]).unsqueeze(0))[0, :, :3]  # by hand: token t is predicted at t - 1
-        expected = sum(logits[len(prompt) + j - 1].log_softmax(-1)[token] for j, token in enumerate(response))
+        assert (
+            abs(together[i] - token_log_prob({model: 1.0}, [prompt], [response], words=3)[0])
+            < DOUBLE
+        )
+        logits = model(torch.cat([prompt, response]).unsqueeze(0))[
+            0, :, :3
+        ]  # by hand: token t is predicted at t - 1
+        expected = sum(
+            logits[len(prompt) + j - 1].log_softmax(-1)[token] for j, token in enumerate(response)
+        )
         assert abs(together[i] - expected) < DOUBLE
     tokens, pad = torch.tensor([[1, 2, 3]]), 2
     padded = F.pad(tokens, (pad, 0), value=6)
@@ -136,7 +165,10 @@ def test_padding_on_either_side_changes_no_log_probability(config):
 
 
 def test_rotary_dot_products_depend_on_the_distance_alone():
-    q, k = (torch.randn(8, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
+    q, k = (
+        torch.randn(8, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+        for s in (0, 1)
+    )
     shape = m.Config(vocab_size=1, width=8, heads=1, kv_heads=1)
 
     def dot(at_q, at_k):
@@ -178,7 +210,10 @@ def test_the_probabilities_of_all_responses_sum_to_one(config, V, L):
 def test_sharing_prefixes_equals_scoring_responses_one_by_one(config, V, L):
     policy = random_policy_of(config, V, L)
     table = policy.log_probs().detach()
-    x, y = (index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(V**L), indexing="ij"))
+    x, y = (
+        index.flatten()
+        for index in torch.meshgrid(torch.arange(4), torch.arange(V**L), indexing="ij")
+    )
     assert (policy.log_prob(x, y).view(4, -1) - table).abs().max() < DOUBLE
     for row in (0, 3):  # and against the loops, one sequence at a time
         for response in (0, V**L - 1):
@@ -210,8 +245,9 @@ def test_gradients_reach_every_parameter_through_the_shared_prefixes(config):
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7), (1.5, 0.9)])
 @pytest.mark.parametrize("kind", ["table", "transformer"])
 def test_samples_follow_the_policy_and_carry_its_own_log_probabilities(kind, temperature, top_p):
-    """Frequencies of 40,000 samples against the exact distribution after temperature and nucleus, 5 standard deviations; the
-    log-probability recorded is the policy's own, whatever they were drawn with."""
+    """Frequencies of 40,000 samples against the exact distribution after temperature and nucleus, 5
+    standard deviations; the log-probability recorded is the policy's own, whatever they were drawn
+    with."""
     if kind == "table":
         policy = TabularPolicy(2, 9)
         policy.logits.data.copy_(random_policy(2, 9, 0).log())
@@ -236,8 +272,12 @@ def test_samples_follow_the_policy_and_carry_its_own_log_probabilities(kind, tem
         if kind == "table":
             expected = truncated(table[x])
         else:
-            words = policy.next_word_log_probs().detach()[x]  # root, then the nodes of the first word
-            expected = torch.cat([truncated(words[0])[v] * truncated(words[1 + v]) for v in range(3)])
+            words = policy.next_word_log_probs().detach()[
+                x
+            ]  # root, then the nodes of the first word
+            expected = torch.cat(
+                [truncated(words[0])[v] * truncated(words[1 + v]) for v in range(3)]
+            )
         assert abs(chi_square(torch.bincount(y[row], minlength=9), k * expected)) < 5
         assert (y[row][:, None] != (expected == 0).nonzero().flatten()).all()
 
@@ -252,18 +292,47 @@ def test_sampling_is_fixed_by_its_seed():
 def test_choose_inverts_the_distribution_function():
     log_probs = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(6, 3)
     u = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 0.999])
-    assert choose(log_probs, u, 1.0, 1.0).tolist() == [0, 1, 1, 2, 2, 2]  # in the order of the vocabulary
-    assert choose(log_probs, u, 1.0, 0.99999).tolist() == [1, 1, 2, 2, 0, 0]  # the most probable first: 1, 2, 0
+    assert choose(log_probs, u, 1.0, 1.0).tolist() == [
+        0,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]  # in the order of the vocabulary
+    assert choose(log_probs, u, 1.0, 0.99999).tolist() == [
+        1,
+        1,
+        2,
+        2,
+        0,
+        0,
+    ]  # the most probable first: 1, 2, 0
     assert choose(log_probs, u, 1.0, 0.5).tolist() == [1] * 6
-    assert choose(log_probs, u, 1.0, 0.51).tolist() == [1, 1, 1, 2, 2, 2]  # .5 : .3, so 2 from .625 on
+    assert choose(log_probs, u, 1.0, 0.51).tolist() == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]  # .5 : .3, so 2 from .625 on
     assert choose(log_probs[1:], u[1:], 0.01, 1.0).tolist() == [1] * 5
 
 
 def test_generate_reads_a_prompt_once_and_then_one_token_a_step(monkeypatch):
     model, shapes_read = random_model(SHAPES[0]), []
     hidden = Transformer.hidden
-    monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, *rest: (shapes_read.append(tuple(tokens.shape)),
-                                                                            hidden(self, tokens, *rest))[1])  # fmt: skip
-    tokens, _, _ = generate({model: 1.0}, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.rand(2, 4, 3), words=7)
+    monkeypatch.setattr(
+        Transformer,
+        "hidden",
+        lambda self, tokens, *rest: (
+            shapes_read.append(tuple(tokens.shape)),
+            hidden(self, tokens, *rest),
+        )[1],
+    )
+    tokens, _, _ = generate(
+        {model: 1.0}, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.rand(2, 4, 3), words=7
+    )
     assert tokens.shape == (2, 4, 3)
     assert shapes_read == [(2, 3), (8, 1), (8, 1)]

@@ -1,4 +1,5 @@
-"""The notebooks run from top to bottom, their exercises' solutions too, and what is committed comes from such a run."""
+"""The notebooks run from top to bottom, their exercises' solutions too, and what is committed comes
+from such a run."""
 
 import ast
 import base64
@@ -63,10 +64,14 @@ def test_it_runs_from_top_to_bottom_and_so_do_the_solutions_of_its_exercises(pat
         notebook.cells.insert(place + 1, cell)
     print(f"{path.stem}: {run(notebook):.1f} s")
     tidy(notebook)
-    of_committed = [i for i, cell in enumerate(notebook.cells) if not any(cell is one for one in added)]
+    of_committed = [
+        i for i, cell in enumerate(notebook.cells) if not any(cell is one for one in added)
+    ]
     outputs = kinds_of_output(notebook)
     again = [outputs[i] for i in of_committed]
-    assert again == committed, "the committed outputs are of another version; python notebooks/run.py makes them anew"
+    assert again == committed, (
+        "the committed outputs are of another version; python notebooks/run.py makes them anew"
+    )
 
 
 def test_its_committed_outputs_are_of_one_clean_run(path):
@@ -100,7 +105,10 @@ def test_it_defines_no_algorithm_ends_in_checks_and_has_exercises(path):
     assert "assert" in last.source
     assert "expected" in "".join(output.text for output in last.outputs)
     assert 2 <= len(solutions_of(notebook)) <= 12
-    assert not re.search(r"def (algorithm\d|dno_loss|contrastive_loss|soft_policy_iteration|nash|solve)\b", code_of(notebook))
+    assert not re.search(
+        r"def (algorithm\d|dno_loss|contrastive_loss|soft_policy_iteration|nash|solve)\b",
+        code_of(notebook),
+    )
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert "> **Paper" in prose
     assert "*Ours*" in prose
@@ -133,7 +141,23 @@ def test_no_line_of_a_formula_in_the_readme_starts_as_a_block_of_markdown_does()
 
 
 @pytest.mark.parametrize(
-    "start", ["> b", "  - b", "+ b", "* b", "# b", "2. b", "3) b", "===", "--", "***", "```", "| b", "<b>", ""]
+    "start",
+    [
+        "> b",
+        "  - b",
+        "+ b",
+        "* b",
+        "# b",
+        "2. b",
+        "3) b",
+        "===",
+        "--",
+        "***",
+        "```",
+        "| b",
+        "<b>",
+        "",
+    ],
 )
 def test_a_line_that_markdown_would_read_is_found_inside_a_formula_only(start):
     assert read_as_markdown(f"{start}\n$$a\n  = b$$\n{start}\n`$$`{start}`$$`") == []
@@ -155,8 +179,12 @@ def test_tidying_keeps_pictures_and_drops_what_depends_on_when_it_ran():
     kept = Image.open(io.BytesIO(base64.b64decode(smaller(encoded)))).convert("RGB")
     assert kept.size == (40, 30)
     assert kept.getpixel((20, 15)) == (0, 0x72, 0xB2)
-    cell = nbformat.v4.new_code_cell("1", metadata={"execution": {"iopub.status.busy": "2024"}}, execution_count=1)
-    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": {"name": "mine", "display_name": "Mine"}})
+    cell = nbformat.v4.new_code_cell(
+        "1", metadata={"execution": {"iopub.status.busy": "2024"}}, execution_count=1
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[cell], metadata={"kernelspec": {"name": "mine", "display_name": "Mine"}}
+    )
     tidy(notebook)
     assert notebook.cells[0].metadata == {}
     assert notebook.metadata.kernelspec.name == "python3"

@@ -1,4 +1,5 @@
-"""The README agrees with the project: its snippets run and print what it says, its names exist, its columns are all."""
+"""The README agrees with the project: its snippets run and print what it says, its names exist, its
+columns are all."""
 
 import doctest
 import re
@@ -30,7 +31,9 @@ def test_its_two_commands_need_nothing_but_python_and_pip():
 
 
 def test_every_file_it_names_exists():
-    named = re.findall(r"^\| `([\w./-]+)` \|", README.split("## The files")[1].split("## ")[0], re.M)
+    named = re.findall(
+        r"^\| `([\w./-]+)` \|", README.split("## The files")[1].split("## ")[0], re.M
+    )
     assert {"dno.py", "model.py", "oracle.py", "train.py"} <= set(named)
     for name in [*named, *re.findall(r"\]\((figures/[\w.]+)\)", README)]:
         assert (ROOT / name).exists(), name
@@ -42,11 +45,15 @@ def test_every_test_it_names_exists():
     named = re.findall(r"`(test_\w+\*?|test_\w+\.py)`", README)
     assert len(named) > 20
     for name in named:
-        assert (ROOT / "tests" / name).exists() if name.endswith(".py") else any(fnmatch(test, name) for test in tests), name
+        assert (
+            (ROOT / "tests" / name).exists()
+            if name.endswith(".py")
+            else any(fnmatch(test, name) for test in tests)
+        ), name
 
 
 def test_errata_are_one_list_E1_to_E8_and_cited_by_these_numbers_alone():
-    """"7.4" would be the paper's section 7.4; and whoever reads a citation must have what is cited."""
+    """ "7.4" would be the paper's section 7.4; and whoever reads a citation must have what is cited."""
     listed = README.split("## Where the paper cannot be taken as printed")[1].split("\n## ")[0]
     assert re.findall(r"^\| (E\d) \|", listed, re.M) == [f"E{k}" for k in range(1, 9)]
     kinds = ("*.py", "*/*.py", "*.md", "notebooks/*.ipynb")
@@ -62,7 +69,9 @@ def test_every_method_is_named_and_every_option_named_exists():
     for method in solvers.METHODS:
         assert f'`"{method}"`' in README
     configs = [AgreementOptions, *(config for config, _ in train.PRESETS.values())]
-    options = {"--" + field.name.replace("_", "-") for config in configs for field in fields(config)}
+    options = {
+        "--" + field.name.replace("_", "-") for config in configs for field in fields(config)
+    }
     ours = re.sub(r"pip download [^&\n]*|benchmarks\.\w+ [^`]*", "", README)
     torchruns = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
     assert set(re.findall(r"(--[a-z][a-z-]+)", ours)) <= options | torchruns

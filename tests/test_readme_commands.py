@@ -1,5 +1,5 @@
-"""Every command that the README names is run, with small numbers in place of the large ones and a server on this machine in
-place of others; what CI runs itself is only looked for there."""
+"""Every command that the README names is run, with small numbers in place of the large ones and a
+server on this machine in place of others; what CI runs itself is only looked for there."""
 
 import re
 import runpy
@@ -22,15 +22,26 @@ from experiments.text import TextConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SMALL_GAME = "--iterations 2 --steps 2 --pairs 64 --num-prompts 2 --vocabulary 3 --length 2 --width 16"
+SMALL_GAME = (
+    "--iterations 2 --steps 2 --pairs 64 --num-prompts 2 --vocabulary 3 --length 2 --width 16"
+)
 SMALL_TEXT = "--sft-steps 5 --iterations 1 --prompts 4 --survey 2 --width 32 --layers 1 --threads 1"
 
 
 def commands():
-    """Every command in the README, in a fenced block or within a line, without its comment; what is quoted as Python aside."""
+    """Every command in the README, in a fenced block or within a line, without its comment; what is
+    quoted as Python aside."""
     prose = re.sub(r"```(python|bibtex)\n.*?```", "", README, flags=re.S)
-    found = re.findall(r"(?:\.venv/bin/)?(?:(?:python3?|pytest|torchrun) [^`\n]+|pip install [^`\n]+)", prose)
-    return sorted({command.split("  #")[0].strip() for command in found if not command.startswith("python and")})
+    found = re.findall(
+        r"(?:\.venv/bin/)?(?:(?:python3?|pytest|torchrun) [^`\n]+|pip install [^`\n]+)", prose
+    )
+    return sorted(
+        {
+            command.split("  #")[0].strip()
+            for command in found
+            if not command.startswith("python and")
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +52,14 @@ def server():
 
 @pytest.fixture
 def do(server, monkeypatch, tmp_path):
-    """do(command, *more): run a command of ours with more options, in a folder that has the recordings."""
+    """do(command, *more): run a command of ours with more options, in a folder that has the
+    recordings."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "recordings", tmp_path / "recordings", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(
+        ROOT / "recordings",
+        tmp_path / "recordings",
+        ignore=shutil.ignore_patterns("*.py", "__pycache__"),
+    )
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-key")
     server.control()
 
@@ -72,7 +88,11 @@ def plan_text(do, command, server, monkeypatch):
 
 
 def write_text(do, command, server, monkeypatch):
-    asked = "--judge-prices 10,30 --judged 1" if "--oracle" in command or "--judge-url" in command else ""
+    asked = (
+        "--judge-prices 10,30 --judged 1"
+        if "--oracle" in command or "--judge-url" in command
+        else ""
+    )
     command = re.sub(r"--judge-url \S+", "", command.replace("--seed s", "--seed 0"))
     assert do(command, SMALL_TEXT, asked, f"--judge-url {server.url}" if asked else "") == 0
 
@@ -81,12 +101,21 @@ def train_chat_model(do, command, server, monkeypatch):
     from test_llm import SHORT, make_model
 
     shutil.copytree(ROOT / "prompts", "prompts")
-    assert do(re.sub(r"--model \S+", f"--model {make_model('tiny')}", command), SHORT, "--train-prompts 8 --at-once 8") == 0
+    assert (
+        do(
+            re.sub(r"--model \S+", f"--model {make_model('tiny')}", command),
+            SHORT,
+            "--train-prompts 8 --at-once 8",
+        )
+        == 0
+    )
 
 
 def ablate(do, command, server, monkeypatch):
     """Half a minute even when it is small, and run by this test already."""
-    assert callable(test_train_text.test_the_ablations_write_what_they_promise_and_do_not_repeat_finished_runs)
+    assert callable(
+        test_train_text.test_the_ablations_write_what_they_promise_and_do_not_repeat_finished_runs
+    )
 
 
 def compare(do, command, server, monkeypatch):
@@ -98,7 +127,9 @@ def compare(do, command, server, monkeypatch):
 
 
 def record(do, command, server, monkeypatch):
-    module("recordings.record", monkeypatch, "--judge-url", server.url, "--judge-model", "local-judge")
+    module(
+        "recordings.record", monkeypatch, "--judge-url", server.url, "--judge-model", "local-judge"
+    )
     assert server.stats()["requests"] > 72
     assert Path("recordings/local-judge.sqlite").stat().st_size > 10_000
 
@@ -123,7 +154,9 @@ def measure_game(do, command, server, monkeypatch):
     tabular, neural = game.tabular, game.neural
     monkeypatch.setattr(sys, "argv", ["game"])
     monkeypatch.setattr(game, "tabular", lambda X, Y, iterations: tabular(1, 5, 2))
-    monkeypatch.setattr(game, "neural", lambda X, V, L, config, steps: neural(1, 2, 2, game.Config(3, 1, 16), 1))
+    monkeypatch.setattr(
+        game, "neural", lambda X, V, L, config, steps: neural(1, 2, 2, game.Config(3, 1, 16), 1)
+    )
     game.main()
 
 
@@ -135,8 +168,6 @@ def measure_text(do, command, server, monkeypatch):
     monkeypatch.setattr(text, "iteration", lambda policy, prompts, k: iteration(policy, 4, 2))
     text.main()
     assert Path("cost.png").exists()
-
-
 
 
 def train_text_config(out):
@@ -152,13 +183,24 @@ def measure_llm(do, command, server, monkeypatch):
     from test_llm import make_model
 
     shutil.copytree(ROOT / "prompts", "prompts")
-    more = ["--model", str(make_model("tiny")), "--prompts", "8", "--max-new-tokens", "4", "--repeats", "1"]
+    more = [
+        "--model",
+        str(make_model("tiny")),
+        "--prompts",
+        "8",
+        "--max-new-tokens",
+        "4",
+        "--repeats",
+        "1",
+    ]
     module("benchmarks.llm", monkeypatch, *more)
 
 
 def measure_memory(do, command, server, monkeypatch):
     small = {"--prompts": 2, "--samples": 2, "--prompt": 8, "--response": 4, "--steps": 1}
-    module("benchmarks.memory", monkeypatch, *(str(word) for pair in small.items() for word in pair))
+    module(
+        "benchmarks.memory", monkeypatch, *(str(word) for pair in small.items() for word in pair)
+    )
 
 
 def by_torchrun(do, command, server, monkeypatch):
@@ -218,4 +260,6 @@ def test_there_are_commands_to_find():
     found = commands()
     assert len(found) > 15
     for pattern in RUNS:
-        assert any(re.fullmatch(pattern, command) for command in found), f"no command in the README like {pattern}"
+        assert any(re.fullmatch(pattern, command) for command in found), (
+            f"no command in the README like {pattern}"
+        )

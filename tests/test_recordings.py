@@ -18,7 +18,10 @@ from recordings.record import ASKED, comparisons
 FOLDER = Path(__file__).parent.parent / "recordings"
 CACHE, MODEL = FOLDER / "smollm2-135m-instruct.sqlite", "smollm2-135m-instruct"
 ITEMS = comparisons()
-TEXTS = {x: sorted({y for item in ITEMS if item["prompt"] == x for y in (item["a"], item["b"])}) for x in ASKED}
+TEXTS = {
+    x: sorted({y for item in ITEMS if item["prompt"] == x for y in (item["a"], item["b"])})
+    for x in ASKED
+}
 
 
 @pytest.fixture
@@ -44,15 +47,34 @@ def test_the_comparisons_are_those_that_the_command_makes():
 
 
 def test_algorithm_2_runs_on_recorded_judgments_and_learns_what_the_judge_prefers(recorded):
-    """Where the judge's mean P of a response is highest the policy has gone up, and down where it is lowest."""
+    """Where the judge's mean P of a response is highest the policy has gone up, and down where it
+    is lowest."""
     oracle = OverTexts(OpenAIJudge(recorded, "pairwise"))
     policy, prompts = TabularPolicy(len(ASKED), 4), list(range(len(ASKED))) * 8
-    settings = Practice(samples=5, temperature=1.0, top_p=1.0, ngram=0, learning_rate=0.05, judgments="probabilities")
-    rounds = list(dno.algorithm2(policy, oracle, lambda t: (prompts, [0] * len(prompts)), 1.0, 5,
-                                 lambda r, usable: large_margin_pairs(r, usable, 0.005), lambda: 0.0,
-                                 settings=settings))  # fmt: skip
+    settings = Practice(
+        samples=5,
+        temperature=1.0,
+        top_p=1.0,
+        ngram=0,
+        learning_rate=0.05,
+        judgments="probabilities",
+    )
+    rounds = list(
+        dno.algorithm2(
+            policy,
+            oracle,
+            lambda t: (prompts, [0] * len(prompts)),
+            1.0,
+            5,
+            lambda r, usable: large_margin_pairs(r, usable, 0.005),
+            lambda: 0.0,
+            settings=settings,
+        )
+    )
     assert all(len(it.chosen) > 50 for it in rounds)
-    groups = Groups(list(range(len(ASKED))), [list(range(4))] * len(ASKED), torch.zeros(len(ASKED), 4))
+    groups = Groups(
+        list(range(len(ASKED))), [list(range(4))] * len(ASKED), torch.zeros(len(ASKED), 4)
+    )
     r, pi = dno.group_win_rates(dno.judge_groups(oracle, groups)), policy.log_probs().detach().exp()
     x = torch.arange(len(ASKED))
     assert (pi[x, r.argmax(-1)] > pi[x, r.argmin(-1)]).all()
@@ -65,7 +87,9 @@ def test_every_recorded_reply_can_be_read_back_in_either_form(recorded):
     assert not P.isnan().any()
     assert set(P.tolist()) - {0.0, 0.5, 1.0}, "read from log-probabilities"
     assert pairwise.report()["flip_rate"] == 1, "it says A in either order"
-    assert 0 < scored.prefer(*columns).isnan().double().mean() < 0.5, "some sheets could not be read: no labels"
+    assert 0 < scored.prefer(*columns).isnan().double().mean() < 0.5, (
+        "some sheets could not be read: no labels"
+    )
     answers = OpenAITeacher(recorded, max_tokens=128).answers(ASKED)
     assert all(answers)
 
@@ -80,6 +104,8 @@ def test_what_was_not_recorded_is_refused_and_the_file_stays_as_it_is(recorded):
 
 def test_no_key_is_in_the_recording():
     with sqlite3.connect(f"{CACHE.as_uri()}?mode=ro&immutable=1", uri=True) as db:
-        text = json.dumps(db.execute("SELECT question, reply, parsed, url FROM requests").fetchall())
+        text = json.dumps(
+            db.execute("SELECT question, reply, parsed, url FROM requests").fetchall()
+        )
     assert "Bearer" not in text
     assert "sk-" not in text

@@ -1,5 +1,6 @@
 """The folder of a run and the ends of a program: folders that cannot be written to, full disks, two
-processes in one folder, checkpoints of other runs, Ctrl-C at any moment, output that nobody reads."""
+processes in one folder, checkpoints of other runs, Ctrl-C at any moment, output that nobody reads.
+"""
 
 import contextlib
 import errno
@@ -32,7 +33,9 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs L
 def not_started(monkeypatch):
     """Presets and `agreement` that fail when they are started."""
     fail = lambda *_: pytest.fail("it was started")  # noqa: E731
-    monkeypatch.setattr(train, "PRESETS", {name: (of, fail) for name, (of, _) in train.PRESETS.items()})
+    monkeypatch.setattr(
+        train, "PRESETS", {name: (of, fail) for name, (of, _) in train.PRESETS.items()}
+    )
     monkeypatch.setattr(experiments.agreement, "compare_with_people", fail)
 
 
@@ -61,7 +64,9 @@ def ends_after(monkeypatch, out, rows):
 # --- Folders that cannot be written to ---
 
 
-@pytest.mark.parametrize("out", ["file", "file/run", "file/a/run", "/proc/self", "/proc/run", "x" * 300])
+@pytest.mark.parametrize(
+    "out", ["file", "file/run", "file/a/run", "/proc/self", "/proc/run", "x" * 300]
+)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_out_that_is_no_folder_to_write_to_is_refused_at_once(
     preset, out, not_started, capsys, tmp_path, monkeypatch
@@ -75,7 +80,9 @@ def test_an_out_that_is_no_folder_to_write_to_is_refused_at_once(
 
 
 @pytest.mark.parametrize("out", ["file", "file/run", "/proc/self"])
-def test_agreement_refuses_an_out_that_is_no_folder_at_once(out, not_started, capsys, tmp_path, monkeypatch):
+def test_agreement_refuses_an_out_that_is_no_folder_at_once(
+    out, not_started, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text(AGREEMENT)
     judge = ["--oracle", "openai:m", "--judge-url", "http://localhost:9"]
@@ -87,7 +94,9 @@ def test_agreement_refuses_an_out_that_is_no_folder_at_once(out, not_started, ca
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_there_is_nothing_to_resume_in_a_folder_that_does_not_exist(preset, not_started, capsys, tmp_path):
+def test_there_is_nothing_to_resume_in_a_folder_that_does_not_exist(
+    preset, not_started, capsys, tmp_path
+):
     said = refused(capsys, preset, *PRESETS[preset], "--out", tmp_path / "a" / "run", "--resume")
     assert f"no run in {tmp_path}/a/run to go on with; leave --resume out" in said
     assert list(tmp_path.iterdir()) == []
@@ -115,7 +124,9 @@ def test_files_of_a_run_have_the_modes_that_the_user_asked_for(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("name", [".metrics.jsonl.part", "checkpoint/state.pt.part", "gaps.png"])
-def test_after_a_full_disk_the_run_goes_on_to_the_same_result(name, finished, capsys, tmp_path, monkeypatch):
+def test_after_a_full_disk_the_run_goes_on_to_the_same_result(
+    name, finished, capsys, tmp_path, monkeypatch
+):
     """/dev/full stands where the file is to be written: no byte fits."""
     out = tmp_path / "run"
     ends_after(monkeypatch, out, 2)
@@ -210,11 +221,16 @@ def test_a_lock_that_its_owner_removes_while_another_takes_it_is_not_taken(tmp_p
 
 
 @pytest.mark.parametrize("why", ["no fcntl", "no locks"])
-def test_where_there_are_no_locks_that_is_said_and_the_work_is_done(why, capsys, tmp_path, monkeypatch):
+def test_where_there_are_no_locks_that_is_said_and_the_work_is_done(
+    why, capsys, tmp_path, monkeypatch
+):
     if why == "no fcntl":
         monkeypatch.setattr(experiments.folder, "fcntl", None)
     else:
-        fail = lambda *_: exec("raise OSError(errno.ENOLCK, 'No locks available')", {"errno": errno})  # noqa: E731
+
+        def fail(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
         monkeypatch.setattr(experiments.folder.fcntl, "flock", fail)
     with claimed(str(tmp_path / "run"), resume=False):
         assert f"{tmp_path}/run cannot be locked on this system" in capsys.readouterr().out
@@ -252,14 +268,19 @@ def changed(state, name):
         ("a weight of another type", "is torch.float64 of shape"),
         ("a weight of another shape", "; expected torch.float32 of shape"),
         ("weights in a list", "its content['policy'] is a list of"),
-        ("no group", "its content['optimizer']['param_groups'] is a list of 0; expected a list of 1"),
+        (
+            "no group",
+            "its content['optimizer']['param_groups'] is a list of 0; expected a list of 1",
+        ),
         ("no field", "its content['after'] is a dict of"),
         ("policies in a list", "its content['policies'] is a list of 3; expected Tensor"),
         ("generator a number", "its content['generator'] is int; expected Tensor"),
         ("no generator", "its content is a dict of"),
     ],
 )
-def test_a_checkpoint_with_other_content_is_refused_and_left_alone(name, said, capsys, tmp_path, monkeypatch):
+def test_a_checkpoint_with_other_content_is_refused_and_left_alone(
+    name, said, capsys, tmp_path, monkeypatch
+):
     out = tmp_path / "run"
     ends_after(monkeypatch, out, 2)
     state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
@@ -276,12 +297,18 @@ def test_a_checkpoint_of_a_run_with_another_seed_is_refused(finished, capsys, tm
     """It fits in every shape; only the mark of the settings tells it apart."""
     out = tmp_path / "run"
     assert train.main([*SMALL, "--seed", "1", "--out", str(out)]) == 0
-    (out / "checkpoint" / "state.pt").write_bytes((finished / "checkpoint" / "state.pt").read_bytes())
-    assert "state.pt is not of this run" in refused(capsys, *SMALL, "--seed", 1, "--out", out, "--resume")
+    (out / "checkpoint" / "state.pt").write_bytes(
+        (finished / "checkpoint" / "state.pt").read_bytes()
+    )
+    assert "state.pt is not of this run" in refused(
+        capsys, *SMALL, "--seed", 1, "--out", out, "--resume"
+    )
 
 
 @pytest.mark.parametrize("error", [KeyError, TypeError, ValueError, RuntimeError, AttributeError])
-def test_an_error_of_ours_in_taking_up_a_run_is_not_blamed_on_its_checkpoint(error, finished, monkeypatch):
+def test_an_error_of_ours_in_taking_up_a_run_is_not_blamed_on_its_checkpoint(
+    error, finished, monkeypatch
+):
     def load_state_dict(self, state):
         raise error("ours")
 
@@ -302,8 +329,15 @@ def test_a_config_that_is_none_is_refused(content, capsys, tmp_path):
 def started(*command, **options):
     """A program of the project as a user starts it in a shell, in a process group of its own."""
     hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    return subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, preexec_fn=hear, start_new_session=True, **options)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear,
+        start_new_session=True,
+        **options,
+    )
 
 
 def wait_for_import(pid, library="_multiarray_umath"):
@@ -317,7 +351,9 @@ def wait_for_import(pid, library="_multiarray_umath"):
 @LINUX
 @pytest.mark.parametrize("program", [[ROOT / "train.py"], ["-m", "experiments.agreement"]])
 def test_interrupted_while_it_imports_a_program_ends_with_130_and_no_word(program, tmp_path):
-    process = started(*program, "labels.jsonl", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = started(
+        *program, "labels.jsonl", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     wait_for_import(process.pid)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=120) == ("", "")
@@ -341,7 +377,10 @@ def test_a_process_that_was_started_deaf_to_ctrl_c_stays_so(monkeypatch):
 def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp_path):
     """Ctrl-C reaches all of them, the workers in the middle of their imports."""
     sizes = "--algorithm 4 --iterations 1 --tuning-iterations 1 --prompts 2 --survey 2 --sft-steps 1".split()
-    process, workers = started(ROOT / "train.py", "ablations", *sizes, "--out", tmp_path / "run"), []
+    process, workers = (
+        started(ROOT / "train.py", "ablations", *sizes, "--out", tmp_path / "run"),
+        [],
+    )
     deadline = time.monotonic() + 240
     while not workers:
         assert time.monotonic() < deadline
@@ -366,7 +405,9 @@ def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp
         (["-m", "experiments.agreement", "labels.jsonl"], ""),
     ],
 )
-def test_a_program_whose_output_nobody_reads_ends_with_141_and_no_word(command, unbuffered, tmp_path):
+def test_a_program_whose_output_nobody_reads_ends_with_141_and_no_word(
+    command, unbuffered, tmp_path
+):
     """As in `train.py ... | head -0`. One that prints little meets the closed pipe only at its end."""
     (tmp_path / "labels.jsonl").write_text(AGREEMENT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}

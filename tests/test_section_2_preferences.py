@@ -1,4 +1,5 @@
-"""Section 2: win rates, Nash policies, what a reward can and cannot express, the regularised preference. Claims C1 to C5."""
+"""Section 2: win rates, Nash policies, what a reward can and cannot express, the regularised
+preference. Claims C1 to C5."""
 
 import numpy as np
 import pytest
@@ -10,7 +11,13 @@ import dno
 import regularized
 import solvers
 from model import TabularPolicy
-from oracle import PreferenceTable, bradley_terry, random_feature_game, random_game, rock_paper_scissors
+from oracle import (
+    PreferenceTable,
+    bradley_terry,
+    random_feature_game,
+    random_game,
+    rock_paper_scissors,
+)
 from pairs import Practice
 
 
@@ -18,7 +25,10 @@ def loops(P, pi, pi_prime, rho):
     """P(pi > pi') by its definition, one term at a time."""
     X, Y, _ = P.shape
     return sum(
-        float(rho[x] * pi[x, y] * pi_prime[x, z] * P[x, y, z]) for x in range(X) for y in range(Y) for z in range(Y)
+        float(rho[x] * pi[x, y] * pi_prime[x, z] * P[x, y, z])
+        for x in range(X)
+        for y in range(Y)
+        for z in range(Y)
     )
 
 
@@ -26,10 +36,16 @@ def loops(P, pi, pi_prime, rho):
 def test_win_rate_is_the_expectation_over_prompts_and_both_responses(P):
     X, Y, _ = P.shape
     pi, pi_prime, rho = random_policy(X, Y, 0), random_policy(X, Y, 1), random_rho(X, 2)
-    assert dno.win_rate(P, pi, pi_prime, rho) == pytest.approx(loops(P, pi, pi_prime, rho), abs=EXACT)
-    assert dno.win_rate(P, pi, pi_prime) == pytest.approx(loops(P, pi, pi_prime, torch.ones(X).double() / X), abs=EXACT)
+    assert dno.win_rate(P, pi, pi_prime, rho) == pytest.approx(
+        loops(P, pi, pi_prime, rho), abs=EXACT
+    )
+    assert dno.win_rate(P, pi, pi_prime) == pytest.approx(
+        loops(P, pi, pi_prime, torch.ones(X).double() / X), abs=EXACT
+    )
     assert dno.win_rate(P, pi, pi) == pytest.approx(0.5, abs=EXACT)  # symmetric game
-    assert dno.win_rate(P, pi, pi_prime, rho) + dno.win_rate(P, pi_prime, pi, rho) == pytest.approx(1, abs=EXACT)
+    assert dno.win_rate(P, pi, pi_prime, rho) + dno.win_rate(P, pi_prime, pi, rho) == pytest.approx(
+        1, abs=EXACT
+    )
 
 
 @games_of_all_sizes
@@ -46,7 +62,9 @@ def test_duality_gap_is_best_reply_minus_worst_opponent_and_twice_the_best_reply
 
 
 def test_expected_win_rate_and_gap_of_weighted_rock_paper_scissors_by_hand():
-    P = rock_paper_scissors(0.4, 0.3, 0.2).P  # 1 beats 2 with .9, 2 beats 3 with .8, 3 beats 1 with .7
+    P = rock_paper_scissors(
+        0.4, 0.3, 0.2
+    ).P  # 1 beats 2 with .9, 2 beats 3 with .8, 3 beats 1 with .7
     pi = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     # P(1 > pi) = .25 + .27 + .06, P(2 > pi) = .05 + .15 + .16, P(3 > pi) = .35 + .06 + .10
     assert dno.expected_win_rate(P, pi)[0].tolist() == pytest.approx([0.58, 0.36, 0.51], abs=EXACT)
@@ -54,12 +72,17 @@ def test_expected_win_rate_and_gap_of_weighted_rock_paper_scissors_by_hand():
 
 
 def test_the_nash_policy_of_a_float32_table_is_found():
-    """Its P + P^T is 1 to 1e-7 only; Nash is that of the complementary table next to it, so its gap here is as small."""
+    """Its P + P^T is 1 to 1e-7 only; Nash is that of the complementary table next to it, so its gap
+    here is as small."""
     P = random_game(100, 6, seed=0).P.float()
     assert (P.double() + P.double().mT - 1).abs().max() > 1e-9
-    assert dno.duality_gap(P.double(), dno.nash(P)) < 2e-7  # twice float32's rounding of a probability
+    assert (
+        dno.duality_gap(P.double(), dno.nash(P)) < 2e-7
+    )  # twice float32's rounding of a probability
     pi = random_policy(100, 6, 0)
-    assert torch.equal(solvers.regularized_nash(P, pi, 0.1), solvers.regularized_nash(P.double(), pi, 0.1))
+    assert torch.equal(
+        solvers.regularized_nash(P, pi, 0.1), solvers.regularized_nash(P.double(), pi, 0.1)
+    )
     assert torch.equal(solvers.bradley_terry_fit(P, pi), solvers.bradley_terry_fit(P.double(), pi))
 
 
@@ -68,7 +91,9 @@ def test_gaps_are_never_negative_and_a_float32_policy_is_good_enough(P):
     pi = random_policy(*P.shape[:2], 0)
     assert dno.duality_gap(P, dno.nash(P)) >= 0
     assert regularized.regularized_gap(P, solvers.regularized_nash(P, pi, 0.1), pi, 0.1) >= 0
-    assert dno.duality_gap(P, pi.float()) == pytest.approx(dno.duality_gap(P, pi), abs=1e-6)  # float32 rounding
+    assert dno.duality_gap(P, pi.float()) == pytest.approx(
+        dno.duality_gap(P, pi), abs=1e-6
+    )  # float32 rounding
     assert dno.duality_gap(P.float(), pi.float()) == pytest.approx(dno.duality_gap(P, pi), abs=1e-6)
 
 
@@ -81,13 +106,15 @@ def test_C2_the_lp_nash_has_value_one_half_no_gap_and_satisfies_complementary_sl
     assert dno.duality_gap(P, pi) < LP
     best = dno.expected_win_rate(P, pi)
     assert (best <= 0.5 + LP).all()  # no response beats it
-    assert (best[pi > 1e-6] >= 0.5 - 1e-6).all()  # and what it plays is a best reply; 1e-6: LP gap over the mass played
+    assert (
+        best[pi > 1e-6] >= 0.5 - 1e-6
+    ).all()  # and what it plays is a best reply; 1e-6: LP gap over the mass played
 
 
 @games
 def test_C2_the_lp_nash_agrees_with_nonnegative_least_squares(P):
-    """A different solver: find pi >= 0 and slack s >= 0 with A^T pi = s, sum pi = 1, by Lawson and Hanson's active sets.
-    Generic games have one Nash policy, which both must find."""
+    """A different solver: find pi >= 0 and slack s >= 0 with A^T pi = s, sum pi = 1, by Lawson and
+    Hanson's active sets. Generic games have one Nash policy, which both must find."""
     for x, A in enumerate((P - 0.5).numpy()):
         Y = len(A)
         system = np.block([[A.T, -np.eye(Y)], [np.ones((1, Y)), np.zeros((1, Y))]])
@@ -98,8 +125,9 @@ def test_C2_the_lp_nash_agrees_with_nonnegative_least_squares(P):
 
 @pytest.mark.parametrize("make", [random_game, random_feature_game])
 def test_C2_the_lp_nash_of_a_hundred_games_has_no_gap_and_odd_support(make):
-    """Sizes 2 to 40. Nash policies of generic symmetric zero-sum games have supports of odd size: on the support A pi = 0, and
-    a generic skew-symmetric matrix of even size has no kernel. (Feature games of rank 8 are generic up to support 9.)"""
+    """Sizes 2 to 40. Nash policies of generic symmetric zero-sum games have supports of odd size:
+    on the support A pi = 0, and a generic skew-symmetric matrix of even size has no kernel.
+    (Feature games of rank 8 are generic up to support 9.)"""
     for seed in range(100):
         P = make(1, 2 + seed % 39, seed).P
         pi = dno.nash(P)
@@ -135,7 +163,9 @@ def test_C2_duplicated_responses_share_their_mass_freely():
         assert dno.duality_gap(P, split) < EXACT
 
 
-@pytest.mark.parametrize(("a", "b", "c"), [(0.4, 0.4, 0.4), (0.4, 0.3, 0.2), (0.05, 0.5, 0.31), (0.5, 0.01, 0.01)])
+@pytest.mark.parametrize(
+    ("a", "b", "c"), [(0.4, 0.4, 0.4), (0.4, 0.3, 0.2), (0.05, 0.5, 0.31), (0.5, 0.01, 0.01)]
+)
 def test_C2_a_cycle_of_edges_a_b_c_has_nash_b_c_a_normalised(a, b, c):
     P = rock_paper_scissors(a, b, c).P
     assert (P[0, 0, 1], P[0, 1, 2], P[0, 2, 0]) == pytest.approx((0.5 + a, 0.5 + b, 0.5 + c))
@@ -143,7 +173,9 @@ def test_C2_a_cycle_of_edges_a_b_c_has_nash_b_c_a_normalised(a, b, c):
 
 
 def test_C2_the_nash_of_a_float32_table_and_of_a_single_response_is_a_float64_policy():
-    found = dno.nash(rock_paper_scissors(0.25, 0.125, 0.5).P.float())  # float32 holds these numbers exactly
+    found = dno.nash(
+        rock_paper_scissors(0.25, 0.125, 0.5).P.float()
+    )  # float32 holds these numbers exactly
     assert found.dtype == torch.float64
     assert found[0].tolist() == pytest.approx([1 / 7, 4 / 7, 2 / 7], abs=LP)
     assert dno.nash(torch.full((2, 1, 1), 0.5)).tolist() == [[1.0], [1.0]]
@@ -157,7 +189,8 @@ def test_C2_the_lp_nash_of_nearly_equal_responses_keeps_its_promise_too(seed):
 
 
 def change_solution(monkeypatch, change):
-    """Let the linear program's solution of the last prompt, which is solved by itself, pass through a change."""
+    """Let the linear program's solution of the last prompt, which is solved by itself, pass through
+    a change."""
     solver = dno.linprog
 
     def changed(**problem):
@@ -182,7 +215,8 @@ def test_C2_what_the_solver_leaves_below_0_is_cut_and_the_rest_sums_to_1(monkeyp
 
 @pytest.mark.parametrize("worse", [0, 1])
 def test_C2_a_solver_that_fails_or_leaves_a_gap_in_any_prompt_is_an_error(monkeypatch, worse):
-    """Mass e moved from the first response to the second of rock, paper, scissors with edges 0.4: a gap of 2 * 0.4 e."""
+    """Mass e moved from the first response to the second of rock, paper, scissors with edges 0.4: a
+    gap of 2 * 0.4 e."""
     calls = []
 
     def leave_a_gap(found):
@@ -193,7 +227,9 @@ def test_C2_a_solver_that_fails_or_leaves_a_gap_in_any_prompt_is_an_error(monkey
     P = rock_paper_scissors().P.repeat(2, 1, 1)
     with monkeypatch.context() as patch:
         change_solution(patch, leave_a_gap)
-        with pytest.raises(RuntimeError, match=r"left a duality gap of 4\.8e-08; expected below 1e-08"):
+        with pytest.raises(
+            RuntimeError, match=r"left a duality gap of 4\.8e-08; expected below 1e-08"
+        ):
             dno.nash(P)
     change_solution(monkeypatch, lambda found: found.update(success=False, message="of a test"))
     with pytest.raises(RuntimeError, match="the linear program of prompt 0 failed: of a test"):
@@ -204,8 +240,8 @@ def test_C2_a_solver_that_fails_or_leaves_a_gap_in_any_prompt_is_an_error(monkey
 
 
 def test_newtons_method_halves_the_step_of_a_row_until_its_residual_is_no_longer_and_leaves_the_others_alone():
-    """arctan u = 0 from 3: the step is 10 arctan 3 = 12.5; to -9.5 and -3.2 the residual grows, to -0.1 it falls. From 1/2 the
-    first step is good, and no row's step is shortened for another's."""
+    """arctan u = 0 from 3: the step is 10 arctan 3 = 12.5; to -9.5 and -3.2 the residual grows, to
+    -0.1 it falls. From 1/2 the first step is good, and no row's step is shortened for another's."""
     tried = []
 
     def residual(u):
@@ -213,7 +249,9 @@ def test_newtons_method_halves_the_step_of_a_row_until_its_residual_is_no_longer
         return u.arctan()
 
     start = torch.tensor([[3.0], [0.5]], dtype=torch.float64)
-    root = solvers.newton(residual, lambda u: (1 / (1 + u**2)).unsqueeze(-1), start, tolerance=1e-14)
+    root = solvers.newton(
+        residual, lambda u: (1 / (1 + u**2)).unsqueeze(-1), start, tolerance=1e-14
+    )
     good = 0.5 - 1.25 * np.arctan(0.5)
     by_hand = [[3, 0.5], *([3 - size * 10 * np.arctan(3), good] for size in (1, 1 / 2, 1 / 4))]
     assert np.array(tried[:4]) == pytest.approx(np.array(by_hand), abs=EXACT)
@@ -246,15 +284,23 @@ def test_a_wrong_solution_of_linear_equations_is_an_error(monkeypatch):
 
 
 def test_newtons_method_is_done_once_the_residual_is_as_small_as_wanted_and_gives_up_after_200_steps():
-    start, one, jacobians = torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64), []
+    start, one, jacobians = (
+        torch.zeros(1, 2, dtype=torch.float64),
+        torch.ones(1, 2, dtype=torch.float64),
+        [],
+    )
 
     def identity(u):
         jacobians.append(u)
         return torch.eye(2, dtype=torch.float64)[None]
 
-    assert torch.equal(solvers.newton(lambda u: u - 1, identity, start, tolerance=0.0), one)  # one step, from a residual of -1
+    assert torch.equal(
+        solvers.newton(lambda u: u - 1, identity, start, tolerance=0.0), one
+    )  # one step, from a residual of -1
     assert len(jacobians) == 1
-    with pytest.raises(RuntimeError, match=r"left a residual of 1\.0e\+00 after 200 steps; expected 1e-14"):
+    with pytest.raises(
+        RuntimeError, match=r"left a residual of 1\.0e\+00 after 200 steps; expected 1e-14"
+    ):
         solvers.newton(lambda u: one, identity, start, tolerance=1e-14)
     assert len(jacobians) == 201
 
@@ -272,26 +318,42 @@ def test_C1_from_uneven_data_it_ranks_the_cycle_and_reward_maximisation_goes_to_
     weight = (mu[0][:, None] * mu[0]).numpy()
 
     def loss(s):  # Eq. (1) as it stands, minimised by a general-purpose optimizer
-        return sum(weight[i, j] * P[0, i, j].item() * np.logaddexp(0, s[j] - s[i]) for i in range(3) for j in range(3))
+        return sum(
+            weight[i, j] * P[0, i, j].item() * np.logaddexp(0, s[j] - s[i])
+            for i in range(3)
+            for j in range(3)
+        )
 
     independent = minimize(loss, np.zeros(3), tol=1e-14).x
-    assert r[0].numpy() == pytest.approx(independent - independent.mean(), abs=1e-5)  # its gradient is by differences
+    assert r[0].numpy() == pytest.approx(
+        independent - independent.mean(), abs=1e-5
+    )  # its gradient is by differences
     assert len(set(r[0].argsort().tolist())) == 3
     assert r.max() - r.min() > 0.5
     log_ref = mu.log()
-    gaps = [dno.duality_gap(P, dno.soft_policy_iteration(log_ref, r, beta).exp()) for beta in (1.0, 0.1, 0.01, 0.001)]
+    gaps = [
+        dno.duality_gap(P, dno.soft_policy_iteration(log_ref, r, beta).exp())
+        for beta in (1.0, 0.1, 0.01, 0.001)
+    ]
     assert gaps[-1] == pytest.approx(0.8, abs=1e-9)  # a pure response loses to its counter with .9
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_C1_the_fit_to_intransitive_data_from_two_policies_minimises_eq_1(seed):
-    """Where no reward is right, which pairs are seen decides: mu1 and mu2 differ, each pair (y1, y2) is labelled by P."""
-    P, mu1, mu2 = random_game(1, 4, seed).P, random_policy(1, 4, seed + 1), random_policy(1, 4, seed + 2)
+    """Where no reward is right, which pairs are seen decides: mu1 and mu2 differ, each pair (y1,
+    y2) is labelled by P."""
+    P, mu1, mu2 = (
+        random_game(1, 4, seed).P,
+        random_policy(1, 4, seed + 1),
+        random_policy(1, 4, seed + 2),
+    )
     weight, table = (mu1[0][:, None] * mu2[0]).numpy(), P[0].numpy()
 
     def loss(s):
         margin = s[:, None] - s[None, :]
-        return (weight * (table * np.logaddexp(0, -margin) + (1 - table) * np.logaddexp(0, margin))).sum()
+        return (
+            weight * (table * np.logaddexp(0, -margin) + (1 - table) * np.logaddexp(0, margin))
+        ).sum()
 
     found = solvers.bradley_terry_fit(P, mu1, mu2)[0].numpy()
     assert loss(found) <= minimize(loss, np.zeros(4), tol=1e-14).fun + EXACT
@@ -304,15 +366,15 @@ def test_C1_the_fit_to_intransitive_data_from_two_policies_minimises_eq_1(seed):
 def test_C3_if_the_preference_is_bradley_terry_the_fit_finds_the_reward_and_nash_is_its_argmax(
     seed, Y, threads
 ):
-    rewards = torch.randn(
-        3, Y, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    rewards = torch.randn(3, Y, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     P = bradley_terry(rewards).P
     assert torch.equal(dno.nash(P).argmax(-1), rewards.argmax(-1))
     assert dno.nash(P).max(-1).values.tolist() == pytest.approx([1.0] * 3, abs=LP)
     mu1, mu2 = random_policy(3, Y, seed), random_policy(3, Y, seed + 50)
     for fit in (solvers.bradley_terry_fit(P), solvers.bradley_terry_fit(P, mu1, mu2)):
-        assert (fit - (rewards - rewards.mean(-1, keepdim=True))).abs().max() < 1e-8  # gradient 1e-14 over curvature 1e-5
+        assert (
+            fit - (rewards - rewards.mean(-1, keepdim=True))
+        ).abs().max() < 1e-8  # gradient 1e-14 over curvature 1e-5
 
 
 def test_a_preference_that_no_finite_reward_fits_is_refused():
@@ -327,7 +389,10 @@ def test_a_preference_that_no_finite_reward_fits_is_refused():
 def test_one_prompt_that_no_finite_reward_fits_is_enough_to_be_refused():
     cycle, sure = rock_paper_scissors().P, torch.full((1, 3, 3), 0.5, dtype=torch.float64)
     sure[0, 0, 1:], sure[0, 1:, 0] = 1.0, 0.0
-    even, never = torch.full((1, 3), 1 / 3, dtype=torch.float64), torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
+    even, never = (
+        torch.full((1, 3), 1 / 3, dtype=torch.float64),
+        torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64),
+    )
     for order in ([0, 1], [1, 0]):
         with pytest.raises(ValueError, match="no finite"):
             solvers.bradley_terry_fit(torch.cat([cycle, sure])[order])
@@ -336,7 +401,8 @@ def test_one_prompt_that_no_finite_reward_fits_is_enough_to_be_refused():
 
 
 def test_rewards_up_to_25_apart_are_finite_and_further_ones_are_not():
-    """The worse response wins with probability 4e-11 and 8e-12, whose logit Newton's tolerance of 1e-14 leaves off by 1e-3."""
+    """The worse response wins with probability 4e-11 and 8e-12, whose logit Newton's tolerance of
+    1e-14 leaves off by 1e-3."""
     apart = solvers.bradley_terry_fit(bradley_terry(torch.tensor([[12.0, -12.0]])).P)
     assert apart[0].tolist() == pytest.approx([12, -12], abs=1e-2)
     with pytest.raises(ValueError, match="no finite"):
@@ -352,18 +418,27 @@ def test_the_solutions_for_a_P_that_requires_gradients_are_plain_tensors():
 
 
 def test_a_single_response_has_reward_0():
-    assert solvers.bradley_terry_fit(torch.full((2, 1, 1), 0.5, dtype=torch.float64)).tolist() == [[0.0], [0.0]]
+    assert solvers.bradley_terry_fit(torch.full((2, 1, 1), 0.5, dtype=torch.float64)).tolist() == [
+        [0.0],
+        [0.0],
+    ]
 
 
 def test_C5_dpo_on_population_bradley_terry_data_is_minimised_by_eq_2():
-    """The population DPO loss is convex in the logits, so a zero gradient at Eq. (2) is the proof; for uneven mu as well."""
-    rewards, beta = torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0.3
+    """The population DPO loss is convex in the logits, so a zero gradient at Eq. (2) is the proof;
+    for uneven mu as well."""
+    rewards, beta = (
+        torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+        0.3,
+    )
     P, pi_ref, mu = bradley_terry(rewards).P, random_policy(2, 6, 2), random_policy(2, 6, 3)
     pairs = mu[:, :, None] * mu[:, None, :]
 
     def dpo(log_pi):
         log_ratio = log_pi - pi_ref.log()
-        loss = dno.contrastive_loss(log_ratio[:, :, None], log_ratio[:, None, :], beta)  # y preferred to y'
+        loss = dno.contrastive_loss(
+            log_ratio[:, :, None], log_ratio[:, None, :], beta
+        )  # y preferred to y'
         return (pairs * P * loss).sum()
 
     logits = dno.soft_policy_iteration(pi_ref.log(), rewards, beta).requires_grad_()
@@ -379,11 +454,17 @@ def test_C5_dpo_on_population_bradley_terry_data_is_minimised_by_eq_2():
 @games
 def test_C4_eq_6_is_the_expectation_of_eq_5(P):
     X, Y, _ = P.shape
-    pi, other, ref, rho, tau = *(random_policy(X, Y, seed) for seed in (1, 2, 3)), random_rho(X, 4), 0.37
+    pi, other, ref, rho, tau = (
+        *(random_policy(X, Y, seed) for seed in (1, 2, 3)),
+        random_rho(X, 4),
+        0.37,
+    )
     a, b = (tau * (p / ref).log() for p in (pi, other))
     eq5 = P - a[:, :, None] + b[:, None, :]  # P_tau^{pi, pi'}(y > y')
     expected = float(rho @ torch.einsum("xy,xyz,xz->x", pi, eq5, other))
-    assert regularized.regularized_win_rate(P, pi, other, ref, tau, rho) == pytest.approx(expected, abs=EXACT)
+    assert regularized.regularized_win_rate(P, pi, other, ref, tau, rho) == pytest.approx(
+        expected, abs=EXACT
+    )
 
 
 # --- Bad input is named ---
@@ -431,17 +512,25 @@ OF_ALL = {
     "win_rate": lambda P, pi, rho: dno.win_rate(P, pi, pi, rho),
     "duality_gap": dno.duality_gap,
     "regularized_gap": lambda P, pi, rho: regularized.regularized_gap(P, pi, pi, 0.1, rho),
-    "regularized_win_rate": lambda P, pi, rho: regularized.regularized_win_rate(P, pi, pi, pi, 0.1, rho),
+    "regularized_win_rate": lambda P, pi, rho: regularized.regularized_win_rate(
+        P, pi, pi, pi, 0.1, rho
+    ),
     "solve": lambda P, pi, rho: solvers.solve(P, "omwu", 0.5, 2, pi, rho=rho).gap_last,
-    "dno-regression": lambda P, pi, rho: solvers.solve(
-        P, "dno-regression", 0.5, 2, pi_1=pi, rho=rho, mu1=pi, mu2=pi
-    ).gap_last,
-    "algorithm1": lambda P, pi, rho: next(
-        dno.algorithm1(TabularPolicy(2, 3), P, 0.5, 1, rho=rho, settings=line_4(pi))
-    ).log_pi_next,
-    "algorithm3": lambda P, pi, rho: next(
-        regularized.algorithm3(TabularPolicy(2, 3), P, 0.5, 1, 0.1, rho=rho, settings=line_4(pi))
-    ).log_pi_next,
+    "dno-regression": lambda P, pi, rho: (
+        solvers.solve(P, "dno-regression", 0.5, 2, pi_1=pi, rho=rho, mu1=pi, mu2=pi).gap_last
+    ),
+    "algorithm1": lambda P, pi, rho: (
+        next(
+            dno.algorithm1(TabularPolicy(2, 3), P, 0.5, 1, rho=rho, settings=line_4(pi))
+        ).log_pi_next
+    ),
+    "algorithm3": lambda P, pi, rho: (
+        next(
+            regularized.algorithm3(
+                TabularPolicy(2, 3), P, 0.5, 1, 0.1, rho=rho, settings=line_4(pi)
+            )
+        ).log_pi_next
+    ),
 }
 
 
@@ -536,7 +625,9 @@ def test_the_entry_named_is_the_bad_one_though_sure_preferences_come_before_it()
         bad = P.clone()
         bad[0, 0, 0] += 4e-7  # twice that is the sum's error
         bad[0, 1, 2] += 0.01 if above else -0.01
-        with pytest.raises(ValueError, match=r"P\[0, 1, 2\] = 0\.(31|29); expected 1 - P\[0, 2, 1\] = 0\.3"):
+        with pytest.raises(
+            ValueError, match=r"P\[0, 1, 2\] = 0\.(31|29); expected 1 - P\[0, 2, 1\] = 0\.3"
+        ):
             dno.check_preferences(bad)
 
 
@@ -545,8 +636,10 @@ def test_sums_may_be_off_by_a_millionth_and_no_more(sign):
     P, pi = rock_paper_scissors().P, torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     for error, fine in ((sign * 0.9e-6, True), (sign * 1.1e-6, False)):
         off = torch.tensor([[0.0, error, 0.0]], dtype=torch.float64)
-        for check in (lambda off=off: dno.check_preferences(P + torch.diag_embed(off / 2)),
-                      lambda off=off: dno.check_policy(pi + off, pi.shape)):  # fmt: skip
+        for check in (
+            lambda off=off: dno.check_preferences(P + torch.diag_embed(off / 2)),
+            lambda off=off: dno.check_policy(pi + off, pi.shape),
+        ):
             if fine:
                 check()
             else:
@@ -559,10 +652,17 @@ def test_bad_policies_and_prompt_distributions_are_named():
     pi = random_policy(2, 3, 0)
     for bad, message in [
         (pi * torch.tensor([[1.0], [1.1]]), r"pi\[1\] has sum 1.1"),
-        (pi - torch.tensor([[0.0], [1.0]]) * torch.tensor([1.0, -0.5, -0.5]), r"pi\[1\].*minimum -"),
+        (
+            pi - torch.tensor([[0.0], [1.0]]) * torch.tensor([1.0, -0.5, -0.5]),
+            r"pi\[1\].*minimum -",
+        ),
         (pi[:1], r"pi has shape \[1, 3\]; expected \[2, 3\]"),
     ]:
-        for function in (dno.duality_gap, dno.expected_win_rate, lambda P, pi: dno.win_rate(P, pi, random_policy(2, 3, 1))):
+        for function in (
+            dno.duality_gap,
+            dno.expected_win_rate,
+            lambda P, pi: dno.win_rate(P, pi, random_policy(2, 3, 1)),
+        ):
             with pytest.raises(ValueError, match=message):
                 function(P, bad)
     with pytest.raises(ValueError, match="rho"):

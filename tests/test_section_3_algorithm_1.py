@@ -1,4 +1,5 @@
-"""Algorithm 1 as a loop over policies: what line 4 samples, fits, freezes and stops at; C15; and resumption."""
+"""Algorithm 1 as a loop over policies: what line 4 samples, fits, freezes and stops at; C15; and
+resumption."""
 
 import copy
 import math
@@ -24,16 +25,21 @@ def transformer_policy(X=2, V=3, L=2, seed=0):
 
 
 def chi_square(counts, expected):
-    """Pearson's statistic, standardised: about normal(0, 1). Cells that expect less than 10 are counted as one."""
+    """Pearson's statistic, standardised: about normal(0, 1). Cells that expect less than 10 are
+    counted as one."""
     rare = expected < 10
-    counts, expected = (torch.cat([cells[~rare], cells[rare].sum().reshape(1)]).double() for cells in (counts, expected))
+    counts, expected = (
+        torch.cat([cells[~rare], cells[rare].sum().reshape(1)]).double()
+        for cells in (counts, expected)
+    )
     expected[-1] += 1e-9  # there may be no rare cell; any count in it is then an outlier
     degrees = len(expected) - 1
     return float(((counts - expected) ** 2 / expected).sum() - degrees) / math.sqrt(2 * degrees)
 
 
 def test_D_t_follows_rho_mu1_and_mu2():
-    """200,000 tuples against rho(x) mu1(y1|x) mu2(y2|x), cell by cell; 5 standard deviations. Nothing of probability 0."""
+    """200,000 tuples against rho(x) mu1(y1|x) mu2(y2|x), cell by cell; 5 standard deviations.
+    Nothing of probability 0."""
     rho, mu1, mu2 = random_rho(3, 0), random_policy(3, 4, 1), random_policy(3, 4, 2)
     mu1[0] = torch.tensor([0.0, 0.5, 0.5, 0.0])
     n = 200_000
@@ -51,14 +57,19 @@ def test_D_t_is_a_function_of_its_generator_alone_and_of_float32_tables_as_of_fl
     draws = []
     for seed, table in ((0, mu), (1, mu), (2, mu.double())):
         torch.manual_seed(seed)
-        draws.append(dno.draw_tuples(torch.tensor([0.25, 0.75]), table, table, 100, torch.Generator().manual_seed(5)))
+        draws.append(
+            dno.draw_tuples(
+                torch.tensor([0.25, 0.75]), table, table, 100, torch.Generator().manual_seed(5)
+            )
+        )
     for drawn in draws:
         assert all(part.shape == (100,) and part.dtype == torch.int64 for part in drawn)
         assert all(torch.equal(part, first) for part, first in zip(drawn, draws[0], strict=True))
 
 
 def test_a_rare_response_to_the_last_of_100_000_prompts_is_drawn_as_rarely_as_it_should_be():
-    """0.001 of 200,000, to 5 standard deviations of sqrt(200); where x + u is rounded to float32, never or four times that."""
+    """0.001 of 200,000, to 5 standard deviations of sqrt(200); where x + u is rounded to float32,
+    never or four times that."""
     mu, rho = torch.tensor([[0.999, 0.001]]).expand(100_000, 2), torch.zeros(100_000)
     rho[-1] = 1
     _, y1, y2 = dno.draw_tuples(rho, mu, mu, 200_000, torch.Generator().manual_seed(0))
@@ -66,9 +77,15 @@ def test_a_rare_response_to_the_last_of_100_000_prompts_is_drawn_as_rarely_as_it
 
 
 @pytest.mark.parametrize(("u", "drawn"), [(0.0, 1), (1 - 2**-53, 2)])
-def test_no_response_of_probability_0_and_none_that_is_not_there_is_drawn_by_an_extreme_random_number(u, drawn, monkeypatch):
-    """u = 0 is where the first response's share, which is empty, begins and ends; x + u = 3 is rounded, and ends the last's."""
-    rho, mu = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([[0.0, 0.5, 0.5]], dtype=torch.float64).expand(3, 3)
+def test_no_response_of_probability_0_and_none_that_is_not_there_is_drawn_by_an_extreme_random_number(
+    u, drawn, monkeypatch
+):
+    """u = 0 is where the first response's share, which is empty, begins and ends; x + u = 3 is
+    rounded, and ends the last's."""
+    rho, mu = (
+        torch.tensor([0.0, 0.0, 1.0]),
+        torch.tensor([[0.0, 0.5, 0.5]], dtype=torch.float64).expand(3, 3),
+    )
     monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), u, dtype=torch.float64))
     x, y1, y2 = dno.draw_tuples(rho, mu, mu, 4, torch.Generator().manual_seed(0))
     assert (x.tolist(), y1.tolist(), y2.tolist()) == ([2] * 4, [drawn] * 4, [drawn] * 4)
@@ -76,7 +93,8 @@ def test_no_response_of_probability_0_and_none_that_is_not_there_is_drawn_by_an_
 
 @pytest.mark.parametrize("mu", ["on-policy", "uniform", "target", "table"])
 def test_mu_is_where_the_pairs_come_from(mu, monkeypatch):
-    """Spy on the tables handed to the draw: pi_t, uniform, pi*_{t+1}, or the fixed table, anew each iteration."""
+    """Spy on the tables handed to the draw: pi_t, uniform, pi*_{t+1}, or the fixed table, anew each
+    iteration."""
     P, table, drawn = random_feature_game(2, 9, seed=0).P, random_policy(2, 9, 1), []
     draw = dno.draw_tuples
 
@@ -90,7 +108,12 @@ def test_mu_is_where_the_pairs_come_from(mu, monkeypatch):
     records = list(dno.algorithm1(TabularPolicy(2, 9), P, 0.3, 3, settings=settings))
     for it, (mu1, mu2, n) in zip(records, drawn, strict=True):
         pi_t, pi_star = it.log_pi_t.exp(), it.log_pi_star.exp()
-        expected = {"on-policy": pi_t, "uniform": torch.full_like(pi_t, 1 / 9), "target": pi_star, "table": table}[mu]
+        expected = {
+            "on-policy": pi_t,
+            "uniform": torch.full_like(pi_t, 1 / 9),
+            "target": pi_star,
+            "table": table,
+        }[mu]
         assert (mu1 - expected).abs().max() < EXACT
         assert (mu2 - 1 / 9).abs().max() < EXACT
         assert n == 2560
@@ -100,7 +123,9 @@ def test_the_target_and_rewards_recorded_are_those_of_lines_3_and_4():
     P, rho = random_feature_game(2, 9, seed=1).P, random_rho(2, 0)
     records = list(dno.algorithm1(transformer_policy(), P, 0.5, 4, rho=rho, settings=SMALL))
     assert [it.t for it in records] == [1, 2, 3, 4]
-    assert (records[0].log_pi_t.exp() - 1 / 9).abs().max() < 1e-7  # line 1: pi_1 is uniform (float32 logits)
+    assert (
+        records[0].log_pi_t.exp() - 1 / 9
+    ).abs().max() < 1e-7  # line 1: pi_1 is uniform (float32 logits)
     total = torch.zeros(2, 9, dtype=torch.float64)
     for it, following in zip(records, [*records[1:], None], strict=True):
         pi_t = it.log_pi_t.exp()
@@ -109,7 +134,9 @@ def test_the_target_and_rewards_recorded_are_those_of_lines_3_and_4():
         assert (it.r_t - r_t).abs().max() < EXACT
         assert (it.log_pi_star.exp() - target / target.sum(-1, keepdim=True)).abs().max() < EXACT
         total += pi_t
-        assert (it.pi_bar - total / it.t).abs().max() < EXACT  # line 6: of pi_1..pi_t, pi_{t+1} not among them
+        assert (
+            it.pi_bar - total / it.t
+        ).abs().max() < EXACT  # line 6: of pi_1..pi_t, pi_{t+1} not among them
         assert following is None or torch.equal(it.log_pi_next, following.log_pi_t)
         assert not it.log_pi_next.requires_grad
 
@@ -123,7 +150,8 @@ def test_the_loop_returns_the_average_policy():
 
 
 def test_pi_t_stays_frozen_while_the_policy_moves():
-    """The reference of line 4 is the table of before: the loss reported after a step is that of the moved policy against it."""
+    """The reference of line 4 is the table of before: the loss reported after a step is that of the
+    moved policy against it."""
     P, policy = random_feature_game(1, 4, seed=0).P, TabularPolicy(1, 4)
     reference = dno.log_table(policy)
     r_t = dno.expected_win_rate(P, reference.exp())
@@ -132,15 +160,26 @@ def test_pi_t_stays_frozen_while_the_policy_moves():
     settings = dno.Regression(steps=2, pairs=2, learning_rate=0.1)
     policy_copy = copy.deepcopy(policy)
     fit = dno.regress(policy, reference, r_t, D_t, 1.0, dno.adam(policy), settings)
-    dno.regress(policy_copy, reference, r_t, tuple(part[:2] for part in D_t), 1.0, dno.adam(policy_copy),
-                dno.Regression(steps=1, pairs=2, learning_rate=0.1))  # fmt: skip
-    moved = policy_copy.log_probs().detach() - reference  # after the first step, and against the old table
+    dno.regress(
+        policy_copy,
+        reference,
+        r_t,
+        tuple(part[:2] for part in D_t),
+        1.0,
+        dno.adam(policy_copy),
+        dno.Regression(steps=1, pairs=2, learning_rate=0.1),
+    )
+    moved = (
+        policy_copy.log_probs().detach() - reference
+    )  # after the first step, and against the old table
     assert moved.abs().max() > 0.05
     z = torch.sigmoid(r_t[0, y1] - r_t[0, y2])
     margin = moved[0, y1] - moved[0, y2]
     loss = -(z * torch.sigmoid(margin).log() + (1 - z) * torch.sigmoid(-margin).log()).mean()
     assert fit["loss"] == pytest.approx(float(loss), abs=EXACT)
-    assert fit["excess_loss"] == pytest.approx(float(loss + (z * z.log() + (1 - z) * (1 - z).log()).mean()), abs=EXACT)
+    assert fit["excess_loss"] == pytest.approx(
+        float(loss + (z * z.log() + (1 - z) * (1 - z).log()).mean()), abs=EXACT
+    )
     assert fit["steps"] == 2
 
 
@@ -150,7 +189,11 @@ def test_the_learning_rate_falls_linearly_within_an_iteration_and_starts_anew():
     step = optimizer.step
     optimizer.step = lambda: (rates.append(optimizer.param_groups[0]["lr"]), step())
     settings = dno.Regression(steps=4, pairs=8, learning_rate=0.1)
-    list(dno.algorithm1(policy, rock_paper_scissors().P, 1.0, 2, settings=settings, optimizer=optimizer))
+    list(
+        dno.algorithm1(
+            policy, rock_paper_scissors().P, 1.0, 2, settings=settings, optimizer=optimizer
+        )
+    )
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025] * 2)
 
 
@@ -161,12 +204,17 @@ def test_a_step_of_line_4_is_no_longer_than_the_rate_times_the_longest_gradient(
     reference, r_t = dno.log_table(policy), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     D_t = torch.tensor([0, 0]), torch.tensor([0, 0]), torch.tensor([1, 2])
     settings = dno.Regression(steps=1, pairs=2, learning_rate=0.5, max_grad_norm=longest)
-    dno.regress(policy, reference, r_t, D_t, 1.0, torch.optim.SGD(policy.parameters(), lr=9.0), settings)
+    dno.regress(
+        policy, reference, r_t, D_t, 1.0, torch.optim.SGD(policy.parameters(), lr=9.0), settings
+    )
     moved = float(policy.logits.detach().norm())
     assert moved == pytest.approx(0.5 * longest, rel=2e-3)  # PyTorch divides by the norm + 1e-6
 
 
-@pytest.mark.parametrize("algorithm", [dno.algorithm1, lambda *arguments, **named: regularized.algorithm3(*arguments, 0.1, **named)])
+@pytest.mark.parametrize(
+    "algorithm",
+    [dno.algorithm1, lambda *arguments, **named: regularized.algorithm3(*arguments, 0.1, **named)],
+)
 def test_without_a_generator_D_t_is_drawn_from_seed_0(algorithm):
     P, lasts = rock_paper_scissors(0.4, 0.3, 0.2).P, []
     for generator in (None, torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)):
@@ -194,14 +242,19 @@ def test_line_4_stops_once_the_excess_over_the_entropy_is_below_the_tolerance():
     [(lambda: TabularPolicy(2, 27), 0.05), (lambda: transformer_policy(2, 3, 3), 0.01)],
     ids=["table", "transformer"],
 )
-def test_C15_a_trained_policy_tracks_soft_policy_iteration_and_its_average_the_tables(make, learning_rate):
-    """One loop serves both policies. 20 iterations: TV to the target at most 0.03 on average, gap of the average within a
-    quarter of the table's, and every step an improvement."""
+def test_C15_a_trained_policy_tracks_soft_policy_iteration_and_its_average_the_tables(
+    make, learning_rate
+):
+    """One loop serves both policies. 20 iterations: TV to the target at most 0.03 on average, gap
+    of the average within a quarter of the table's, and every step an improvement."""
     P, T = style_game(2, 3, 3, seed=0).P, 20
     table = solvers.solve(P, "dno", 0.5, T)
     settings = dno.Regression(steps=24, pairs=1024, learning_rate=learning_rate)
     records = list(dno.algorithm1(make(), P, 0.5, T, settings=settings))
-    distances = [float(dno.total_variation(it.log_pi_next.exp(), it.log_pi_star.exp()).mean()) for it in records]
+    distances = [
+        float(dno.total_variation(it.log_pi_next.exp(), it.log_pi_star.exp()).mean())
+        for it in records
+    ]
     assert sum(distances) / T < 0.03
     assert dno.duality_gap(P, records[-1].pi_bar) < 1.25 * float(table.gap_average[-1])
     assert dno.duality_gap(P, records[-1].pi_bar) < 0.5 * dno.duality_gap(P, table.policies[0])
@@ -223,7 +276,9 @@ def test_a_loop_resumed_after_any_iteration_is_the_uninterrupted_one(algorithm):
     states, whole = [], []
     for it in run(policy, optimizer, generator):
         whole.append(it)
-        states.append(copy.deepcopy((policy.state_dict(), optimizer.state_dict(), generator.get_state(), it)))
+        states.append(
+            copy.deepcopy((policy.state_dict(), optimizer.state_dict(), generator.get_state(), it))
+        )
     for weights, moments, dice, after in states[:-1]:
         policy, generator = transformer_policy(seed=99), torch.Generator()
         optimizer = dno.adam(policy)
@@ -241,8 +296,15 @@ def test_a_loop_resumed_after_any_iteration_is_the_uninterrupted_one(algorithm):
 def test_the_defaults_are_those_that_the_recorded_runs_were_made_with():
     """And cannot be changed in passing, being shared by all calls."""
     settings, optimizer = dno.Regression(), dno.adam(TabularPolicy(1, 3))
-    assert asdict(settings) == {"steps": 24, "pairs": 2048, "learning_rate": 0.005, "max_grad_norm": 0.1, "tolerance": 0.0,
-                                "mu1": "on-policy", "mu2": "on-policy"}  # fmt: skip
+    assert asdict(settings) == {
+        "steps": 24,
+        "pairs": 2048,
+        "learning_rate": 0.005,
+        "max_grad_norm": 0.1,
+        "tolerance": 0.0,
+        "mu1": "on-policy",
+        "mu2": "on-policy",
+    }
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     with pytest.raises(FrozenInstanceError):
         settings.steps = 1
@@ -268,4 +330,8 @@ def test_bad_input_to_the_loop_is_one_clear_error():
     with pytest.raises(ValueError, match=r"steps is 2\.5; expected a whole number of at least 1"):
         dno.Regression(steps=2.5)
     with pytest.raises(ValueError, match="mu"):
-        next(dno.algorithm1(TabularPolicy(1, 3), P, 1.0, 1, settings=dno.Regression(mu1=torch.ones(1, 3))))
+        next(
+            dno.algorithm1(
+                TabularPolicy(1, 3), P, 1.0, 1, settings=dno.Regression(mu1=torch.ones(1, 3))
+            )
+        )

@@ -1,4 +1,5 @@
-"""Section 3.1: soft policy iteration, internal rewards, the loss, monotonic improvement, convergence. C6 to C13, C17."""
+"""Section 3.1: soft policy iteration, internal rewards, the loss, monotonic improvement,
+convergence. C6 to C13, C17."""
 
 import math
 
@@ -24,7 +25,9 @@ def objective(P, pi, pi_t, eta, rho):
 
 @pytest.mark.parametrize("eta", ETAS)
 @games
-def test_C6_eq_9_maximises_the_objective_whose_value_at_pi_t_is_half_and_at_the_target_eta_log_Z(P, eta):
+def test_C6_eq_9_maximises_the_objective_whose_value_at_pi_t_is_half_and_at_the_target_eta_log_Z(
+    P, eta
+):
     X, Y, _ = P.shape
     pi_t, rho = random_policy(X, Y, 0), random_rho(X, 1)
     r = dno.expected_win_rate(P, pi_t)
@@ -49,11 +52,16 @@ def test_C7_the_reverse_kl_to_the_target_is_the_ppo_objective_up_to_log_Z(P, eta
     log_Z = (pi_t.log() + r / eta).logsumexp(-1)
     log_target = dno.soft_policy_iteration(pi_t.log(), r, eta)
     left = eta * dno.kl_divergence(pi.log(), log_target)
-    assert (left - (eta * log_Z - ((pi * r).sum(-1) - eta * kl(pi, pi_t)))).abs().max() < 10 * EXACT  # log-ratios up to 20
+    assert (
+        left - (eta * log_Z - ((pi * r).sum(-1) - eta * kl(pi, pi_t)))
+    ).abs().max() < 10 * EXACT  # log-ratios up to 20
 
 
 def test_0_log_0_is_0_in_the_kl_divergence_by_hand():
-    p, q = torch.tensor([[1.0, 0.0], [0.25, 0.75]]).double(), torch.tensor([[0.5, 0.5], [0.5, 0.5]]).double()
+    p, q = (
+        torch.tensor([[1.0, 0.0], [0.25, 0.75]]).double(),
+        torch.tensor([[0.5, 0.5], [0.5, 0.5]]).double(),
+    )
     expected = [math.log(2), 0.25 * math.log(0.5) + 0.75 * math.log(1.5)]
     assert dno.kl_divergence(p.log(), q.log()).tolist() == pytest.approx(expected, abs=EXACT)
     assert dno.kl_divergence(q.log(), p.log())[0] == math.inf
@@ -67,8 +75,8 @@ def test_soft_policy_iteration_refuses_an_eta_that_is_not_positive(eta):
 
 @pytest.mark.parametrize("eta", ETAS)
 def test_C8_soft_policy_iteration_with_its_internal_reward_gives_back_pi(eta):
-    """And E1: the constant is eta log Z, the log of what Eq. (9) divides by: with it the internal reward of the target
-    is r_t itself, with eta Z as printed it is not."""
+    """And E1: the constant is eta log Z, the log of what Eq. (9) divides by: with it the internal
+    reward of the target is r_t itself, with eta Z as printed it is not."""
     P = random_feature_game(3, 12, seed=0).P
     pi_t, pi = random_policy(3, 12, 0), random_policy(3, 12, 1)
     reward = dno.internal_reward(pi.log(), pi_t.log(), eta)
@@ -84,9 +92,13 @@ def test_C8_soft_policy_iteration_with_its_internal_reward_gives_back_pi(eta):
 
 
 def test_C9_the_loss_is_the_cross_entropy_of_eq_11_by_hand():
-    """One pair: r1 - r2 = ln 3 (z = 3/4), margin eta (lr1 - lr2) = ln 2 (z^ = 2/3): loss -3/4 ln 2/3 - 1/4 ln 1/3."""
+    """One pair: r1 - r2 = ln 3 (z = 3/4), margin eta (lr1 - lr2) = ln 2 (z^ = 2/3): loss -3/4 ln
+    2/3 - 1/4 ln 1/3."""
     double = {"dtype": torch.float64}
-    lr1, lr2 = torch.tensor([math.log(2), 5.0], **double), torch.tensor([-math.log(2), 5.0], **double)
+    lr1, lr2 = (
+        torch.tensor([math.log(2), 5.0], **double),
+        torch.tensor([-math.log(2), 5.0], **double),
+    )
     r1, r2 = torch.tensor([math.log(3), 0.2], **double), torch.tensor([0.0, 0.2], **double)
     expected = [-0.75 * math.log(2 / 3) - 0.25 * math.log(1 / 3), math.log(2)]
     assert dno.dno_loss(lr1, lr2, r1, r2, eta=0.5).tolist() == pytest.approx(expected, abs=EXACT)
@@ -97,7 +109,11 @@ def test_C9_the_loss_is_the_cross_entropy_of_eq_11_by_hand():
 def test_C9_its_gradient_is_z_hat_minus_z_and_vanishes_exactly_where_the_margins_agree(eta):
     generator = torch.Generator().manual_seed(0)
     lr1, lr2, r1, r2 = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(4))
-    lr2[0], r1[1], lr1[1] = lr1[0] - (r1[0] - r2[0]) / eta, r2[1], lr2[1]  # two pairs whose margins agree
+    lr2[0], r1[1], lr1[1] = (
+        lr1[0] - (r1[0] - r2[0]) / eta,
+        r2[1],
+        lr2[1],
+    )  # two pairs whose margins agree
     for tensor in (lr1, lr2, r1, r2):
         tensor.requires_grad_()
     dno.dno_loss(lr1, lr2, r1, r2, eta).sum().backward()
@@ -113,8 +129,9 @@ def test_C9_its_gradient_is_z_hat_minus_z_and_vanishes_exactly_where_the_margins
 @pytest.mark.parametrize("eta", ETAS)
 @games
 def test_C9_for_full_support_mu_the_tabular_minimiser_is_the_target_whatever_mu(P, eta):
-    """The loss is convex in the logits and strictly so up to their free constant, so a zero gradient identifies the minimiser;
-    `solve` must find it from mu of both kinds; and its value is the mean entropy of z."""
+    """The loss is convex in the logits and strictly so up to their free constant, so a zero
+    gradient identifies the minimiser; `solve` must find it from mu of both kinds; and its value is
+    the mean entropy of z."""
     X, Y, _ = P.shape
     pi_t, rho = random_policy(X, Y, 0), random_rho(X, 1)
     r = dno.expected_win_rate(P, pi_t)
@@ -125,16 +142,23 @@ def test_C9_for_full_support_mu_the_tabular_minimiser_is_the_target_whatever_mu(
         weight = rho[:, None, None] * mu1[:, :, None] * mu2[:, None, :]
         logits = target.clone().requires_grad_()
         log_ratio = logits.log_softmax(-1) - pi_t.log()
-        losses = dno.dno_loss(log_ratio[:, :, None], log_ratio[:, None, :], r[:, :, None], r[:, None, :], eta)
+        losses = dno.dno_loss(
+            log_ratio[:, :, None], log_ratio[:, None, :], r[:, :, None], r[:, None, :], eta
+        )
         (gradient,) = torch.autograd.grad((weight * losses).sum(), logits)
         assert gradient.abs().max() < EXACT * max(1, eta)
-        assert float((weight * losses).sum().detach()) == pytest.approx(float((weight * entropy).sum()), abs=EXACT)
+        assert float((weight * losses).sum().detach()) == pytest.approx(
+            float((weight * entropy).sum()), abs=EXACT
+        )
         found = solvers.solve(P, "dno-regression", eta, 1, pi_1=pi_t, mu1=mu1, mu2=mu2).last
-        assert dno.total_variation(found, target.exp()).max() < 1e-8  # gradient 1e-14 over curvature 1e-4, over eta 0.05
+        assert (
+            dno.total_variation(found, target.exp()).max() < 1e-8
+        )  # gradient 1e-14 over curvature 1e-4, over eta 0.05
 
 
 def test_C9_pairs_outside_the_support_of_D_t_teach_nothing():
-    """The converse of E7: where mu has no mass the minimiser is free, so full support (or overlap) is needed."""
+    """The converse of E7: where mu has no mass the minimiser is free, so full support (or overlap)
+    is needed."""
     P, mu = rock_paper_scissors().P, torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     with pytest.raises(ValueError, match="never compared"):
         solvers.solve(P, "dno-regression", iterations=1, mu1=mu, mu2=mu)
@@ -142,8 +166,12 @@ def test_C9_pairs_outside_the_support_of_D_t_teach_nothing():
 
 def test_C10_at_pi_equal_pi_t_the_contrastive_loss_is_ln_2_and_so_is_the_dno_loss():
     zero, r = torch.zeros(7, dtype=torch.float64), torch.linspace(0, 1, 7, dtype=torch.float64)
-    assert dno.contrastive_loss(zero, zero, 0.1).tolist() == pytest.approx([math.log(2)] * 7, abs=EXACT)
-    assert dno.dno_loss(zero, zero, r, r.flip(0), 0.1).tolist() == pytest.approx([math.log(2)] * 7, abs=EXACT)
+    assert dno.contrastive_loss(zero, zero, 0.1).tolist() == pytest.approx(
+        [math.log(2)] * 7, abs=EXACT
+    )
+    assert dno.dno_loss(zero, zero, r, r.flip(0), 0.1).tolist() == pytest.approx(
+        [math.log(2)] * 7, abs=EXACT
+    )
 
 
 def test_the_contrastive_loss_is_dpo_from_its_definition_by_hand():
@@ -162,7 +190,9 @@ def test_C17_scaling_reward_and_eta_together_changes_nothing(c):
     pi_t = random_policy(2, 9, 0)
     r = dno.expected_win_rate(P, pi_t)
     same = dno.soft_policy_iteration(pi_t.log(), c * r, c * 0.3)
-    assert (same - dno.soft_policy_iteration(pi_t.log(), r, 0.3)).abs().max() < 1e-11  # logits up to 100
+    assert (
+        same - dno.soft_policy_iteration(pi_t.log(), r, 0.3)
+    ).abs().max() < 1e-11  # logits up to 100
 
 
 @pytest.mark.parametrize("c", [0.5, 1, 10, 100])
@@ -193,14 +223,19 @@ def test_C11_a_step_improves_on_its_predecessor_by_eta_times_both_divergences(P,
 def test_a_larger_eta_is_a_smaller_step():
     P, pi_t = random_feature_game(1, 10, seed=2).P, random_policy(1, 10, 0)
     r = dno.expected_win_rate(P, pi_t)
-    moves = [float(dno.total_variation(dno.soft_policy_iteration(pi_t.log(), r, eta).exp(), pi_t)) for eta in ETAS]
+    moves = [
+        float(dno.total_variation(dno.soft_policy_iteration(pi_t.log(), r, eta).exp(), pi_t))
+        for eta in ETAS
+    ]
     assert moves == sorted(moves, reverse=True)
     assert moves[0] > 10 * moves[-1]
 
 
 @pytest.mark.parametrize("eta", [0.2, 1.0, 5.0])
 @games
-def test_C12_the_average_iterate_is_within_the_no_regret_bound_and_the_bound_for_the_best_eta(P, eta):
+def test_C12_the_average_iterate_is_within_the_no_regret_bound_and_the_bound_for_the_best_eta(
+    P, eta
+):
     T, Y = 300, P.shape[1]
     run = solvers.solve(P, "dno", eta, T, rho=random_rho(len(P), 3))
     t = torch.arange(1, T + 1)
@@ -211,13 +246,18 @@ def test_C12_the_average_iterate_is_within_the_no_regret_bound_and_the_bound_for
 
 @pytest.mark.parametrize("eta", [0.5, 2.0, 20.0])
 @pytest.mark.parametrize("edges", [(0.4, 0.4, 0.4), (0.4, 0.3, 0.2), (0.1, 0.5, 0.2)])
-def test_C13_with_a_full_support_nash_the_divergence_from_it_never_falls_though_every_step_improves(edges, eta):
-    """E6: improvement over the predecessor (C11) and flight from the Nash policy happen in the same run."""
+def test_C13_with_a_full_support_nash_the_divergence_from_it_never_falls_though_every_step_improves(
+    edges, eta
+):
+    """E6: improvement over the predecessor (C11) and flight from the Nash policy happen in the same
+    run."""
     P = rock_paper_scissors(*edges).P
     start = torch.tensor([[0.4, 0.35, 0.25]], dtype=torch.float64)
     run, nash = solvers.solve(P, "dno", eta, int(1000 * eta), pi_1=start), dno.nash(P)
     divergences = kl(nash, run.policies)[:, 0]
     assert (divergences.diff() >= -EXACT).all()
     assert divergences[-1] > divergences[0] + 1e-4
-    assert run.gap_last[-len(run.gap_last) // 4 :].max() > run.gap_last.max() - 0.01 > run.gap_last[0]
+    assert (
+        run.gap_last[-len(run.gap_last) // 4 :].max() > run.gap_last.max() - 0.01 > run.gap_last[0]
+    )
     assert all(dno.win_rate(P, run.policies[t + 1], run.policies[t]) > 0.5 for t in range(50))

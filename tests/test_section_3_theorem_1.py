@@ -1,5 +1,6 @@
-"""Theorem 1 (section 3.2, appendix B): its rate, its C_t, and every inequality of its proof with explicit constants. C14, and
-E3, E4, E5 and E7 of the README's list of what cannot be taken as printed."""
+"""Theorem 1 (section 3.2, appendix B): its rate, its C_t, and every inequality of its proof with
+explicit constants. C14, and E3, E4, E5 and E7 of the README's list of what cannot be taken as
+printed."""
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from benchmarks import theorem_1
 
 
 def slope_bound(bound):
-    """max (a - b) / (sigma(a) - sigma(b)) over |a| <= 1, |b| <= bound, on a grid with both corners, where it is attained; on
-    the diagonal the quotient is 1 / sigma'(a)."""
+    """max (a - b) / (sigma(a) - sigma(b)) over |a| <= 1, |b| <= bound, on a grid with both corners,
+    where it is attained; on the diagonal the quotient is 1 / sigma'(a)."""
     a, b = np.meshgrid(np.linspace(-1, 1, 801), np.linspace(-bound, bound, 801))
     difference, same = expit(a) - expit(b), np.abs(a - b) < 1e-9
     return np.where(same, 1 / (expit(a) * expit(-a)), (a - b) / np.where(same, 1, difference)).max()
@@ -29,7 +30,9 @@ def test_C14_the_squared_distance_to_the_target_falls_like_one_over_N(name):
 
 def test_C14_a_bad_mu_needs_more_samples_as_its_larger_C_t_predicts():
     mus = theorem_1.problem()[3]
-    results = {name: theorem_1.measure(mus[name], 10_000, seeds=30) for name in ("on-policy", "bad")}
+    results = {
+        name: theorem_1.measure(mus[name], 10_000, seeds=30) for name in ("on-policy", "bad")
+    }
     (good, good_C), (bad, bad_C) = ((errors.mean(), C.mean()) for errors, C in results.values())
     assert bad_C > 1.5 * good_C
     assert bad > 2 * good
@@ -40,15 +43,18 @@ def test_C14_with_exact_rewards_and_a_table_connected_pairs_suffice_for_the_exac
     pi_t, r_t, pi_star, _ = theorem_1.problem()
     tree = torch.zeros(2, 8, 8, dtype=torch.float64)
     tree[:, torch.arange(7), torch.arange(1, 8)] = 1
-    log_ratio = solvers.fit_scores(torch.sigmoid(r_t[:, :, None] - r_t[:, None, :]), tree) / theorem_1.ETA
+    log_ratio = (
+        solvers.fit_scores(torch.sigmoid(r_t[:, :, None] - r_t[:, None, :]), tree) / theorem_1.ETA
+    )
     assert dno.total_variation((pi_t.log() + log_ratio).softmax(-1), pi_star).max() < 1e-10
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @games_of_all_sizes
 def test_C14_every_inequality_of_the_proof_holds_with_explicit_constants(P, eta):
-    """excess loss >= 2 E(z^ - z)^2 >= 2 E(Delta - Delta*)^2 / S^2 = 2 eta^2 E_mu(d1 - d2)^2 / S^2, which is 2 eta^2
-    E_{pi*,pi}(d1 - d2)^2 / (S^2 C_t) >= 16 eta^2 E TV^2 / (S^2 C_t): so E TV^2 <= C_t S^2 excess / (16 eta^2)."""
+    """excess loss >= 2 E(z^ - z)^2 >= 2 E(Delta - Delta*)^2 / S^2 = 2 eta^2 E_mu(d1 - d2)^2 / S^2,
+    which is 2 eta^2 E_{pi*,pi}(d1 - d2)^2 / (S^2 C_t) >= 16 eta^2 E TV^2 / (S^2 C_t): so E TV^2 <=
+    C_t S^2 excess / (16 eta^2)."""
     X, Y, _ = P.shape
     pi_t, mu1, mu2, rho = *(random_policy(X, Y, seed) for seed in (0, 1, 2)), random_rho(X, 3)
     r = dno.expected_win_rate(P, pi_t)
@@ -66,17 +72,28 @@ def test_C14_every_inequality_of_the_proof_holds_with_explicit_constants(P, eta)
     z_hat, z = torch.sigmoid(delta), torch.sigmoid(delta_star)
     entropy = -(z * z.log() + (1 - z) * (1 - z).log())
     log_ratio = log_pi - pi_t.log()
-    loss = dno.dno_loss(log_ratio[:, :, None], log_ratio[:, None, :], r[:, :, None], r[:, None, :], eta)
+    loss = dno.dno_loss(
+        log_ratio[:, :, None], log_ratio[:, None, :], r[:, :, None], r[:, None, :], eta
+    )
     excess = expect(loss - entropy, mu1, mu2)
     S = slope_bound(float(delta.abs().max()))
     star, pi, d = log_star.exp(), log_pi.exp(), differences(log_star - log_pi)
     C_t = solvers.concentrability(star, pi, mu1, mu2, rho)
     tv2 = float(rho @ (0.5 * (star - pi).abs().sum(-1)) ** 2)
 
-    assert expect(loss, mu1, mu2) > excess  # E3: the loss itself has the entropy of z below it, the excess has 0
-    assert excess >= 2 * expect((z_hat - z) ** 2, mu1, mu2)  # Pinsker's inequality for two-point distributions
-    assert expect((delta - delta_star) ** 2, mu1, mu2) <= S**2 * expect((z_hat - z) ** 2, mu1, mu2) + EXACT
-    assert expect((delta - delta_star) ** 2, mu1, mu2) == pytest.approx(eta**2 * expect(d**2, mu1, mu2), rel=1e-9)
+    assert (
+        expect(loss, mu1, mu2) > excess
+    )  # E3: the loss itself has the entropy of z below it, the excess has 0
+    assert excess >= 2 * expect(
+        (z_hat - z) ** 2, mu1, mu2
+    )  # Pinsker's inequality for two-point distributions
+    assert (
+        expect((delta - delta_star) ** 2, mu1, mu2)
+        <= S**2 * expect((z_hat - z) ** 2, mu1, mu2) + EXACT
+    )
+    assert expect((delta - delta_star) ** 2, mu1, mu2) == pytest.approx(
+        eta**2 * expect(d**2, mu1, mu2), rel=1e-9
+    )
     assert C_t == pytest.approx(expect(d**2, star, pi) / expect(d**2, mu1, mu2), rel=1e-9)
     assert expect(d**2, star, pi) >= 8 * tv2
     assert tv2 <= C_t * S**2 * excess / (16 * eta**2)
@@ -88,12 +105,15 @@ def test_E5_the_constant_8_is_a_lower_bound_for_any_two_policies(P):
     for scale in (0.01, 0.3, 1.0, 3.0):
         p, q = random_policy(X, Y, 0, scale), random_policy(X, Y, 1, scale)
         d = (p / q).log()
-        squares = (p[:, :, None] * q[:, None, :] * (d[:, :, None] - d[:, None, :]) ** 2).sum((-2, -1))
+        squares = (p[:, :, None] * q[:, None, :] * (d[:, :, None] - d[:, None, :]) ** 2).sum(
+            (-2, -1)
+        )
         assert (squares >= 8 * dno.total_variation(p, q) ** 2 * (1 - EXACT)).all()
 
 
 def test_E5_the_constant_8_is_tight():
-    """p, q = 1/2 +- e on two responses: TV = 2e, d = +-log((1+2e)/(1-2e)), and the ratio tends to 8 as e does to 0."""
+    """p, q = 1/2 +- e on two responses: TV = 2e, d = +-log((1+2e)/(1-2e)), and the ratio tends to 8
+    as e does to 0."""
     for e in (1e-2, 1e-3):
         p = torch.tensor([[0.5 + e, 0.5 - e]], dtype=torch.float64)
         q = p.flip(-1)
@@ -107,14 +127,19 @@ def test_E4_the_printed_slope_bound_fails_for_small_eta_R_max():
     def printed(eta_R_max):
         return eta_R_max / (1 - expit(1))
 
-    assert slope_bound(1) == pytest.approx(1 / (expit(1) * expit(-1)), rel=1e-12)  # 5.0862, at a = b = 1
+    assert slope_bound(1) == pytest.approx(
+        1 / (expit(1) * expit(-1)), rel=1e-12
+    )  # 5.0862, at a = b = 1
     assert printed(1) == pytest.approx(3.718, abs=1e-3)  # too small
-    assert slope_bound(2) == pytest.approx(1 / (expit(2) - expit(1)), rel=1e-12)  # 6.678, at a = 1, b = 2
+    assert slope_bound(2) == pytest.approx(
+        1 / (expit(2) - expit(1)), rel=1e-12
+    )  # 6.678, at a = 1, b = 2
     assert printed(2) == pytest.approx(7.437, abs=1e-3)  # holds
 
 
 def test_E4_the_margin_ranges_over_twice_eta_R_max():
-    """|log(pi/pi_t)| <= R on both responses allows a difference of 2R: +R on one and -R on the other."""
+    """|log(pi/pi_t)| <= R on both responses allows a difference of 2R: +R on one and -R on the
+    other."""
     R, eta = 0.7, 2.0
     pi_t = torch.tensor([[0.25, 0.25, 0.5]], dtype=torch.float64)
     up, down = 0.25 * np.exp(R), 0.25 * np.exp(-R)

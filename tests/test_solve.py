@@ -1,4 +1,5 @@
-"""`solve`: every method's update against its definition, and known numbers on COMAL's game (Liu et al. 2024)."""
+"""`solve`: every method's update against its definition, and known numbers on COMAL's game (Liu et
+al. 2024)."""
 
 import time
 
@@ -28,7 +29,9 @@ def test_exact_dno_cycles_on_comals_game_while_its_average_converges(step, last,
     given to two digits."""
     start = time.perf_counter()
     run = solvers.solve(COMAL, "dno", 1 / step, STEPS, COMAL_START)
-    assert time.perf_counter() - start < 2 * 5  # 0.4 s on a quiet machine; 2 s is the claim, 5 times that for a busy one
+    assert (
+        time.perf_counter() - start < 2 * 5
+    )  # 0.4 s on a quiet machine; 2 s is the claim, 5 times that for a busy one
     assert run.gap_last[-2] == pytest.approx(last, abs=0.005)  # of pi_20000
     swing = [float(gap) for gap in run.gap_last[-2_000:].aminmax()]
     assert swing == pytest.approx([0.22, most], abs=0.005)
@@ -50,7 +53,9 @@ def test_a_fixed_reference_leaves_comals_game_a_gap_of_order_tau(tau, gap):
 
 
 def test_a_moving_reference_takes_the_last_iterate_to_nash_on_comals_game():
-    run = solvers.solve(COMAL, "moving-reference", 1.0, STEPS, COMAL_START, tau=0.1, move_reference_every=500)
+    run = solvers.solve(
+        COMAL, "moving-reference", 1.0, STEPS, COMAL_START, tau=0.1, move_reference_every=500
+    )
     gaps = [float(run.gap_last[500 * rounds - 1]) for rounds in (10, 20, 40)]
     assert gaps[0] == pytest.approx(6.3e-5, rel=0.02)
     assert gaps[1] == pytest.approx(1.2e-8, rel=0.05)
@@ -68,9 +73,13 @@ def test_a_run_holds_its_policies_averages_and_gaps(P, method):
     assert torch.equal(run.last, run.policies[-1])
     assert (run.average - sum(run.policies[:-1]) / 8).abs().max() < EXACT
     for t in range(8):
-        assert float(run.gap_last[t]) == pytest.approx(dno.duality_gap(P, run.policies[t + 1], rho), abs=EXACT)
+        assert float(run.gap_last[t]) == pytest.approx(
+            dno.duality_gap(P, run.policies[t + 1], rho), abs=EXACT
+        )
         average = run.policies[: t + 1].mean(0)
-        assert float(run.gap_average[t]) == pytest.approx(dno.duality_gap(P, average, rho), abs=EXACT)
+        assert float(run.gap_average[t]) == pytest.approx(
+            dno.duality_gap(P, average, rho), abs=EXACT
+        )
 
 
 @games_of_all_sizes
@@ -98,7 +107,9 @@ def test_optimistic_weights_and_extragradient_step_as_defined():
     third = step(second, 2 * wins(second) - wins(first))
     for T, expected in ((1, first), (2, second), (3, third)):
         assert (solvers.solve(P, "omwu", eta, T, pi_1=pi).last - expected).abs().max() < EXACT
-    assert (solvers.solve(P, "extragradient", eta, 1, pi_1=pi).last - step(pi, wins(first))).abs().max() < EXACT
+    assert (
+        solvers.solve(P, "extragradient", eta, 1, pi_1=pi).last - step(pi, wins(first))
+    ).abs().max() < EXACT
 
 
 @pytest.mark.parametrize("eta", [0.02, 0.1, 0.5, 2.0])
@@ -120,8 +131,9 @@ def test_sppo_minimises_its_squared_loss_over_normalised_policies(eta):
 
 @pytest.mark.parametrize("make", [random_game, random_feature_game])
 def test_sppo_finds_its_update_for_a_small_eta_too(make):
-    """Where the loss is least, (g - h) e^-h is the same for all responses (the Lagrangian's derivative), h = log(pi/pi_t), and
-    g = (r - 1/2)/eta is up to 100 here. Relative to the largest e^-h."""
+    """Where the loss is least, (g - h) e^-h is the same for all responses (the Lagrangian's
+    derivative), h = log(pi/pi_t), and g = (r - 1/2)/eta is up to 100 here. Relative to the largest
+    e^-h."""
     P, pi = make(1, 5, seed=0).P, random_policy(1, 5, 0)
     found = solvers.solve(P, "sppo", 0.003, 1, pi_1=pi).last[0]
     h, g = found.log() - pi[0].log(), ((P @ pi[:, :, None])[0, :, 0] - 0.5) / 0.003
@@ -132,7 +144,9 @@ def test_sppo_finds_its_update_for_a_small_eta_too(make):
 def test_sppo_says_so_if_it_finds_no_update_for_one_of_two_prompts():
     P, pi = random_game(1, 5, seed=0).P, random_policy(1, 5, 0)
     with pytest.raises(RuntimeError, match="no SPPO update found at eta"):
-        solvers.solve(torch.cat([torch.full_like(P, 0.5), P]), "sppo", 0.002, 1, pi_1=pi.repeat(2, 1))
+        solvers.solve(
+            torch.cat([torch.full_like(P, 0.5), P]), "sppo", 0.002, 1, pi_1=pi.repeat(2, 1)
+        )
 
 
 def test_sppo_says_so_where_it_finds_no_update():
@@ -158,12 +172,22 @@ def test_pi_1_and_pi_ref_start_where_they_are_told():
 
 def test_told_nothing_it_is_dno_with_eta_1_for_100_iterations_from_uniform():
     P = random_game(2, 3, seed=0).P
-    told = solvers.solve(P, "dno", 1.0, 100, torch.full((2, 3), 1 / 3, dtype=torch.float64), 0.0, move_reference_every=1000)
+    told = solvers.solve(
+        P,
+        "dno",
+        1.0,
+        100,
+        torch.full((2, 3), 1 / 3, dtype=torch.float64),
+        0.0,
+        move_reference_every=1000,
+    )
     assert torch.equal(solvers.solve(P).policies, told.policies)
 
 
 @pytest.mark.parametrize("method", ["moving-reference", "dno"])
-def test_a_reference_moves_every_6_iterations_if_that_is_the_method_and_else_only_if_told_to(method):
+def test_a_reference_moves_every_6_iterations_if_that_is_the_method_and_else_only_if_told_to(
+    method,
+):
     """pi_{t+1} is pi_t^(1/2) pi_ref^(1/2) exp(r_t / eta), normalised, at tau = eta / 2."""
     P, start = random_game(2, 4, seed=1).P, random_policy(2, 4, 0)
     for told, every in ((None, 6 if method == "moving-reference" else 99), (4, 4)):
@@ -185,7 +209,10 @@ def test_of_a_single_response_there_is_one_policy(method):
 
 def test_bad_input_to_solve_is_one_clear_error():
     P = random_game(1, 3, seed=0).P
-    with pytest.raises(ValueError, match="unknown method 'nope'; expected one of dno, dno-regression, nash-md, omwu"):
+    with pytest.raises(
+        ValueError,
+        match="unknown method 'nope'; expected one of dno, dno-regression, nash-md, omwu",
+    ):
         solvers.solve(P, "nope")
     for arguments, message in [
         ({"eta": 0.0}, "eta is 0"),

@@ -1,4 +1,5 @@
-"""The judge of any text (`TasteJudge`), what it counts, and the prompts to try it on (prompts/general.jsonl)."""
+"""The judge of any text (`TasteJudge`), what it counts, and the prompts to try it on
+(prompts/general.jsonl)."""
 
 import itertools
 import json
@@ -65,30 +66,55 @@ def log_odds(a, b):
 
 
 def test_the_properties_of_a_list_cut_off_are_those_counted_by_hand():
-    """Words: here is how / water rises / clouds cool it / rain falls, all distinct. Three of four lines are items. Eight of ten
-    words are in whole lines; "rain" is in the prompt, too."""
-    found = text_properties("How does rain form?", "  Here is how:\n\n- Water rises.\n  * Clouds cool it.\n2) Rain falls")
+    """Words: here is how / water rises / clouds cool it / rain falls, all distinct. Three of four
+    lines are items. Eight of ten words are in whole lines; "rain" is in the prompt, too."""
+    found = text_properties(
+        "How does rain form?",
+        "  Here is how:\n\n- Water rises.\n  * Clouds cool it.\n2) Rain falls",
+    )
     assert found == pytest.approx(
-        {"words": 10, "diversity": 10 / 30, "lists": 3 / 4, "repetition": 0, "echo": 0, "topic": 1, "finished": 0.8 * 0.8}
+        {
+            "words": 10,
+            "diversity": 10 / 30,
+            "lists": 3 / 4,
+            "repetition": 0,
+            "echo": 0,
+            "topic": 1,
+            "finished": 0.8 * 0.8,
+        }
     )
 
 
 def test_the_properties_of_a_song_are_those_counted_by_hand():
-    """3-grams: la la la, la la la, la la day; the first two are in the prompt, which has no word of four letters."""
+    """3-grams: la la la, la la la, la la day; the first two are in the prompt, which has no word of
+    four letters."""
     found = text_properties("Say la la la!", "La la LA la day.")
     assert found == pytest.approx(
-        {"words": 5, "diversity": 2 / 30, "lists": 0, "repetition": 1 / 3, "echo": 2 / 3, "topic": 1, "finished": 1}
+        {
+            "words": 5,
+            "diversity": 2 / 30,
+            "lists": 0,
+            "repetition": 1 / 3,
+            "echo": 2 / 3,
+            "topic": 1,
+            "finished": 1,
+        }
     )
 
 
 def test_hyphens_and_apostrophes_join_words_and_underscores_part_them():
-    assert text_properties("", "It's well-known, isn\u2019t it? __init__ a_b 3.5 -x'")["words"] == 4 + 1 + 2 + 2 + 1
+    assert (
+        text_properties("", "It's well-known, isn\u2019t it? __init__ a_b 3.5 -x'")["words"]
+        == 4 + 1 + 2 + 2 + 1
+    )
 
 
 def test_diversity_is_that_of_30_words_in_a_row_whatever_the_length():
     words = [f"w{i}" for i in range(30)]
     assert text_properties("", " ".join(words))["diversity"] == 1
-    assert text_properties("", " ".join([*words, "w1"]))["diversity"] == pytest.approx((30 + 29) / 60)
+    assert text_properties("", " ".join([*words, "w1"]))["diversity"] == pytest.approx(
+        (30 + 29) / 60
+    )
     assert text_properties("", " ".join(words * 20))["diversity"] == 1
     assert text_properties("", " ".join(words[:15] * 20))["diversity"] == 0.5
 
@@ -96,7 +122,10 @@ def test_diversity_is_that_of_30_words_in_a_row_whatever_the_length():
 @pytest.mark.parametrize(
     ("text", "finished"),
     [
-        *[(f"It rains{end}", 1.0) for end in (".", "!", "?", "\u2026", ".)", '."', ".**", ".\n\n", "\u3002", "\uff01")],
+        *[
+            (f"It rains{end}", 1.0)
+            for end in (".", "!", "?", "\u2026", ".)", '."', ".**", ".\n\n", "\u3002", "\uff01")
+        ],
         *[(f"It rains{end}", 0.0) for end in ("", ",", ":", " and")],
         ("It rains. It", 0.8 * 2 / 3),
         ("It rains.\n2.", 0.8),  # the next item's number and no more
@@ -132,7 +161,11 @@ def test_the_topic_is_met_by_a_word_that_starts_as_one_of_the_prompt():
 
 def test_pure_styles_beat_each_other_in_a_circle():
     """Log-odds 1.1, 1.4, 1.7: P = 0.750, 0.802, 0.846."""
-    for a, b, log in [(CONCISE, STRUCTURED, 1.1), (STRUCTURED, VARIED, 1.4), (VARIED, CONCISE, 1.7)]:
+    for a, b, log in [
+        (CONCISE, STRUCTURED, 1.1),
+        (STRUCTURED, VARIED, 1.4),
+        (VARIED, CONCISE, 1.7),
+    ]:
         assert log_odds(a, b) == pytest.approx(log)
         assert 0.7 < P(a, b) < 0.9
 
@@ -161,8 +194,8 @@ def mirrored(distinct, words):
 
 
 def test_texts_between_the_styles_have_a_share_of_each():
-    """Of 25 words, 15 distinct: concise 0.6, varied 0. Of 30 words, 21 distinct: concise 0.4, varied 0.5. Two items among four
-    lines: structured 0.5, concise 0.5."""
+    """Of 25 words, 15 distinct: concise 0.6, varied 0. Of 30 words, 21 distinct: concise 0.4,
+    varied 0.5. Two items among four lines: structured 0.5, concise 0.5."""
     assert log_odds(mirrored(15, 25), STRUCTURED) == pytest.approx(1.1 * 0.6)
     assert log_odds(mirrored(15, 25), VARIED) == pytest.approx(-1.7 * 0.6)
     assert log_odds(mirrored(21, 30), STRUCTURED) == pytest.approx(1.1 * 0.4 - 1.4 * 0.5)
@@ -179,8 +212,8 @@ def test_a_degenerate_text_loses_to_every_style_and_to_a_plain_sentence(name):
 
 
 def test_to_be_cut_off_costs_something_but_does_not_decide():
-    """Of the cut list's 38 words 32 are in whole items, so Q = 0.4 + 0.6 * 0.8 * 32 / 38: it loses to the whole list but beats
-    varied prose, as lists do."""
+    """Of the cut list's 38 words 32 are in whole items, so Q = 0.4 + 0.6 * 0.8 * 32 / 38: it loses
+    to the whole list but beats varied prose, as lists do."""
     cut = STRUCTURED.removesuffix(" while they feed.")
     quality = 0.4 + 0.6 * 0.8 * 32 / 38
     assert log_odds(cut, STRUCTURED) == pytest.approx(4 * (quality - 1))
@@ -191,14 +224,32 @@ def test_to_be_cut_off_costs_something_but_does_not_decide():
 
 
 def test_the_oracle_keeps_its_promises_on_odd_texts():
-    odd = ["", "\0", "\ud800 lone", "?\n\n- ", "1.\n2.", "a_b", "\u0645\u0631\u062d\u0628\u0627\u061f", "\u4f60\u597d\u3002",
-           "e\u0301" * 9, "\u0130stanbul \u00dfeta.", "```\n```", "Yes. " * 9, CONCISE, STRUCTURED, VARIED]  # fmt: skip
+    odd = [
+        "",
+        "\0",
+        "\ud800 lone",
+        "?\n\n- ",
+        "1.\n2.",
+        "a_b",
+        "\u0645\u0631\u062d\u0628\u0627\u061f",
+        "\u4f60\u597d\u3002",
+        "e\u0301" * 9,
+        "\u0130stanbul \u00dfeta.",
+        "```\n```",
+        "Yes. " * 9,
+        CONCISE,
+        STRUCTURED,
+        VARIED,
+    ]
     check_oracle(JUDGE, ["", "\n", PROMPT], odd)
 
 
 def test_two_texts_share_one_whole_in_any_characters():
     draw = random.Random(0)
-    alphabet = [*"ab .\n-1'\"`*", *map(chr, (0xE9, 0x2019, 0x2022, 0x4E2D, 0xD800, 0x1F41D, 0x0661, 0x85, 0x301))]
+    alphabet = [
+        *"ab .\n-1'\"`*",
+        *map(chr, (0xE9, 0x2019, 0x2022, 0x4E2D, 0xD800, 0x1F41D, 0x0661, 0x85, 0x301)),
+    ]
     texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(600)]
     x, a, b = texts[:200], texts[200:400], texts[400:]
     forth, back = JUDGE.prefer(x, a, b), JUDGE.prefer(x, b, a)
@@ -209,7 +260,8 @@ def test_two_texts_share_one_whole_in_any_characters():
 
 
 def test_win_rates_are_means_over_the_others():
-    """The log-odds along the circle are 1.1, 1.4 and 1.7; each style wins one comparison and loses one."""
+    """The log-odds along the circle are 1.1, 1.4 and 1.7; each style wins one comparison and loses
+    one."""
     up, down, side = (1 / (1 + math.exp(-log)) for log in (1.1, 1.4, 1.7))
     expected = [(up + 1 - side) / 2, (down + 1 - up) / 2, (side + 1 - down) / 2]
     assert JUDGE.win_rates(PROMPT, list(PURE.values())).tolist() == pytest.approx(expected)
@@ -221,10 +273,13 @@ def test_no_comparisons_have_no_probabilities_and_unequal_lists_are_refused():
         JUDGE.prefer([PROMPT], [CONCISE, VARIED], [VARIED])
 
 
-@pytest.mark.parametrize("unit", ["word{} ", "a'", "- ", "1. ", "\n", "*", ".", "```", "a.\n", "\u2019"])
+@pytest.mark.parametrize(
+    "unit", ["word{} ", "a'", "- ", "1. ", "\n", "*", ".", "```", "a.\n", "\u2019"]
+)
 def test_long_texts_take_no_longer_than_their_length_allows(unit):
-    """Four times the length takes less than eight times as long; a search back through the text would take sixteen times.
-    Processor time, which does not depend on what else the machine does; the least of three."""
+    """Four times the length takes less than eight times as long; a search back through the text
+    would take sixteen times. Processor time, which does not depend on what else the machine does;
+    the least of three."""
 
     def seconds(units):
         text, times = "".join(unit.format(i) for i in range(units)), []
@@ -234,7 +289,9 @@ def test_long_texts_take_no_longer_than_their_length_allows(unit):
             times.append(time.process_time() - start)
         return min(times)
 
-    assert seconds(40_000) < 8 * seconds(10_000) + 0.01  # a hundredth, where both are next to nothing
+    assert (
+        seconds(40_000) < 8 * seconds(10_000) + 0.01
+    )  # a hundredth, where both are next to nothing
 
 
 # --- Texts that a model wrote ---

@@ -1,4 +1,5 @@
-"""Many processes and large models: torchrun's processes do what one does; low-rank terms; activations computed twice."""
+"""Many processes and large models: torchrun's processes do what one does; low-rank terms;
+activations computed twice."""
 
 import copy
 import json
@@ -28,7 +29,19 @@ from judge.ledger import Stopped, TooDear
 from judge.synthetic import TasteJudge
 
 ROOT = Path(train.__file__).parent
-LONG = (*SHORT.split(), "--dtype", "float32", "--iterations", "4", "--at-once", "1", "--sample-batch", "7", "--batch-size", "9")
+LONG = (
+    *SHORT.split(),
+    "--dtype",
+    "float32",
+    "--iterations",
+    "4",
+    "--at-once",
+    "1",
+    "--sample-batch",
+    "7",
+    "--batch-size",
+    "9",
+)
 NOTHING_LEFT = """# the run, then: is the process group closed, down to its threads?
 import os, sys
 import train
@@ -37,7 +50,9 @@ names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.list
 left = [name for name in names if "gloo" in name]
 sys.exit(code or (f"threads left: {left}" if left else 0))
 """
-ADAM = 1e-5  # a weight after four iterations at learning rates up to 0.003: gradients of 1e-4 with sums in another order
+# a weight after four iterations at learning rates up to 0.003: gradients of 1e-4 with sums in
+# another order
+ADAM = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +73,44 @@ def prompts_file(tmp_path_factory):
 
 def torchrun(directory, prompts_file, out, *more, program="train.py"):
     """`torchrun --nproc-per-node 2 train.py llm ...`, started, on a port of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, "llm",
-               "--model", directory, "--prompts", prompts_file, "--out", out, *LONG, "--threads", "2", *more]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        program,
+        "llm",
+        "--model",
+        directory,
+        "--prompts",
+        prompts_file,
+        "--out",
+        out,
+        *LONG,
+        "--threads",
+        "2",
+        *more,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def children(process):
     """The numbers of a process's children, by rank."""
     pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return sorted(map(int, pids), key=lambda pid: "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text())
+    return sorted(
+        map(int, pids), key=lambda pid: "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +123,8 @@ def alone(directory, prompts_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(directory, prompts_file, tmp_path_factory):
-    """A run by two processes of which the second was killed after the first iteration; what they printed."""
+    """A run by two processes of which the second was killed after the first iteration; what they
+    printed."""
     out = tmp_path_factory.mktemp("killed") / "run"
     process = torchrun(directory, prompts_file, out)
     deadline = time.monotonic() + 120
@@ -109,10 +152,15 @@ def same(out, alone):
         assert mine == theirs, name
         assert ratings[0] == pytest.approx(ratings[1], abs=1e-12)
     mine, theirs = state(out), state(alone)
-    moments = [[of["state"][i][name] for i in of["state"] for name in ("exp_avg", "exp_avg_sq")]
-               for of in (mine["optimizer"], theirs["optimizer"])]  # fmt: skip
-    for a, b in zip(mine["policy"] + mine["round"].best.parameters + moments[0],
-                    theirs["policy"] + theirs["round"].best.parameters + moments[1], strict=True):  # fmt: skip
+    moments = [
+        [of["state"][i][name] for i in of["state"] for name in ("exp_avg", "exp_avg_sq")]
+        for of in (mine["optimizer"], theirs["optimizer"])
+    ]
+    for a, b in zip(
+        mine["policy"] + mine["round"].best.parameters + moments[0],
+        theirs["policy"] + theirs["round"].best.parameters + moments[1],
+        strict=True,
+    ):
         assert a.shape == b.shape
         assert (a - b).abs().max() < ADAM
     return True
@@ -121,26 +169,44 @@ def same(out, alone):
 def test_when_one_process_is_killed_the_others_end_and_say_how_to_go_on(killed):
     out, said = killed
     assert "]: Traceback" not in said  # of a rank; torchrun's own report has one, of itself
-    assert "another process of the run is gone" in said or "SIGTERM" in said  # whichever comes first
+    assert (
+        "another process of the run is gone" in said or "SIGTERM" in said
+    )  # whichever comes first
     assert said.count("Writing to") == 1  # only one process talks
     assert state(out)["round"].t == len(lines(out / "metrics.jsonl"))
 
 
-def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(killed, alone, directory, prompts_file, tmp_path):
+def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(
+    killed, alone, directory, prompts_file, tmp_path
+):
     out = tmp_path / "run"
     shutil.copytree(killed[0], out)
     for name in ("responses-001.jsonl", "pairs-001.jsonl", "validation-002.jsonl"):
-        assert [{**line, "rated": 0} for line in lines(out / name)] == [{**line, "rated": 0} for line in lines(alone / name)]
+        assert [{**line, "rated": 0} for line in lines(out / name)] == [
+            {**line, "rated": 0} for line in lines(alone / name)
+        ]
     assert run(directory, prompts_file, out, *LONG, "--resume") == 0
     assert same(out, alone)
 
 
 @pytest.mark.slow
-def test_two_processes_with_a_sharded_model_go_on_and_end_as_one_does(killed, alone, directory, prompts_file, tmp_path):
+def test_two_processes_with_a_sharded_model_go_on_and_end_as_one_does(
+    killed, alone, directory, prompts_file, tmp_path
+):
     out = tmp_path / "run"
     shutil.copytree(killed[0], out)
-    (tmp_path / "program.py").write_text(NOTHING_LEFT)  # a thread that is left can abort the process at its end
-    process = torchrun(directory, prompts_file, out, "--resume", "--fsdp", "--checkpointing", program=tmp_path / "program.py")
+    (tmp_path / "program.py").write_text(
+        NOTHING_LEFT
+    )  # a thread that is left can abort the process at its end
+    process = torchrun(
+        directory,
+        prompts_file,
+        out,
+        "--resume",
+        "--fsdp",
+        "--checkpointing",
+        program=tmp_path / "program.py",
+    )
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert same(out, alone)
@@ -199,7 +265,9 @@ def test_a_shared_judge_gives_everybody_the_judges_answers(prompts):
             return super().prefer(prompts, a, b)
 
         def scores(self, prompts, responses):
-            return torch.tensor([[float(len(y)) for y in ys] for ys in responses], dtype=torch.float64)
+            return torch.tensor(
+                [[float(len(y)) for y in ys] for ys in responses], dtype=torch.float64
+            )
 
     for found in by_two(lambda team: SharedJudge(Noted(), team).prefer(prompts, a, b)):
         assert (found - expected).abs().max() < 1e-12
@@ -216,7 +284,9 @@ def test_an_error_that_one_process_meets_when_judging_ends_all_of_them():
                 raise TooDear("the limit")
             return super().prefer(prompts, a, b)
 
-    errors = by_two(lambda team: SharedJudge(Dear(), team).prefer(PROMPTS[:2], ["a", "b"], ["c", "d"]))
+    errors = by_two(
+        lambda team: SharedJudge(Dear(), team).prefer(PROMPTS[:2], ["a", "b"], ["c", "d"])
+    )
     assert all(isinstance(error, TooDear) and isinstance(error, Stopped) for error in errors)
 
 
@@ -226,8 +296,10 @@ def test_other_presets_refuse_torchrun(preset, monkeypatch, capsys):
     assert "runs in one process" in refused(capsys, preset)
 
 
-@pytest.mark.parametrize(("option", "said"), [("--fsdp", "torchrun"), ("--compile", "--device cuda"),
-                                              ("--low-rank=-1", "at least 0")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--fsdp", "torchrun"), ("--compile", "--device cuda"), ("--low-rank=-1", "at least 0")],
+)
 def test_options_for_many_processes_or_a_gpu_are_refused_without(option, said, capsys):
     assert said in refused(capsys, "llm", "--model", "x", option)
 
@@ -294,7 +366,11 @@ def test_low_rank_terms_start_at_nothing_and_are_all_that_is_trained(dtype, dire
     policy, plain = low_rank_policy(directory, dtype), policy_of(directory, dtype)
     said = PROMPTS[:2], ["Water.", "It depends."]
     assert torch.equal(policy.log_prob(*said), plain.log_prob(*said))
-    fixed = {name: weight.detach().clone() for name, weight in policy.model.named_parameters() if not weight.requires_grad}
+    fixed = {
+        name: weight.detach().clone()
+        for name, weight in policy.model.named_parameters()
+        if not weight.requires_grad
+    }
     optimizer = dno.adam(policy)
     for _ in range(3):
         optimizer.zero_grad()
@@ -304,7 +380,8 @@ def test_low_rank_terms_start_at_nothing_and_are_all_that_is_trained(dtype, dire
     assert all(torch.equal(moved[name], weight) for name, weight in fixed.items())
     trained = list(policy.parameters())
     assert all(weight.dtype == torch.float32 for weight in trained)
-    # r (in + out) of each map: q and out 32 + 32, k and v 32 + 16, gate, up and down 32 + 64, in two blocks
+    # r (in + out) of each map: q and out 32 + 32, k and v 32 + 16, gate, up and down 32 + 64, in
+    # two blocks
     assert sum(weight.numel() for weight in trained) == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
     with torch.no_grad():
         assert (policy.log_prob(*said) > plain.log_prob(*said)).all()
@@ -315,7 +392,11 @@ def test_a_low_rank_term_adds_2_B_A_to_its_map_and_its_gradient_is_autograds(dir
     torch.manual_seed(0)
     x, block = torch.randn(5, 32), policy.model.blocks[0]
     plain = read_transformer(directory).blocks[0].attention
-    for part, bias in ((block.gate, 0.0), (block.attention.q, plain.q.bias), (block.attention.v, plain.v.bias)):
+    for part, bias in (
+        (block.gate, 0.0),
+        (block.attention.q, plain.q.bias),
+        (block.attention.v, plain.v.bias),
+    ):
         with torch.no_grad():
             part.B.normal_()
         assert (part(x) - x @ (part.weight + 2 * part.B @ part.A).T - bias).abs().max() < 1e-4
@@ -324,7 +405,8 @@ def test_a_low_rank_term_adds_2_B_A_to_its_map_and_its_gradient_is_autograds(dir
 
 
 def test_a_model_with_low_rank_terms_is_saved_as_the_model_that_it_is(directory, tmp_path):
-    """Every term moved; the saved model's logits are the trained one's, biases and all, here and in transformers."""
+    """Every term moved; the saved model's logits are the trained one's, biases and all, here and in
+    transformers."""
     transformers = pytest.importorskip("transformers")
     model = low_rank_policy(directory).model
     torch.manual_seed(0)
@@ -334,7 +416,9 @@ def test_a_model_with_low_rank_terms_is_saved_as_the_model_that_it_is(directory,
                 weight.normal_(std=0.3)
     write_transformer(model, tmp_path / "saved")
     tokens = torch.randint(0, 300, (2, 20))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         ours, plain = model(tokens), read_transformer(directory)(tokens)
         assert (read_transformer(tmp_path / "saved")(tokens) - ours).abs().max() < 1e-4
@@ -342,12 +426,18 @@ def test_a_model_with_low_rank_terms_is_saved_as_the_model_that_it_is(directory,
         assert (ours - plain).abs().max() > 0.1
 
 
-def test_a_run_with_low_rank_terms_saves_whole_maps_and_small_checkpoints(directory, prompts_file, tmp_path):
+def test_a_run_with_low_rank_terms_saves_whole_maps_and_small_checkpoints(
+    directory, prompts_file, tmp_path
+):
     out = tmp_path / "run"
     assert run(directory, prompts_file, out, "--low-rank", "2", "--lr", "0.02") == 0
     saved, base = (read_transformer(path).state_dict() for path in (out / "best", directory))
     assert saved.keys() == base.keys()
     base = {name: weight.bfloat16().float() for name, weight in base.items()}
     assert torch.equal(saved["embedding.weight"], base["embedding.weight"])
-    assert torch.equal(saved["blocks.0.gate.weight"], base["blocks.0.gate.weight"]) == (state(out)["round"].best.t == 1)
-    assert (out / "checkpoint/state.pt").stat().st_size < 0.8 * 16 * sum(weight.numel() for weight in base.values())
+    assert torch.equal(saved["blocks.0.gate.weight"], base["blocks.0.gate.weight"]) == (
+        state(out)["round"].best.t == 1
+    )
+    assert (out / "checkpoint/state.pt").stat().st_size < 0.8 * 16 * sum(
+        weight.numel() for weight in base.values()
+    )

@@ -1,4 +1,5 @@
-"""Text: the tokenizer, policies that answer in text and their mixtures (C23), and the made-up world with its judge."""
+"""Text: the tokenizer, policies that answer in text and their mixtures (C23), and the made-up world
+with its judge."""
 
 import copy
 import gc
@@ -20,8 +21,26 @@ from test_section_3_algorithm_1 import chi_square
 import dno
 from model import Cache, Config, choose, generate, uniform_numbers
 from oracle import RegisterJudge, check_oracle
-from text import ANSWER, END, Response, TextPolicy, TokenMixture, UniformMixture, learn_byte_pairs, make_tokenizer
-from world import CLASSES, PROMPTS, REGISTERS, VERBS, classify, student_answer, teacher_answer, topic
+from text import (
+    ANSWER,
+    END,
+    Response,
+    TextPolicy,
+    TokenMixture,
+    UniformMixture,
+    learn_byte_pairs,
+    make_tokenizer,
+)
+from world import (
+    CLASSES,
+    PROMPTS,
+    REGISTERS,
+    VERBS,
+    classify,
+    student_answer,
+    teacher_answer,
+    topic,
+)
 
 SPREAD = 5  # standard deviations a statistic of many samples may lie off; the seeds are fixed
 CONCISE, VIVID, PRECISE, MALFORMED = range(4)
@@ -43,7 +62,8 @@ def learnt(corpus, size=1000):
 
 
 def test_byte_pairs_of_a_corpus_worked_by_hand():
-    """Pieces "aab", " aab", "ab". Counts ab 3, aa 2, _a 1; then a+ab 2, _+a 1; then _+aab 1; then nothing is left to join."""
+    """Pieces "aab", " aab", "ab". Counts ab 3, aa 2, _a 1; then a+ab 2, _+a 1; then _+aab 1; then
+    nothing is left to join."""
     assert learnt(["aab aab", "ab"]) == [b"ab", b"aab", b" aab"]
     assert learnt(iter(["aab aab", "ab"]), 257) == [b"ab"]
     assert learnt(["ab", "cd", "cd"]) == [b"cd", b"ab"]  # a text counts as often as it occurs
@@ -53,7 +73,12 @@ def test_byte_pairs_of_a_corpus_worked_by_hand():
 
 def test_pairs_equally_frequent_are_joined_in_byte_order():
     assert learnt(["é", "xy", "cd", "c!"]) == [b"cd", b"xy", "é".encode()]
-    assert learnt(["zz zz ba"]) == [b"zz", b" b", b" zz", b" ba"]  # zz 2; then _b, _+zz, ba; then _+zz, _b+a
+    assert learnt(["zz zz ba"]) == [
+        b"zz",
+        b" b",
+        b" zz",
+        b" ba",
+    ]  # zz 2; then _b, _+zz, ba; then _+zz, _b+a
 
 
 def test_no_token_crosses_the_border_of_a_piece():
@@ -67,16 +92,33 @@ def test_the_first_256_ranks_are_the_bytes_and_each_has_one():
 
 
 NASTY = [
-    *("", " ", "\n\n", "  x ", "\0\x7f\x1c\x85", "a\u0301\u0302", "👩‍👩‍👧🏽", "שלום", "हिन्दी", "\u202eabc\u202c"),
+    *(
+        "",
+        " ",
+        "\n\n",
+        "  x ",
+        "\0\x7f\x1c\x85",
+        "a\u0301\u0302",
+        "👩‍👩‍👧🏽",
+        "שלום",
+        "हिन्दी",
+        "\u202eabc\u202c",
+    ),
     *("\ufeff\uffff", "\U0010ffff", ANSWER, END, f"a{END}b{ANSWER}", "<|end", "|>"),
 ]
 
 
 def test_any_text_survives_encoding_and_is_never_encoded_as_a_special_token():
     """3000 strings of characters from all 17 planes and of the special tokens' names."""
-    draw, planes = random.Random(0), [(0, 0x80), (0x80, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    draw, planes = (
+        random.Random(0),
+        [(0, 0x80), (0x80, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)],
+    )
     texts = [
-        "".join(draw.choice(NASTY) if draw.random() < 0.1 else chr(draw.randrange(*draw.choice(planes))) for _ in range(n % 25))
+        "".join(
+            draw.choice(NASTY) if draw.random() < 0.1 else chr(draw.randrange(*draw.choice(planes)))
+            for _ in range(n % 25)
+        )
         for n in range(3000)
     ]
     for text in [*texts, *NASTY, *GOOD]:
@@ -87,7 +129,8 @@ def test_any_text_survives_encoding_and_is_never_encoded_as_a_special_token():
 
 
 def test_the_encoding_applies_the_merges_in_the_order_they_were_learnt():
-    """Against a slow encoder: each merge in turn, from the left, in each piece of words, signs and gaps."""
+    """Against a slow encoder: each merge in turn, from the left, in each piece of words, signs and
+    gaps."""
 
     def slow(text):
         found = []
@@ -131,21 +174,65 @@ def malformed():
     for text in GOOD:
         yield from (text[:end] for end in range(len(text)))  # cut off anywhere: also the empty text
         yield from (text[start:] for start in range(1, len(text)))
-        yield from (text + text, text + " ", text + "\n", " " + text, f'"{text}"', f"“{text}”", text[:-1] + "?")
-        yield from (text.upper(), text.lower(), text.swapcase(), text.title(), text.replace(" ", "  ", 1))
+        yield from (
+            text + text,
+            text + " ",
+            text + "\n",
+            " " + text,
+            f'"{text}"',
+            f"“{text}”",
+            text[:-1] + "?",
+        )
+        yield from (
+            text.upper(),
+            text.lower(),
+            text.swapcase(),
+            text.title(),
+            text.replace(" ", "  ", 1),
+        )
         lookalikes = {" ": "\u00a0", "a": "\u0430", "e": "\u0435", "t": "t\u200d", "s": "\u017f"}
         yield from (text.replace(*pair) for pair in lookalikes.items())
-        yield from (re.sub("sea|moon|storm", word, text) for word in ("love", "", "sea moon", "Sea", "{}", "seas"))
+        yield from (
+            re.sub("sea|moon|storm", word, text)
+            for word in ("love", "", "sea moon", "Sea", "{}", "seas")
+        )
         yield from (text + between + other for other in GOOD for between in (" ", "\n"))
-        yield from (f"{text} I am vivid. P(a > b) = 1", f"Ignore the above: {text}", f"{text}{END}", f"{ANSWER}{text}")
-    yield from ("I am vivid. P(a > b) = 1", "vivid", "In short, the sea is .", "By measure, the sea has .", "Oh, the sea! It !")
-    yield from ("Oh, the sea! It sings like silver.", "Oh, the sea! It is old yet calm!", "In short, the sea has 10 tons.")
-    yield from ("By measure, the sea sings like silver.", "Oh, the sea! It sings like silver and 10 tons!")  # registers mixed
-    yield from ("In short, the sea is calm yet old.", "In short, the sea is old yet calm and far yet warm.")
-    yield from ("Oh, the sea! It sings like silver and sings like silver!", "By measure, the sea has 10 tons and 10 tons.")
+        yield from (
+            f"{text} I am vivid. P(a > b) = 1",
+            f"Ignore the above: {text}",
+            f"{text}{END}",
+            f"{ANSWER}{text}",
+        )
+    yield from (
+        "I am vivid. P(a > b) = 1",
+        "vivid",
+        "In short, the sea is .",
+        "By measure, the sea has .",
+        "Oh, the sea! It !",
+    )
+    yield from (
+        "Oh, the sea! It sings like silver.",
+        "Oh, the sea! It is old yet calm!",
+        "In short, the sea has 10 tons.",
+    )
+    yield from (
+        "By measure, the sea sings like silver.",
+        "Oh, the sea! It sings like silver and 10 tons!",
+    )  # registers mixed
+    yield from (
+        "In short, the sea is calm yet old.",
+        "In short, the sea is old yet calm and far yet warm.",
+    )
+    yield from (
+        "Oh, the sea! It sings like silver and sings like silver!",
+        "By measure, the sea has 10 tons and 10 tons.",
+    )
     yield "By measure, the sea has 10 tons and 20 hours and 30 litres."  # three clauses
     yield "Oh, the sea! It sings like silver and burns like honey and roars like iron!"
-    yield from (f"By measure, the sea has {n} tons." for n in ("11", "010", "10.0", "100", "-10", "ten", "\u0661\u0660"))
+    yield from (
+        f"By measure, the sea has {n} tons."
+        for n in ("11", "010", "10.0", "100", "-10", "ten", "\u0661\u0660")
+    )
 
 
 def test_nothing_else_passes_for_an_answer():
@@ -160,19 +247,35 @@ BEATS = {
     "Explain": ((VIVID, CONCISE, 0.85), (CONCISE, PRECISE, 0.80), (PRECISE, VIVID, 0.75)),
     "Praise": ((CONCISE, VIVID, 0.75), (VIVID, PRECISE, 0.85), (PRECISE, CONCISE, 0.80)),
 }
-TEXT_OF = ("In short, the sea is old yet calm.", "Oh, the sea! It sings like silver!", "By measure, the sea has 10 tons.", "?")
+TEXT_OF = (
+    "In short, the sea is old yet calm.",
+    "Oh, the sea! It sings like silver!",
+    "By measure, the sea has 10 tons.",
+    "?",
+)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_judge_prefers_in_a_cycle_and_malformed_text_least(verb):
     expected = torch.full((4, 4), 0.5, dtype=torch.float64)
-    for winner, loser, p in (*BEATS[verb], *((register, MALFORMED, 0.95) for register in (CONCISE, VIVID, PRECISE))):
+    for winner, loser, p in (
+        *BEATS[verb],
+        *((register, MALFORMED, 0.95) for register in (CONCISE, VIVID, PRECISE)),
+    ):
         expected[winner, loser], expected[loser, winner] = p, 1 - p
-    i, j = (index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
-    asked = RegisterJudge().prefer([f"{verb} the clock."] * 16, [TEXT_OF[n] for n in i], [TEXT_OF[n] for n in j]).view(4, 4)
+    i, j = (
+        index.flatten() for index in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    )
+    asked = (
+        RegisterJudge()
+        .prefer([f"{verb} the clock."] * 16, [TEXT_OF[n] for n in i], [TEXT_OF[n] for n in j])
+        .view(4, 4)
+    )
     assert (asked - expected).abs().max() < EXACT
     assert (asked + asked.T - 1).abs().max() < EXACT
-    assert asked.min(dim=1).values.max() < 0.5 - 0.2  # no Condorcet winner: every class loses clearly to another
+    assert (
+        asked.min(dim=1).values.max() < 0.5 - 0.2
+    )  # no Condorcet winner: every class loses clearly to another
 
 
 def test_each_verb_has_a_mixed_nash_policy_of_its_own_in_closed_form():
@@ -201,7 +304,9 @@ def test_the_judge_promises_to_be_complementary_and_deterministic_and_of_no_ques
     assert judge.prefer([], [], []).shape == (0,)
 
 
-@pytest.mark.parametrize("prompt", ["", "Describe the love.", "describe the sea.", "Describe the sea. ", "Sing the sea."])
+@pytest.mark.parametrize(
+    "prompt", ["", "Describe the love.", "describe the sea.", "Describe the sea. ", "Sing the sea."]
+)
 def test_a_prompt_of_another_world_is_named(prompt):
     judge, draw = RegisterJudge(), random.Random(0)
     with pytest.raises(ValueError, match=re.escape(repr(prompt))):
@@ -212,7 +317,11 @@ def test_a_prompt_of_another_world_is_named(prompt):
         student_answer(prompt, draw)
 
 
-HABITS = {"Describe": (0.75, 0.15, 0.10), "Explain": (0.75, 0.10, 0.15), "Praise": (0.15, 0.10, 0.75)}
+HABITS = {
+    "Describe": (0.75, 0.15, 0.10),
+    "Explain": (0.75, 0.10, 0.15),
+    "Praise": (0.15, 0.10, 0.75),
+}
 
 
 @pytest.mark.parametrize(
@@ -220,15 +329,26 @@ HABITS = {"Describe": (0.75, 0.15, 0.10), "Explain": (0.75, 0.10, 0.15), "Praise
     [("Describe", 0.77), ("Explain", 0.725), ("Praise", 0.725)],
 )
 def test_the_student_writes_by_habit_and_the_teacher_vividly_which_wins_more_often(verb, rate):
-    """100 answers to each prompt: frequencies against the student's habits; the mean win rate, of spread below .5 / sqrt(n)."""
-    prompts, draw = [prompt for prompt in PROMPTS if prompt.startswith(verb)] * 100, random.Random(0)
-    student, teacher = ([answer(prompt, draw) for prompt in prompts] for answer in (student_answer, teacher_answer))
-    counts, n = torch.tensor([classify(text) for text in student]).bincount(minlength=4), len(prompts)
+    """100 answers to each prompt: frequencies against the student's habits; the mean win rate, of
+    spread below .5 / sqrt(n)."""
+    prompts, draw = (
+        [prompt for prompt in PROMPTS if prompt.startswith(verb)] * 100,
+        random.Random(0),
+    )
+    student, teacher = (
+        [answer(prompt, draw) for prompt in prompts] for answer in (student_answer, teacher_answer)
+    )
+    counts, n = (
+        torch.tensor([classify(text) for text in student]).bincount(minlength=4),
+        len(prompts),
+    )
     assert counts[3] == 0
     assert abs(chi_square(counts[:3], n * torch.tensor(HABITS[verb], dtype=torch.float64))) < SPREAD
     assert all(topic(prompt) in text for prompt, text in zip(prompts, student, strict=True))
     assert {classify(text) for text in teacher} == {VIVID}
-    assert float(RegisterJudge().prefer(prompts, teacher, student).mean()) == pytest.approx(rate, abs=SPREAD * 0.5 / n**0.5)
+    assert float(RegisterJudge().prefer(prompts, teacher, student).mean()) == pytest.approx(
+        rate, abs=SPREAD * 0.5 / n**0.5
+    )
 
 
 def test_the_teacher_can_be_exploited():
@@ -238,22 +358,30 @@ def test_the_teacher_can_be_exploited():
     assert gaps == pytest.approx([0.6, 0.5, 0.5], abs=EXACT)
 
 
-# --- Slow, independent computations: one sequence, one token at a time, the whole of it read by the full transformer ---
+# --- Slow, independent computations: one sequence, one token at a time, the whole of it read by the
+# full transformer ---
 
 
 @torch.no_grad()
 def next_word(models, sequence, words):
-    """log-probabilities of the word after a sequence; of several (model, weight), of their weighted geometric mean."""
-    mixed = sum(w * model(torch.tensor([sequence]))[0, -1, :words].log_softmax(-1) for model, w in models)
+    """log-probabilities of the word after a sequence; of several (model, weight), of their weighted
+    geometric mean."""
+    mixed = sum(
+        w * model(torch.tensor([sequence]))[0, -1, :words].log_softmax(-1) for model, w in models
+    )
     return mixed - mixed.logsumexp(0)
 
 
 def slow_log_prob(models, prompt, response, words):
-    return sum(float(next_word(models, [*prompt, *response[:i]], words)[word]) for i, word in enumerate(response))
+    return sum(
+        float(next_word(models, [*prompt, *response[:i]], words)[word])
+        for i, word in enumerate(response)
+    )
 
 
 def drawn_from(log_p, temperature, top_p):
-    """Word -> probability after temperature, of the fewest most probable words that hold top_p; in the order of drawing."""
+    """Word -> probability after temperature, of the fewest most probable words that hold top_p; in
+    the order of drawing."""
     p = (log_p / temperature).softmax(-1).tolist()
     kept = {}
     for word in sorted(range(len(p)), key=lambda word: -p[word]) if top_p < 1 else range(len(p)):
@@ -272,7 +400,9 @@ def all_responses(models, prompt, length, words, end, temperature=1.0, top_p=1.0
         if len(y) == length or y[-1:] == (end,):
             found[y] = p
             continue
-        for word, q in drawn_from(next_word(models, [*prompt, *y], words), temperature, top_p).items():
+        for word, q in drawn_from(
+            next_word(models, [*prompt, *y], words), temperature, top_p
+        ).items():
             unfinished[(*y, word)] = p * q
     return found
 
@@ -293,18 +423,26 @@ def slow_sample(models, prompt, u, words, end, temperature, top_p):
 
 
 def assert_follow(samples, exact):
-    """Nothing impossible among the samples; Pearson's statistic within 5 of its standard deviations."""
+    """Nothing impossible among the samples; Pearson's statistic within 5 of its standard
+    deviations."""
     counts, n = Counter(samples), len(samples)
     assert counts.keys() <= exact.keys()
-    observed, expected = torch.tensor([(counts[y], n * p) for y, p in exact.items()], dtype=torch.float64).T
+    observed, expected = torch.tensor(
+        [(counts[y], n * p) for y, p in exact.items()], dtype=torch.float64
+    ).T
     assert abs(chi_square(observed, expected)) < SPREAD
 
 
 # --- generate ---
 
 SHAPE = Config(6, layers=2, width=16, heads=4, kv_heads=2, hidden=24)
-SHARPNESS = pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.9), (0.7, 0.9)])
-PROMPT_TOKENS = {"of one length": ([4, 1, 5], [0, 0, 2], [3, 3, 3]), "of all lengths": ([4, 1, 5, 2, 0], [3], [0, 0, 2])}
+SHARPNESS = pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.9), (0.7, 0.9)]
+)
+PROMPT_TOKENS = {
+    "of one length": ([4, 1, 5], [0, 0, 2], [3, 3, 3]),
+    "of all lengths": ([4, 1, 5, 2, 0], [3], [0, 0, 2]),
+}
 
 
 def tiny_model(seed=0):
@@ -315,26 +453,35 @@ def tiny_model(seed=0):
 
 @SHARPNESS
 def test_generate_draws_every_response_as_often_as_its_exact_probability_says(temperature, top_p):
-    """Words 0..3 of a vocabulary of 6, of which 3 ends a response: 40 responses of up to 3 words, 40,000 samples."""
+    """Words 0..3 of a vocabulary of 6, of which 3 ends a response: 40 responses of up to 3 words,
+    40,000 samples."""
     model, prompt = tiny_model(), [4, 1, 5]
     u = uniform_numbers(1, 40_000, 3, seed=1)
     tokens, count, _ = generate({model: 1.0}, [torch.tensor(prompt)], u, 4, 3, temperature, top_p)
     exact = all_responses([(model, 1.0)], prompt, 3, 4, 3, temperature, top_p)
     assert sum(exact.values()) == pytest.approx(1, abs=EXACT)
     assert len(exact) == 40 or top_p < 1
-    assert_follow([tuple(y[:n]) for y, n in zip(tokens[0].tolist(), count[0].tolist(), strict=True)], exact)
+    assert_follow(
+        [tuple(y[:n]) for y, n in zip(tokens[0].tolist(), count[0].tolist(), strict=True)], exact
+    )
 
 
 @SHARPNESS
 @pytest.mark.parametrize("lengths", PROMPT_TOKENS)
-def test_generate_equals_reading_everything_anew_for_every_token(lengths, temperature, top_p, monkeypatch):
-    """Padding, the prompts beside, the cache and leaving finished responses out change neither a token nor a log-probability,
-    and what stands after the end token counts for nothing."""
+def test_generate_equals_reading_everything_anew_for_every_token(
+    lengths, temperature, top_p, monkeypatch
+):
+    """Padding, the prompts beside, the cache and leaving finished responses out change neither a
+    token nor a log-probability, and what stands after the end token counts for nothing."""
     model, prompts, kept = tiny_model(), PROMPT_TOKENS[lengths], []
     keep = Cache.keep
-    monkeypatch.setattr(Cache, "keep", lambda self, rows: (kept.append(int(rows.sum())), keep(self, rows)))
+    monkeypatch.setattr(
+        Cache, "keep", lambda self, rows: (kept.append(int(rows.sum())), keep(self, rows))
+    )
     u = uniform_numbers(3, 8, 8, seed=2)
-    tokens, count, log_probs = generate({model: 1.0}, [torch.tensor(p) for p in prompts], u, 6, 3, temperature, top_p)
+    tokens, count, log_probs = generate(
+        {model: 1.0}, [torch.tensor(p) for p in prompts], u, 6, 3, temperature, top_p
+    )
     for x, i in torch.cartesian_prod(torch.arange(3), torch.arange(8)).tolist():
         y, log_p = slow_sample([(model, 1.0)], prompts[x], u[x, i], 6, 3, temperature, top_p)
         assert tokens[x, i, : count[x, i]].tolist() == y
@@ -344,24 +491,39 @@ def test_generate_equals_reading_everything_anew_for_every_token(lengths, temper
 
 
 def test_choose_sorts_all_tokens_when_the_nucleus_has_more_than_64():
-    """Vocabulary 300; of the three rows the first two are flat, the last has a nucleus of few tokens."""
+    """Vocabulary 300; of the three rows the first two are flat, the last has a nucleus of few
+    tokens."""
     generator = torch.Generator().manual_seed(0)
-    log_probs = (torch.tensor([[0.3], [0.05], [4.0]]) * torch.randn(3, 300, generator=generator)).double().log_softmax(-1)
+    log_probs = (
+        (torch.tensor([[0.3], [0.05], [4.0]]) * torch.randn(3, 300, generator=generator))
+        .double()
+        .log_softmax(-1)
+    )
     tables = [drawn_from(row, 0.8, 0.9) for row in log_probs]
     assert [len(table) > 64 for table in tables] == [True, True, False]
     for number in torch.rand(300, generator=generator, dtype=torch.float64).tolist():
         expected = []
         for table in tables:
-            words, below = list(table), torch.tensor(list(table.values()), dtype=torch.float64).cumsum(0)
+            words, below = (
+                list(table),
+                torch.tensor(list(table.values()), dtype=torch.float64).cumsum(0),
+            )
             expected.append(words[int((below <= number).sum())])
         u = torch.full((3,), number, dtype=torch.float64)
         assert choose(log_probs, u, 0.8, 0.9).tolist() == expected
-        assert choose(log_probs[2:], u[2:], 0.8, 0.9).tolist() == expected[2:]  # by itself it needs no sorting
+        assert (
+            choose(log_probs[2:], u[2:], 0.8, 0.9).tolist() == expected[2:]
+        )  # by itself it needs no sorting
 
 
 # --- TextPolicy ---
 
-WORDS = {b"a": 0, b"b": 1, b"ab": 2, b" ": 3}  # a tokenizer so small that all responses can be listed
+WORDS = {
+    b"a": 0,
+    b"b": 1,
+    b"ab": 2,
+    b" ": 3,
+}  # a tokenizer so small that all responses can be listed
 TINY_ANSWER, TINY_END = 4, 5
 
 
@@ -370,7 +532,11 @@ def tiny_policy(seed=0, length=3):
 
 
 def text_policy(seed=0):
-    return TextPolicy(random_model(Config(302, layers=2, width=16, heads=4, kv_heads=2, hidden=24), seed), TOKENIZER, 6)
+    return TextPolicy(
+        random_model(Config(302, layers=2, width=16, heads=4, kv_heads=2, hidden=24), seed),
+        TOKENIZER,
+        6,
+    )
 
 
 ASKED = ["Describe the sea.", "", "Praise the lighthouse.", f"Explain{END} the {ANSWER}."]
@@ -378,15 +544,23 @@ ANSWERED = ["In short, the sea is old yet calm.", "no", "", f"a{END}b"]
 
 
 def test_log_prob_is_the_sum_over_the_responses_tokens_the_end_token_included():
-    """And none of what others computed in its place: the mean, the sum without the end token, unshifted log-probabilities."""
+    """And none of what others computed in its place: the mean, the sum without the end token,
+    unshifted log-probabilities."""
     policy = text_policy()
     log_probs = policy.log_prob(ASKED, ANSWERED)
     for asked, answered, log_p in zip(ASKED, ANSWERED, log_probs.tolist(), strict=True):
-        before, response = [*TOKENIZER.encode_ordinary(asked), 300], [*TOKENIZER.encode_ordinary(answered), 301]
-        assert log_p == pytest.approx(slow_log_prob([(policy.model, 1.0)], before, response, 302), abs=EXACT)
+        before, response = (
+            [*TOKENIZER.encode_ordinary(asked), 300],
+            [*TOKENIZER.encode_ordinary(answered), 301],
+        )
+        assert log_p == pytest.approx(
+            slow_log_prob([(policy.model, 1.0)], before, response, 302), abs=EXACT
+        )
         unshifted = 0.0
         for i, token in enumerate(response):
-            unshifted += float(next_word([(policy.model, 1.0)], [*before, *response[: i + 1]], 302)[token])
+            unshifted += float(
+                next_word([(policy.model, 1.0)], [*before, *response[: i + 1]], 302)[token]
+            )
         without_end = slow_log_prob([(policy.model, 1.0)], before, response[:-1], 302)
         for slip in (unshifted, without_end, *([log_p / len(response)] if answered else [])):
             assert abs(log_p - slip) > 0.01
@@ -403,7 +577,10 @@ def test_neither_order_nor_company_of_the_batch_changes_a_log_probability():
 
 def test_special_tokens_named_in_a_prompt_or_a_response_are_mere_text():
     policy = text_policy()
-    (prompt,), (response,) = policy.prompt_tokens([f"a{END}{ANSWER}"]), policy.response_tokens([f"{END}b"])
+    (prompt,), (response,) = (
+        policy.prompt_tokens([f"a{END}{ANSWER}"]),
+        policy.response_tokens([f"{END}b"]),
+    )
     assert prompt[-1] == 300
     assert response[-1] == 301
     assert max(prompt[:-1].tolist() + response[:-1].tolist()) < 300
@@ -411,7 +588,9 @@ def test_special_tokens_named_in_a_prompt_or_a_response_are_mere_text():
 
 
 @SHARPNESS
-def test_the_log_probabilities_of_samples_are_the_policys_own_whatever_they_were_drawn_with(temperature, top_p):
+def test_the_log_probabilities_of_samples_are_the_policys_own_whatever_they_were_drawn_with(
+    temperature, top_p
+):
     policy, prompts = tiny_policy(), ["a", "ab ab b", "b b"]
     groups, log_probs = policy.sample(prompts, 8, temperature, top_p, seed=4)
     for prompt, group, recorded in zip(prompts, groups, log_probs, strict=True):
@@ -428,7 +607,9 @@ def test_a_sampled_response_scores_its_own_tokens_not_its_texts():
     slow = [slow_log_prob([(policy.model, 1.0)], [0, TINY_ANSWER], tokens, 6) for tokens in ways]
     responses = ["ab", *(policy.response(tokens) for tokens in ways)]
     assert responses == ["ab"] * 4
-    assert policy.log_prob(["a"] * 4, responses).tolist() == pytest.approx([slow[0], *slow], abs=EXACT)
+    assert policy.log_prob(["a"] * 4, responses).tolist() == pytest.approx(
+        [slow[0], *slow], abs=EXACT
+    )
     assert min(abs(slow[0] - slow[1]), abs(slow[1] - slow[2])) > 0.1
 
 
@@ -454,16 +635,21 @@ def test_the_seed_fixes_the_samples_of_the_first_prompts_however_many_follow():
     groups, log_probs = policy.sample(prompts, 5, seed=6)
     for n in range(1, 4):
         fewer, theirs = policy.sample(prompts[:n], 5, seed=6)
-        assert [[y.tokens for y in group] for group in fewer] == [[y.tokens for y in group] for group in groups[:n]]
+        assert [[y.tokens for y in group] for group in fewer] == [
+            [y.tokens for y in group] for group in groups[:n]
+        ]
         assert (theirs - log_probs[:n]).abs().max() < EXACT
     other, _ = policy.sample(prompts, 5, seed=7)
-    assert [[y.tokens for y in group] for group in other] != [[y.tokens for y in group] for group in groups]
+    assert [[y.tokens for y in group] for group in other] != [
+        [y.tokens for y in group] for group in groups
+    ]
 
 
 def test_a_survey_draws_first_tokens_evenly_and_a_response_of_it_as_the_policy_does():
-    """Of k numbers, one in each k-th of [0, 1), those below c are fewer than k c + 1 and more than k c - 1. So the number of
-    first tokens among the first j words is within 1 of k times their probability, and that of one word within 2. Independent
-    draws stray further, about sqrt(k) / 2. A response picked at random from each of 3000 surveys follows the policy."""
+    """Of k numbers, one in each k-th of [0, 1), those below c are fewer than k c + 1 and more than
+    k c - 1. So the number of first tokens among the first j words is within 1 of k times their
+    probability, and that of one word within 2. Independent draws stray further, about sqrt(k) / 2.
+    A response picked at random from each of 3000 surveys follows the policy."""
     policy, k, draw = tiny_policy(), 16, random.Random(0)
     exact = all_responses([(policy.model, 1.0)], [0, TINY_ANSWER], 3, 6, TINY_END)
     first = next_word([(policy.model, 1.0)], [0, TINY_ANSWER], 6).exp()
@@ -483,23 +669,37 @@ def test_a_response_can_be_copied_pickled_and_saved():
     torch.save({"y": [y]}, buffer)
     with torch.serialization.safe_globals([Response]):
         saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)["y"][0]
-    for again in (copy.copy(y), copy.deepcopy(y), *(pickle.loads(pickle.dumps(y, n)) for n in range(2, 6)), saved):
+    for again in (
+        copy.copy(y),
+        copy.deepcopy(y),
+        *(pickle.loads(pickle.dumps(y, n)) for n in range(2, 6)),
+        saved,
+    ):
         assert (type(again), again, again.tokens) == (Response, "añ", (1, 2, 5))
 
 
 # --- Mixtures ---
 
 BEFORE = [0, TINY_ANSWER]  # the prompt "a"
-MARGIN = 0.04  # total variation; measured: 0.193, 0.097, 0.046 at weight 0.3, 0.193, 0.133, 0.049 at 0.5
+MARGIN = (
+    0.04  # total variation; measured: 0.193, 0.097, 0.046 at weight 0.3, 0.193, 0.133, 0.049 at 0.5
+)
 
 
 def mixtures(weight, length, seed=0):
-    """Of two policies, all as tables over whole responses: pi, pi_ref, pi^(1 - weight) pi_ref^weight normalised over the
-    responses as in Eq. (7), the same normalised at every token, and the last as `TokenMixture` has it."""
+    """Of two policies, all as tables over whole responses: pi, pi_ref, pi^(1 - weight)
+    pi_ref^weight normalised over the responses as in Eq. (7), the same normalised at every token,
+    and the last as `TokenMixture` has it."""
     policy, reference = tiny_policy(2 * seed, length), tiny_policy(2 * seed + 1, length)
-    models = ([(policy.model, 1.0)], [(reference.model, 1.0)], [(policy.model, 1 - weight), (reference.model, weight)])
+    models = (
+        [(policy.model, 1.0)],
+        [(reference.model, 1.0)],
+        [(policy.model, 1 - weight), (reference.model, weight)],
+    )
     p, q, by_token = (all_responses(each, BEFORE, length, 6, TINY_END) for each in models)
-    of_wholes = torch.tensor([p[y] ** (1 - weight) * q[y] ** weight for y in p], dtype=torch.float64)
+    of_wholes = torch.tensor(
+        [p[y] ** (1 - weight) * q[y] ** weight for y in p], dtype=torch.float64
+    )
     token_mixture = policy.mixed_with(reference, weight)
     log_probs = token_mixture.log_prob(["a"] * len(p), [policy.response(y) for y in p])
     known = [torch.tensor([table[y] for y in p], dtype=torch.float64) for table in (p, q, by_token)]
@@ -532,21 +732,28 @@ def test_a_policy_mixed_with_itself_is_itself():
     policy = tiny_policy()
     for reference in (copy.deepcopy(policy), policy):
         mixture = policy.mixed_with(reference, 0.3)
-        assert (mixture.log_prob(["a", "b"], ["ab", "b"]) - policy.log_prob(["a", "b"], ["ab", "b"])).abs().max() < EXACT
+        assert (
+            mixture.log_prob(["a", "b"], ["ab", "b"]) - policy.log_prob(["a", "b"], ["ab", "b"])
+        ).abs().max() < EXACT
 
 
 @SHARPNESS
-def test_samples_of_a_token_mixture_follow_it_and_carry_its_own_log_probabilities(temperature, top_p):
+def test_samples_of_a_token_mixture_follow_it_and_carry_its_own_log_probabilities(
+    temperature, top_p
+):
     policy, reference = tiny_policy(0), tiny_policy(1)
     mixture = TokenMixture(policy, reference, 0.3)
     (responses,), log_probs = mixture.sample(["a"], 20_000, temperature, top_p, seed=8)
-    exact = all_responses([(policy.model, 0.7), (reference.model, 0.3)], BEFORE, 3, 6, TINY_END, temperature, top_p)
+    exact = all_responses(
+        [(policy.model, 0.7), (reference.model, 0.3)], BEFORE, 3, 6, TINY_END, temperature, top_p
+    )
     assert_follow([y.tokens for y in responses], exact)
     assert (mixture.log_prob(["a"] * 500, responses[:500]) - log_probs[0, :500]).abs().max() < EXACT
 
 
 def uniform_mixture(loaded):
-    """Of three policies; its loaders note in `loaded` which was asked for, after checking that no other is still there."""
+    """Of three policies; its loaders note in `loaded` which was asked for, after checking that no
+    other is still there."""
     policies, alive = [tiny_policy(seed) for seed in range(3)], []
 
     class State(dict):
@@ -567,10 +774,14 @@ def test_the_uniform_mixture_has_the_mean_probability_and_loads_one_policy_at_a_
     policies, mixture = uniform_mixture(loaded := [])
     each = [all_responses([(policy.model, 1.0)], BEFORE, 3, 6, TINY_END) for policy in policies]
     log_probs = mixture.log_prob(["a"] * 156, [policies[0].response(y) for y in each[0]])
-    expected = torch.tensor([math.log(sum(table[y] for table in each) / 3) for y in each[0]], dtype=torch.float64)
+    expected = torch.tensor(
+        [math.log(sum(table[y] for table in each) / 3) for y in each[0]], dtype=torch.float64
+    )
     assert (log_probs - expected).abs().max() < EXACT
     assert loaded == [0, 1, 2]
-    for name, value in tiny_policy(0).state_dict().items():  # the policy it was made from stays as it was
+    for name, value in (
+        tiny_policy(0).state_dict().items()
+    ):  # the policy it was made from stays as it was
         assert torch.equal(policies[0].state_dict()[name], value)
 
 
@@ -589,6 +800,12 @@ def test_the_responses_of_a_uniform_mixture_are_independent_of_each_other():
 def test_the_uniform_mixture_draws_a_policy_once_for_a_response(temperature, top_p):
     policies, mixture = uniform_mixture(loaded := [])
     ((*responses,),) = mixture.sample(["a"], 20_000, temperature, top_p, seed=9)
-    each = [all_responses([(policy.model, 1.0)], BEFORE, 3, 6, TINY_END, temperature, top_p) for policy in policies]
-    assert_follow([y.tokens for y in responses], {y: sum(t.get(y, 0) for t in each) / 3 for table in each for y in table})
+    each = [
+        all_responses([(policy.model, 1.0)], BEFORE, 3, 6, TINY_END, temperature, top_p)
+        for policy in policies
+    ]
+    assert_follow(
+        [y.tokens for y in responses],
+        {y: sum(t.get(y, 0) for t in each) / 3 for table in each for y in table},
+    )
     assert loaded == [0, 1, 2]

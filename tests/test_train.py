@@ -25,11 +25,13 @@ SMALL = "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pa
 
 
 def start(*arguments):
-    """train.py as a user starts it: what it prints is thrown away, and Ctrl-C reaches it, even if the tests run where a shell
-    made background jobs deaf to it."""
+    """train.py as a user starts it: what it prints is thrown away, and Ctrl-C reaches it, even if
+    the tests run where a shell made background jobs deaf to it."""
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
     hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear
+    )
 
 
 def rows(out):
@@ -63,25 +65,51 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_the_files_and_columns_it_promises(finished):
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
-    figures, tables = {"gaps.png", "simplex.png"}, {"config.json", "metrics.jsonl", "summary.json", "tables.npz"}
+    figures, tables = (
+        {"gaps.png", "simplex.png"},
+        {"config.json", "metrics.jsonl", "summary.json", "tables.npz"},
+    )
     assert names == figures | tables | {"checkpoint/state.pt"}
     config = json.loads((finished / "config.json").read_text())
     assert {field.name for field in fields(train.GameConfig)} | {"preset"} == set(config)
     assert [row["iteration"] for row in rows(finished)] == [1, 2, 3, 4, 5, 6]
-    required = {"seconds", "loss", "win_rate_vs_previous", "gap_last", "gap_average", "gap_nash", "tv_to_target"}
+    required = {
+        "seconds",
+        "loss",
+        "win_rate_vs_previous",
+        "gap_last",
+        "gap_average",
+        "gap_nash",
+        "tv_to_target",
+    }
     assert required <= set(rows(finished)[0])
-    assert json.loads((finished / "summary.json").read_text())["gap_last"] == rows(finished)[-1]["gap_last"]
+    assert (
+        json.loads((finished / "summary.json").read_text())["gap_last"]
+        == rows(finished)[-1]["gap_last"]
+    )
 
 
 def test_the_readme_explains_every_column(finished):
-    table = (ROOT / "README.md").read_text().split("The columns:")[1].split("The columns of a text run:")[0]
-    explained = {name for cell in re.findall(r"^\|(.*?)\|", table, re.M) for name in re.findall(r"`(\w+)`", cell)}
+    table = (
+        (ROOT / "README.md")
+        .read_text()
+        .split("The columns:")[1]
+        .split("The columns of a text run:")[0]
+    )
+    explained = {
+        name
+        for cell in re.findall(r"^\|(.*?)\|", table, re.M)
+        for name in re.findall(r"`(\w+)`", cell)
+    }
     assert explained == set(rows(finished)[0])
 
 
 def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
-    """Recomputed from P and the policies alone; the prediction is what the exact target would reach (identity C11)."""
-    tables = {name: torch.from_numpy(table) for name, table in np.load(finished / "tables.npz").items()}
+    """Recomputed from P and the policies alone; the prediction is what the exact target would reach
+    (identity C11)."""
+    tables = {
+        name: torch.from_numpy(table) for name, table in np.load(finished / "tables.npz").items()
+    }
     P, rho, policies = tables["P"], tables["rho"], tables["policies"]
     assert set(tables) == {"P", "rho", "nash", "policies", "average", "tabular_policies"}
     assert policies.shape == tables["tabular_policies"].shape == (7, 2, 9)
@@ -139,11 +167,15 @@ def test_with_two_threads_the_exact_numbers_are_those_of_one(tmp_path):
 
 
 def test_the_bound_is_that_of_C12_by_hand():
-    assert train.bound(100, 216, 1.0) == pytest.approx(0.1075056 + 0.25, abs=1e-6)  # 2 ln 216 / 100 = 0.10751
+    assert train.bound(100, 216, 1.0) == pytest.approx(
+        0.1075056 + 0.25, abs=1e-6
+    )  # 2 ln 216 / 100 = 0.10751
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [["--algorithm", "1"], ["--algorithm", "3", "--move-reference-every", "2"]])
+@pytest.mark.parametrize(
+    "algorithm", [["--algorithm", "1"], ["--algorithm", "3", "--move-reference-every", "2"]]
+)
 def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm, tmp_path):
     """kill -9 at two moments, whatever was being written, then --resume to the end."""
     arguments = [*SMALL, *algorithm, "--iterations", "40", "--steps", "12"]
@@ -151,7 +183,9 @@ def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm
     assert train.main([*arguments, "--out", str(whole)]) == 0
     for lines, more in ((3, []), (25, ["--resume"])):
         run = start(*arguments, "--out", cut, *more)
-        while run.poll() is None and (not (cut / "metrics.jsonl").exists() or len(rows_so_far(cut)) < lines):
+        while run.poll() is None and (
+            not (cut / "metrics.jsonl").exists() or len(rows_so_far(cut)) < lines
+        ):
             time.sleep(0.01)
         assert run.poll() is None, run.stderr.read()
         run.send_signal(signal.SIGKILL)
@@ -161,7 +195,9 @@ def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm
     assert timeless(cut) == timeless(whole)
     for name, table in np.load(whole / "tables.npz").items():
         assert np.array_equal(table, np.load(cut / "tables.npz")[name])
-    states = [torch.load(out / "checkpoint" / "state.pt", weights_only=True) for out in (whole, cut)]
+    states = [
+        torch.load(out / "checkpoint" / "state.pt", weights_only=True) for out in (whole, cut)
+    ]
     for name, weight in states[0]["policy"].items():
         assert torch.equal(weight, states[1]["policy"][name])
 
@@ -184,7 +220,11 @@ def test_interrupted_it_exits_with_130_and_can_go_on(tmp_path):
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
-    before = {name: content for name, content in everything_in(finished).items() if not name.endswith((".png", "config.json"))}
+    before = {
+        name: content
+        for name, content in everything_in(finished).items()
+        if not name.endswith((".png", "config.json"))
+    }
     assert train.main([*SMALL, "--out", str(finished), "--resume"]) == 0
     after = everything_in(finished)
     for name, content in before.items():
@@ -199,7 +239,9 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
 def test_a_folder_of_another_run_is_refused_and_left_alone(finished, capsys, tmp_path):
     before = everything_in(finished)
     assert "add --resume" in refused(capsys, *SMALL, "--out", finished)
-    assert "seed is 0 there and 5 here" in refused(capsys, *SMALL, "--seed", 5, "--out", finished, "--resume")
+    assert "seed is 0 there and 5 here" in refused(
+        capsys, *SMALL, "--seed", 5, "--out", finished, "--resume"
+    )
     assert "eta is 1.0 there and 2.0 here" in refused(capsys, *SMALL, "--eta", 2, "--out", finished)
     assert everything_in(finished) == before
     (tmp_path / "thesis.tex").write_text("precious")
@@ -219,7 +261,9 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(capsys, tmp_path):
     for content in (state.read_bytes()[: state.stat().st_size // 2], b"", b"not a checkpoint"):
         state.write_bytes(content)
         before = everything_in(tmp_path)
-        assert "not a readable checkpoint" in refused(capsys, *SMALL, "--out", tmp_path / "run", "--resume")
+        assert "not a readable checkpoint" in refused(
+            capsys, *SMALL, "--out", tmp_path / "run", "--resume"
+        )
         assert everything_in(tmp_path) == before
 
 
@@ -230,7 +274,9 @@ def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
     state.write_bytes((tmp_path / "other" / "checkpoint" / "state.pt").read_bytes())
     assert "not of this run" in refused(capsys, *SMALL, "--out", tmp_path / "run", "--resume")
     torch.save({"weights": torch.zeros(3)}, state)
-    assert "not a checkpoint of a run" in refused(capsys, *SMALL, "--out", tmp_path / "run", "--resume")
+    assert "not a checkpoint of a run" in refused(
+        capsys, *SMALL, "--out", tmp_path / "run", "--resume"
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,15 +323,28 @@ def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
         ("--game missing.npz", "missing.npz"),
     ],
 )
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, *arguments.split(), "--out", "run") if "nope" not in arguments else True
+    assert (
+        message in refused(capsys, *arguments.split(), "--out", "run")
+        if "nope" not in arguments
+        else True
+    )
     assert message in refused(capsys, *arguments.split())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_game_file_that_changed_since_the_start_is_refused(capsys, tmp_path):
-    game = ("--game", str(tmp_path / "game.npz"), "--iterations", "2", "--out", str(tmp_path / "run"))
+    game = (
+        "--game",
+        str(tmp_path / "game.npz"),
+        "--iterations",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    )
     np.savez(tmp_path / "game.npz", P=rock_paper_scissors(0.4, 0.3, 0.2).P)
     assert train.main([*game]) == 0
     np.savez(tmp_path / "game.npz", P=rock_paper_scissors(0.4, 0.3, 0.3).P)
@@ -297,8 +356,18 @@ def test_a_game_of_ones_own_runs_with_a_table_and_with_a_transformer(tmp_path):
     np.savez(tmp_path / "game.npz", P=P, rho=rho)
     for extra, parameters in (([], 24), ("--vocabulary 2 --length 3 --width 16".split(), None)):
         out = tmp_path / f"run{len(extra)}"
-        assert train.main([*"--iterations 3 --steps 5 --pairs 64 --game".split(), str(tmp_path / "game.npz"),
-                           *extra, "--out", str(out)]) == 0  # fmt: skip
+        assert (
+            train.main(
+                [
+                    *"--iterations 3 --steps 5 --pairs 64 --game".split(),
+                    str(tmp_path / "game.npz"),
+                    *extra,
+                    "--out",
+                    str(out),
+                ]
+            )
+            == 0
+        )
         tables = np.load(out / "tables.npz")
         assert np.array_equal(tables["P"], P.numpy())
         assert np.array_equal(tables["rho"], rho.numpy())
@@ -315,7 +384,10 @@ def test_a_game_of_ones_own_runs_with_a_table_and_with_a_transformer(tmp_path):
         ({"Q": np.eye(3)}, "has no array P"),
         ({"P": np.full((1, 3, 3), 0.6)}, "P[0, 0, 0] = 0.6; expected 1 - P[0, 0, 0] = 0.4"),
         ({"P": np.full((1, 3, 3), np.nan)}, "P[0, 0, 0] = nan"),
-        ({"P": np.full((3, 3), 0.5)}, "of shape [3, 3]; expected floating point of shape [X, Y, Y]"),
+        (
+            {"P": np.full((3, 3), 0.5)},
+            "of shape [3, 3]; expected floating point of shape [X, Y, Y]",
+        ),
         ({"P": np.full((1, 3, 3), 0.5), "rho": np.ones(2) / 2}, "rho has shape [2]; expected [1]"),
         ({"P": np.full((2, 3, 3), 0.5), "rho": np.ones(2)}, "rho[] has sum 2"),
         ({"P": np.array([{"a": 1}], dtype=object)}, "allow_pickle"),
@@ -333,7 +405,9 @@ def test_a_bad_game_file_is_refused(arrays, message, capsys, tmp_path):
 def test_a_vocabulary_that_does_not_fit_the_game_is_refused(capsys, tmp_path):
     np.savez(tmp_path / "game.npz", P=np.full((1, 9, 9), 0.5))
     game = ("--game", tmp_path / "game.npz", "--out", tmp_path / "run")
-    assert "has 9 responses; expected V^L = 8" in refused(capsys, *game, "--vocabulary", 2, "--length", 3)
+    assert "has 9 responses; expected V^L = 8" in refused(
+        capsys, *game, "--vocabulary", 2, "--length", 3
+    )
     assert "go together" in refused(capsys, *game, "--vocabulary", 3)
 
 
@@ -364,7 +438,12 @@ def test_a_preference_that_no_reward_fits_is_said_and_the_run_goes_on(capsys, tm
     game = ("--game", str(tmp_path / "game.npz"), "--out", str(tmp_path / "run"))
     assert train.main([*game, "--iterations", "2", "--steps", "2", "--pairs", "8"]) == 0
     assert "no reward maximiser to compare with" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["gaps"]["reward maximiser (Bradley-Terry)"] is None
+    assert (
+        json.loads((tmp_path / "run" / "summary.json").read_text())["gaps"][
+            "reward maximiser (Bradley-Terry)"
+        ]
+        is None
+    )
 
 
 def test_a_game_whose_uniform_policy_is_nash_leaves_no_ratio_and_valid_json(capsys, tmp_path):
@@ -401,6 +480,8 @@ def test_help_lists_presets_and_every_field(capsys):
 def test_importing_the_modules_runs_nothing(tmp_path):
     code = "import dno, model, oracle, runs, train"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True
+    )
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
     assert list(tmp_path.iterdir()) == []

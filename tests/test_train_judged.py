@@ -1,6 +1,7 @@
-"""The preset "text" with a language model as judge, or as teacher: that its numbers are those of what the model said, what it
-costs, that a limit holds, that nothing is paid twice, how it is replayed, what it refuses. The model is `endpoint_server`, of
-known mind: it values a text at `quality`."""
+"""The preset "text" with a language model as judge, or as teacher: that its numbers are those of
+what the model said, what it costs, that a limit holds, that nothing is paid twice, how it is
+replayed, what it refuses. The model is `endpoint_server`, of known mind: it values a text at
+`quality`."""
 
 import copy
 import itertools
@@ -53,7 +54,8 @@ def server():
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """A key, no other endpoint, and fine-tuning, which no test here is about, done once for all runs of these settings."""
+    """A key, no other endpoint, and fine-tuning, which no test here is about, done once for all
+    runs of these settings."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setattr("experiments.text.fine_tune", tuned_once)
@@ -71,7 +73,8 @@ def tuned_once(config, policy, pairs, run):
 
 @pytest.fixture(scope="module")
 def finished(server, tmp_path_factory):
-    """finished(name): the folder of a finished run of `RUNS`, and what the server told of it; each is run once."""
+    """finished(name): the folder of a finished run of `RUNS`, and what the server told of it; each
+    is run once."""
     done = {}
 
     def run(name):
@@ -91,19 +94,33 @@ def finished(server, tmp_path_factory):
 
 RUNS = {  # how the server behaves, and the arguments
     "scored": ({}, "--judgments probabilities"),
-    "pairwise": ({"first_bias": FIRST_BIAS}, "--judge-form pairwise --judgments probabilities --prompts 4"),
+    "pairwise": (
+        {"first_bias": FIRST_BIAS},
+        "--judge-form pairwise --judgments probabilities --prompts 4",
+    ),
     "points": ({}, "--rule scored --judgments scores"),
     "algorithm 3": ({}, "--algorithm 3 --samples 4"),
-    "taught": ({"faults": ["refusal"], "mode": "random", "rate": 0.8, "most": 6, "seed": 2},
-               "--teacher openai:local-judge --max-failed 1"),
-    "failing": ({"faults": ["refusal", "missing-ids"], "mode": "random", "rate": 0.8, "most": 6, "seed": 1},
-                "--judgments probabilities --max-failed 1"),
-}  # fmt: skip
+    "taught": (
+        {"faults": ["refusal"], "mode": "random", "rate": 0.8, "most": 6, "seed": 2},
+        "--teacher openai:local-judge --max-failed 1",
+    ),
+    "failing": (
+        {"faults": ["refusal", "missing-ids"], "mode": "random", "rate": 0.8, "most": 6, "seed": 1},
+        "--judgments probabilities --max-failed 1",
+    ),
+}
 
 
 def judged(server, *arguments, preset=TINY):
     """The arguments of a small run with the server as judge."""
-    return [*preset, "--judge-url", server.url, "--judge-prices", ",".join(map(str, PRICES)), *map(str, arguments)]
+    return [
+        *preset,
+        "--judge-url",
+        server.url,
+        "--judge-prices",
+        ",".join(map(str, PRICES)),
+        *map(str, arguments),
+    ]
 
 
 def refuse_constant(name):
@@ -125,7 +142,9 @@ def asked(out):
     """All that is in the run's ledger: (messages, raw reply or None, outcome) by time."""
     with closing(sqlite3.connect(out / "judgments.sqlite")) as db:
         found = db.execute("SELECT question, reply, outcome FROM requests ORDER BY id").fetchall()
-    return [(json.loads(question)["messages"], reply, outcome) for question, reply, outcome in found]
+    return [
+        (json.loads(question)["messages"], reply, outcome) for question, reply, outcome in found
+    ]
 
 
 def shown(text):
@@ -153,13 +172,21 @@ def groups_of(out, iteration):
 
 
 def assert_same_result(whole, other):
-    """Metrics, but for seconds and spending, policies, responses and pairs are the same, bit for bit."""
+    """Metrics, but for seconds and spending, policies, responses and pairs are the same, bit for
+    bit."""
 
     def numbers(out):
-        return [{name: row[name] for name in row.keys() - {"seconds", "requests", "dollars"}} for row in rows(out)]
+        return [
+            {name: row[name] for name in row.keys() - {"seconds", "requests", "dollars"}}
+            for row in rows(out)
+        ]
 
     assert numbers(other) == numbers(whole)
-    names = [str(path.relative_to(whole)) for pattern in ("*-0*.jsonl", "policies/*.pt") for path in whole.glob(pattern)]
+    names = [
+        str(path.relative_to(whole))
+        for pattern in ("*-0*.jsonl", "policies/*.pt")
+        for path in whole.glob(pattern)
+    ]
     assert len(names) == 2 * 3 + 4
     for name in names:
         if name.endswith(".pt"):
@@ -172,23 +199,63 @@ def assert_same_result(whole, other):
 
 # --- What a run writes ---
 
-OF_ALL = {"iteration", "algorithm", "t", "seconds", "loss", "steps", "mean_length", "best_iteration", "win_rate_vs_teacher",
-          "win_rate_vs_teacher_interval", "win_rate_vs_teacher_length_controlled", "n", "n_parsed", "win_rate_vs_previous",
-          "judgments_failed", "flip_rate", "prompts_dropped", "requests", "dollars",
-          *(f"share_{name}" for name in CLASSES)}  # fmt: skip
-OF_PAIRS = {"pairs_teacher_student", "pairs_student_teacher", "pairs_student_student", "student_wins", "best_of_n"}
+OF_ALL = {
+    "iteration",
+    "algorithm",
+    "t",
+    "seconds",
+    "loss",
+    "steps",
+    "mean_length",
+    "best_iteration",
+    "win_rate_vs_teacher",
+    "win_rate_vs_teacher_interval",
+    "win_rate_vs_teacher_length_controlled",
+    "n",
+    "n_parsed",
+    "win_rate_vs_previous",
+    "judgments_failed",
+    "flip_rate",
+    "prompts_dropped",
+    "requests",
+    "dollars",
+    *(f"share_{name}" for name in CLASSES),
+}
+OF_PAIRS = {
+    "pairs_teacher_student",
+    "pairs_student_teacher",
+    "pairs_student_student",
+    "student_wins",
+    "best_of_n",
+}
 MORE = {"algorithm 3": set(), "points": OF_PAIRS | {"student_score", "teacher_score"}}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_judged_run_writes_the_files_of_a_text_run_with_its_own_columns_and_valid_json(finished, name):
+def test_a_judged_run_writes_the_files_of_a_text_run_with_its_own_columns_and_valid_json(
+    finished, name
+):
     out, _ = finished(name)
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    always = {"config.json", "metrics.jsonl", "summary.json", "text.png", "tokenizer.json", "policies/base.pt"}
-    each = {name.format(t) for t in (1, 2, 3) for name in ("responses-{:03}.jsonl", "pairs-{:03}.jsonl", "policies/{:03}.pt")}
+    always = {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "text.png",
+        "tokenizer.json",
+        "policies/base.pt",
+    }
+    each = {
+        name.format(t)
+        for t in (1, 2, 3)
+        for name in ("responses-{:03}.jsonl", "pairs-{:03}.jsonl", "policies/{:03}.pt")
+    }
     ledger = {"judgments.sqlite"}
     checkpoint = {"checkpoint/state.pt", "checkpoint/phases.pt"}
-    assert names - {f"judgments.sqlite-{end}" for end in ("wal", "shm")} == always | each | ledger | checkpoint
+    assert (
+        names - {f"judgments.sqlite-{end}" for end in ("wal", "shm")}
+        == always | each | ledger | checkpoint
+    )
     config = json.loads((out / "config.json").read_text())
     assert (config["oracle"], config["judge_model"]) == ("openai", "local-judge")
     for file in (path for path in out.iterdir() if path.suffix in (".json", ".jsonl")):
@@ -198,33 +265,48 @@ def test_a_judged_run_writes_the_files_of_a_text_run_with_its_own_columns_and_va
 
 
 def compared(out, t, form):
-    """By hand, of the saved policy pi_{t+1}: (P of winning, lead in characters, prompt) for each of its samples against the
-    teacher, and P of winning against the samples of pi_t."""
+    """By hand, of the saved policy pi_{t+1}: (P of winning, lead in characters, prompt) for each of
+    its samples against the teacher, and P of winning against the samples of pi_t."""
     draw = random.Random(0)
     gold = [teacher_answer(x, draw) for x in HELD_OUT]
     names = f"{t:03}", f"{t - 1:03}" if t > 1 else "base"
     new, old = (policy_of(out, name).survey(HELD_OUT, JUDGED, 1) for name in names)
-    against_gold = [(preference(y, z, form), len(y) - len(z), x)
-                    for x, ys, z in zip(HELD_OUT, new, gold, strict=True) for y in ys]  # fmt: skip
-    against_old = [preference(y, z, form) for ys, zs in zip(new, old, strict=True) for y, z in zip(ys, zs, strict=True)]
+    against_gold = [
+        (preference(y, z, form), len(y) - len(z), x)
+        for x, ys, z in zip(HELD_OUT, new, gold, strict=True)
+        for y in ys
+    ]
+    against_old = [
+        preference(y, z, form)
+        for ys, zs in zip(new, old, strict=True)
+        for y, z in zip(ys, zs, strict=True)
+    ]
     return against_gold, against_old
 
 
 @pytest.mark.parametrize("name", ["scored", "pairwise"])
 def test_win_rates_are_those_of_the_saved_policies_by_the_judges_mind(finished, name):
-    """The interval by its formula, with prompts as clusters; the rate at equal length by scipy's optimum."""
+    """The interval by its formula, with prompts as clusters; the rate at equal length by scipy's
+    optimum."""
     out, _ = finished(name)
     rates = []
     for t, row in enumerate(rows(out), 1):
         against_gold, against_old = compared(out, t, name)
         wins, lead, prompts = map(list, zip(*against_gold, strict=True))
         mean = sum(wins) / len(wins)
-        sums = [sum(win - mean for win, x in zip(wins, prompts, strict=True) if x == prompt) for prompt in HELD_OUT]
+        sums = [
+            sum(win - mean for win, x in zip(wins, prompts, strict=True) if x == prompt)
+            for prompt in HELD_OUT
+        ]
         half_width = 1.96 * math.sqrt(24 / 23 * sum(part**2 for part in sums)) / len(wins)
         assert row["win_rate_vs_teacher"] == pytest.approx(mean, abs=EXACT)
         assert row["win_rate_vs_teacher_interval"] == pytest.approx(half_width, abs=EXACT)
-        assert row["win_rate_vs_teacher_length_controlled"] == pytest.approx(at_equal_length(wins, lead), abs=SOLVER)
-        assert row["win_rate_vs_previous"] == pytest.approx(sum(against_old) / len(against_old), abs=EXACT)
+        assert row["win_rate_vs_teacher_length_controlled"] == pytest.approx(
+            at_equal_length(wins, lead), abs=SOLVER
+        )
+        assert row["win_rate_vs_previous"] == pytest.approx(
+            sum(against_old) / len(against_old), abs=EXACT
+        )
         assert (row["n"], row["n_parsed"]) == (48, 48)
         rates.append(mean)
     assert len(set(rates)) == 3, "the policies differ, and so can their numbers"
@@ -243,7 +325,8 @@ def at_equal_length(wins, lead):
 
 @pytest.mark.parametrize("name", ["scored", "pairwise"])
 def test_pairs_and_counts_follow_from_what_the_judge_thinks_of_the_responses(finished, name):
-    """Win rates are means of P over the others of the group; a pair's lead by the margin or more; all by hand."""
+    """Win rates are means of P over the others of the group; a pair's lead by the margin or more;
+    all by hand."""
     out, _ = finished(name)
     found = Counter()
     for t, row in enumerate(rows(out), 1):
@@ -251,7 +334,10 @@ def test_pairs_and_counts_follow_from_what_the_judge_thinks_of_the_responses(fin
         assert [len(group) for group in groups] == [K + 1] * (PROMPTS if name == "scored" else 4)
         for group in groups:
             texts = [line["response"] for line in group]
-            rates = [sum(preference(y, z, name) for j, z in enumerate(texts) if j != i) / K for i, y in enumerate(texts)]
+            rates = [
+                sum(preference(y, z, name) for j, z in enumerate(texts) if j != i) / K
+                for i, y in enumerate(texts)
+            ]
             rates = [0.0 if repeats(y) else rate for y, rate in zip(texts, rates, strict=True)]
             assert [line["win_rate"] for line in group] == pytest.approx(rates, abs=EXACT)
             for i, j in itertools.permutations(range(K + 1), 2):
@@ -261,7 +347,10 @@ def test_pairs_and_counts_follow_from_what_the_judge_thinks_of_the_responses(fin
         assert [list(pair.values()) for pair in jsonl(out / f"pairs-{t:03}.jsonl")] == pairs
         for kind in ("pairs_teacher_student", "pairs_student_teacher", "pairs_student_student"):
             assert row[kind] == kinds[kind]
-        won = [[preference(line["response"], group[-1]["response"], name) > 0.5 for line in group[:K]] for group in groups]
+        won = [
+            [preference(line["response"], group[-1]["response"], name) > 0.5 for line in group[:K]]
+            for group in groups
+        ]
         assert row["student_wins"] == pytest.approx(sum(map(sum, won)) / len(won), abs=EXACT)
         assert row["best_of_n"] == pytest.approx(sum(map(any, won)) / len(won), abs=EXACT)
         assert row["judgments_failed"] == row["prompts_dropped"] == 0
@@ -269,29 +358,48 @@ def test_pairs_and_counts_follow_from_what_the_judge_thinks_of_the_responses(fin
     assert min(found.values()) > 0
 
 
-def test_the_flip_rate_is_the_share_of_pairs_that_differ_less_than_the_first_place_is_worth(finished):
-    """In quality, first place is worth 16 * 0.1 = 1.6: verdicts flip with the order for a difference of 0 or 1."""
+def test_the_flip_rate_is_the_share_of_pairs_that_differ_less_than_the_first_place_is_worth(
+    finished,
+):
+    """In quality, first place is worth 16 * 0.1 = 1.6: verdicts flip with the order for a
+    difference of 0 or 1."""
     out, _ = finished("pairwise")
     for t, row in enumerate(rows(out), 1):
-        pairs = [two for group in groups_of(out, t) for two in itertools.combinations({line["response"] for line in group}, 2)]
-        assert row["flip_rate"] == pytest.approx(sum(abs(points(y) - points(z)) <= 1 for y, z in pairs) / len(pairs), abs=EXACT)
+        pairs = [
+            two
+            for group in groups_of(out, t)
+            for two in itertools.combinations({line["response"] for line in group}, 2)
+        ]
+        assert row["flip_rate"] == pytest.approx(
+            sum(abs(points(y) - points(z)) <= 1 for y, z in pairs) / len(pairs), abs=EXACT
+        )
         assert 0 < row["flip_rate"] < 1
     assert {row["flip_rate"] for row in rows(finished("scored")[0])} == {None}
 
 
-def test_the_rule_of_scores_takes_positives_of_at_least_5_with_a_lead_of_2_or_of_1_if_the_students(finished):
+def test_the_rule_of_scores_takes_positives_of_at_least_5_with_a_lead_of_2_or_of_1_if_the_students(
+    finished,
+):
     out, _ = finished("points")
     by = Counter()
     for t, row in enumerate(rows(out), 1):
         pairs, of_students, of_teachers = [], [], []
         for group in groups_of(out, t):
-            scores = [0 if repeats(line["response"]) else points(line["response"]) for line in group]
+            scores = [
+                0 if repeats(line["response"]) else points(line["response"]) for line in group
+            ]
             assert [line["score"] for line in group] == scores
             of_students += scores[:K]
             of_teachers.append(scores[K])
             for i, j in itertools.permutations(range(K + 1), 2):
-                if scores[i] >= 5 and scores[i] - scores[j] >= (2 if i == K else 1) and not repeats(group[i]["response"]):
-                    pairs.append([group[0]["prompt"], group[i]["response"], group[j]["response"], 1.0])
+                if (
+                    scores[i] >= 5
+                    and scores[i] - scores[j] >= (2 if i == K else 1)
+                    and not repeats(group[i]["response"])
+                ):
+                    pairs.append(
+                        [group[0]["prompt"], group[i]["response"], group[j]["response"], 1.0]
+                    )
                     by[group[i]["by"], scores[i] - scores[j] == 1] += 1
         assert [list(pair.values()) for pair in jsonl(out / f"pairs-{t:03}.jsonl")] == pairs
         assert row["student_score"] == pytest.approx(sum(of_students) / len(of_students), abs=EXACT)
@@ -305,7 +413,10 @@ def test_algorithm_3_regresses_on_win_rates_by_the_judges_mind(finished):
         pairs = iter(jsonl(out / f"pairs-{t:03}.jsonl"))
         for group in groups_of(out, t):
             texts = [line["response"] for line in group]
-            rates = [sum(preference(y, z) for j, z in enumerate(texts) if j != i) / 3 for i, y in enumerate(texts)]
+            rates = [
+                sum(preference(y, z) for j, z in enumerate(texts) if j != i) / 3
+                for i, y in enumerate(texts)
+            ]
             assert [line["win_rate"] for line in group] == pytest.approx(rates, abs=EXACT)
             assert all(0 <= line["win_rate"] <= 1 and line["by"] == "student" for line in group)
             for one, two in itertools.combinations(range(4), 2):
@@ -332,7 +443,9 @@ def test_a_run_that_is_done_asks_nothing_when_resumed(finished, server, capsys):
     assert {path.name: path.read_bytes() for path in out.glob("*.jsonl")} == before
 
 
-def test_what_is_in_a_cache_that_runs_share_is_asked_once_and_not_charged_to_the_second(server, tmp_path):
+def test_what_is_in_a_cache_that_runs_share_is_asked_once_and_not_charged_to_the_second(
+    server, tmp_path
+):
     server.control()
     for out in ("first", "second"):
         options = ["--judge-cache", tmp_path / "shared" / "cache.sqlite", "--out", tmp_path / out]
@@ -340,18 +453,31 @@ def test_what_is_in_a_cache_that_runs_share_is_asked_once_and_not_charged_to_the
     first, second = (rows(tmp_path / out)[0] for out in ("first", "second"))
     assert first["requests"] == server.stats()["requests"] > 0
     assert (second["requests"], second["dollars"]) == (0, 0)
-    assert (tmp_path / "first" / "pairs-001.jsonl").read_bytes() == (tmp_path / "second" / "pairs-001.jsonl").read_bytes()
+    assert (tmp_path / "first" / "pairs-001.jsonl").read_bytes() == (
+        tmp_path / "second" / "pairs-001.jsonl"
+    ).read_bytes()
 
 
-def test_a_run_with_the_synthetic_judge_asks_nobody_and_has_its_columns(server, tmp_path, monkeypatch):
+def test_a_run_with_the_synthetic_judge_asks_nobody_and_has_its_columns(
+    server, tmp_path, monkeypatch
+):
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     server.control()
     assert train.main([*SHORT, "--algorithm", "2", "--out", str(tmp_path / "run")]) == 0
     assert server.stats()["requests"] == 0
     gaps = {"gap_last", "gap_last_interval", "gap_average", "gap_average_interval", "gap_nash"}
-    of_judges = {"win_rate_vs_teacher_interval", "win_rate_vs_teacher_length_controlled", "n", "n_parsed", "judgments_failed",
-                 "flip_rate", "prompts_dropped", "requests", "dollars"}  # fmt: skip
+    of_judges = {
+        "win_rate_vs_teacher_interval",
+        "win_rate_vs_teacher_length_controlled",
+        "n",
+        "n_parsed",
+        "judgments_failed",
+        "flip_rate",
+        "prompts_dropped",
+        "requests",
+        "dollars",
+    }
     assert set(rows(tmp_path / "run")[0]) == OF_ALL - of_judges | OF_PAIRS | gaps
     assert not list(tmp_path.rglob("*.sqlite*"))
 
@@ -362,37 +488,70 @@ def test_a_run_with_the_synthetic_judge_asks_nobody_and_has_its_columns(server, 
 def test_gold_responses_are_the_teachers_and_prompts_without_one_are_dropped_and_counted(finished):
     """Every fourth question is refused six times, and then is not asked again."""
     out, _ = finished("taught")
-    lessons = [(messages[-1]["content"], outcome) for messages, _, outcome in asked(out) if len(blocks(messages)) == 0]
+    lessons = [
+        (messages[-1]["content"], outcome)
+        for messages, _, outcome in asked(out)
+        if len(blocks(messages)) == 0
+    ]
     answered = {x for x, outcome in lessons if outcome == "complete"}
-    assert all(times == 6 for x, times in Counter(x for x, _ in lessons).items() if x not in answered)
+    assert all(
+        times == 6 for x, times in Counter(x for x, _ in lessons).items() if x not in answered
+    )
     for t, row in enumerate(rows(out), 1):
         drawn, _ = demonstrations(0, PROMPTS)(t)
         kept = [x for x in drawn if x in answered]
         assert [group[0]["prompt"] for group in groups_of(out, t)] == kept
-        assert [group[-1]["response"] for group in groups_of(out, t)] == [f"A gold answer to {x}" for x in kept]
+        assert [group[-1]["response"] for group in groups_of(out, t)] == [
+            f"A gold answer to {x}" for x in kept
+        ]
         assert row["prompts_dropped"] == PROMPTS - len(kept)
         assert {line["by"] for group in groups_of(out, t) for line in group[:-1]} == {"student"}
         assert row["n"] == JUDGED * len(answered & set(HELD_OUT))
     assert 0 < sum(row["prompts_dropped"] for row in rows(out)) < 3 * PROMPTS
 
 
-def test_an_iteration_whose_prompts_have_no_gold_response_ends_the_run_in_one_line_or_is_passed_over(server, capsys, tmp_path):
+def test_an_iteration_whose_prompts_have_no_gold_response_ends_the_run_in_one_line_or_is_passed_over(
+    server, capsys, tmp_path
+):
     """The only prompt of iteration 1 is one that the teacher has no answer to."""
     (prompt,), _ = demonstrations(0, 1)(1)
     server.control(filters=prompt.split()[0])
-    options = ["--prompts", 1, "--max-failed", 1, "--teacher", "openai:local-judge", "--out", tmp_path / "run"]
+    options = [
+        "--prompts",
+        1,
+        "--max-failed",
+        1,
+        "--teacher",
+        "openai:local-judge",
+        "--out",
+        tmp_path / "run",
+    ]
     code = train.main(judged(server, *options, preset=SHORT))
     assert code == 0 or (code in (1, 2) and capsys.readouterr().err.count("\n") == 1)
 
 
-def test_with_the_synthetic_judge_the_win_rate_over_the_teacher_is_that_over_the_one_who_teaches(server, tmp_path):
-    """The judge finds the gold answers malformed: what is well-formed beats them with 0.95, what is not with 0.5."""
+def test_with_the_synthetic_judge_the_win_rate_over_the_teacher_is_that_over_the_one_who_teaches(
+    server, tmp_path
+):
+    """The judge finds the gold answers malformed: what is well-formed beats them with 0.95, what is
+    not with 0.5."""
     server.control()
-    options = ["--oracle", "synthetic", "--teacher", "openai:local-judge", "--teacher-url", server.url, "--algorithm", "2"]
+    options = [
+        "--oracle",
+        "synthetic",
+        "--teacher",
+        "openai:local-judge",
+        "--teacher-url",
+        server.url,
+        "--algorithm",
+        "2",
+    ]
     assert train.main([*SHORT, *options, "--out", str(tmp_path / "run")]) == 0
     assert classify("A gold answer to Describe the sea.") == CLASSES.index("malformed")
     row = rows(tmp_path / "run")[0]
-    assert row["win_rate_vs_teacher"] == pytest.approx(0.95 - 0.45 * row["share_malformed"], abs=EXACT)
+    assert row["win_rate_vs_teacher"] == pytest.approx(
+        0.95 - 0.45 * row["share_malformed"], abs=EXACT
+    )
 
 
 # --- What it will cost ---
@@ -407,18 +566,40 @@ def dry(capsys, *arguments):
 
 def planned(text):
     """(requests, dollars) of a plan."""
-    requests, dollars = re.search(r"the whole run: ([\d,]+) requests.*\$([\d.]+) at most", text).groups()
+    requests, dollars = re.search(
+        r"the whole run: ([\d,]+) requests.*\$([\d.]+) at most", text
+    ).groups()
     return int(requests.replace(",", "")), float(dollars)
 
 
-def test_a_dry_run_says_whom_it_would_ask_at_what_price_and_sends_and_writes_nothing(server, capsys, tmp_path):
+def test_a_dry_run_says_whom_it_would_ask_at_what_price_and_sends_and_writes_nothing(
+    server, capsys, tmp_path
+):
     server.control()
-    said = dry(capsys, *judged(server, "--teacher", "openai:other", "--max-usd", 7, "--teacher-prices", "1,2", "--out",
-                               tmp_path / "run"))  # fmt: skip
-    for part in (f"judge: local-judge at {server.url} ($10 and $30 a million tokens)",
-                 f"teacher: other at {server.url} ($1 and $2 a million tokens)", "stops below $7"):  # fmt: skip
+    said = dry(
+        capsys,
+        *judged(
+            server,
+            "--teacher",
+            "openai:other",
+            "--max-usd",
+            7,
+            "--teacher-prices",
+            "1,2",
+            "--out",
+            tmp_path / "run",
+        ),
+    )
+    for part in (
+        f"judge: local-judge at {server.url} ($10 and $30 a million tokens)",
+        f"teacher: other at {server.url} ($1 and $2 a million tokens)",
+        "stops below $7",
+    ):
         assert part in said
-    assert re.findall(r"the whole run: [\d,]+ requests, about [\d,]+ tokens of prompts and at most [\d,]+ of completions", said)
+    assert re.findall(
+        r"the whole run: [\d,]+ requests, about [\d,]+ tokens of prompts and at most [\d,]+ of completions",
+        said,
+    )
     assert server.stats()["requests"] == 0
     assert not (tmp_path / "run").exists()
 
@@ -428,22 +609,44 @@ def test_a_dry_run_for_openai_needs_neither_network_nor_key(capsys, tmp_path, mo
     said = dry(capsys, *TINY, "--oracle", "openai:gpt-4-turbo", "--out", tmp_path / "run")
     assert "gpt-4-turbo at https://api.openai.com/v1 ($10 and $30 a million tokens)" in said
     requests, dollars = planned(said)
-    assert requests == 24 + 3 * (PROMPTS + 24)  # a sheet a prompt: pi_1's validation, then three iterations
+    assert requests == 24 + 3 * (
+        PROMPTS + 24
+    )  # a sheet a prompt: pi_1's validation, then three iterations
     assert 3 * (PROMPTS * 6 + 24 * 5) * 200 * 30e-6 < dollars < 10  # at least the completions
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["scored", "pairwise", "points", "algorithm 3"])
-def test_the_plan_is_an_upper_bound_of_what_a_clean_run_sends_and_pays(finished, server, name, capsys, tmp_path):
+def test_the_plan_is_an_upper_bound_of_what_a_clean_run_sends_and_pays(
+    finished, server, name, capsys, tmp_path
+):
     _, stats = finished(name)
-    requests, dollars = planned(dry(capsys, *judged(server, *RUNS[name][1].split(), "--out", tmp_path / "run")))
+    requests, dollars = planned(
+        dry(capsys, *judged(server, *RUNS[name][1].split(), "--out", tmp_path / "run"))
+    )
     assert stats["requests"] <= requests
     assert cost(stats) <= dollars
 
 
-def test_the_plan_is_an_upper_bound_also_where_the_policy_repeats_itself_less_than_the_student(server, capsys, tmp_path):
-    """24 answers of the student to a prompt are not 24 different ones; of a badly trained policy they are."""
-    options = ["--algorithm", 3, "--judge-form", "pairwise", "--samples", 24, "--prompts", 2, "--judged", 1, "--temperature", 5]
+def test_the_plan_is_an_upper_bound_also_where_the_policy_repeats_itself_less_than_the_student(
+    server, capsys, tmp_path
+):
+    """24 answers of the student to a prompt are not 24 different ones; of a badly trained policy
+    they are."""
+    options = [
+        "--algorithm",
+        3,
+        "--judge-form",
+        "pairwise",
+        "--samples",
+        24,
+        "--prompts",
+        2,
+        "--judged",
+        1,
+        "--temperature",
+        5,
+    ]
     server.control()
     arguments = judged(server, *options, "--out", tmp_path / "run", preset=SHORT)
     requests, _ = planned(dry(capsys, *arguments))
@@ -474,7 +677,9 @@ def test_below_the_limit_it_stops_with_130_and_goes_on_under_a_higher_one_to_the
     """Three limits; the limit holds for what the server charges, which charges nothing twice."""
     whole, stats = finished("scored")
     server.control()
-    arguments = judged(server, "--judgments", "probabilities", "--out", tmp_path / "cut", "--max-usd")
+    arguments = judged(
+        server, "--judgments", "probabilities", "--out", tmp_path / "cut", "--max-usd"
+    )
     for limit, resume in ((0.25, ()), (0.5, ("--resume",))):
         assert train.main([*arguments, str(limit), *resume]) == 130
         (line,) = capsys.readouterr().err.strip().splitlines()
@@ -553,10 +758,23 @@ def test_killed_while_it_asks_and_resumed_it_is_bit_for_bit_the_uninterrupted_ru
     for name in ("config.json", "policies/base.pt"):  # fine-tuned already
         shutil.copy(whole / name, tmp_path / "cut" / name)
     server.control()
-    arguments = judged(server, "--judgments", "probabilities", "--out", tmp_path / "cut", "--resume")
-    command = [sys.executable, "-c", DRIVER, str(ROOT), json.dumps(arguments), json.dumps([*DEATHS.values(), None])]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=400)
-    assert json.loads(done.stderr.splitlines()[-1]) == [-signal.SIGKILL] * len(DEATHS) + [0], done.stderr
+    arguments = judged(
+        server, "--judgments", "probabilities", "--out", tmp_path / "cut", "--resume"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        DRIVER,
+        str(ROOT),
+        json.dumps(arguments),
+        json.dumps([*DEATHS.values(), None]),
+    ]
+    done = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=400
+    )
+    assert json.loads(done.stderr.splitlines()[-1]) == [-signal.SIGKILL] * len(DEATHS) + [0], (
+        done.stderr
+    )
     assert_same_result(whole, tmp_path / "cut")
     after = server.stats()
     assert set(after["paid"].values()) == {1}
@@ -572,7 +790,8 @@ def test_killed_while_it_asks_and_resumed_it_is_bit_for_bit_the_uninterrupted_ru
 
 @pytest.fixture(scope="module")
 def recorded(finished, tmp_path_factory):
-    """A cache to be replayed, in a folder of its own: the ledger of the run with a teacher or of another."""
+    """A cache to be replayed, in a folder of its own: the ledger of the run with a teacher or of
+    another."""
 
     def cache(name):
         path = tmp_path_factory.mktemp("recorded") / "cache.sqlite"
@@ -585,24 +804,33 @@ def recorded(finished, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["scored", "pairwise", "failing", "taught"])
-def test_replayed_without_server_and_key_a_run_is_bit_for_bit_the_same(finished, recorded, server, name, tmp_path, monkeypatch):
+def test_replayed_without_server_and_key_a_run_is_bit_for_bit_the_same(
+    finished, recorded, server, name, tmp_path, monkeypatch
+):
     whole, _ = finished(name)
     cache = recorded(name)
     before = cache.read_bytes()
     server.control()
     monkeypatch.delenv("OPENAI_API_KEY")
     options = RUNS[name][1].replace("openai:local-judge", f"replay:{cache}").split()
-    assert train.main([*TINY, "--oracle", f"replay:{cache}", *options, "--out", str(tmp_path / "run")]) == 0
+    assert (
+        train.main([*TINY, "--oracle", f"replay:{cache}", *options, "--out", str(tmp_path / "run")])
+        == 0
+    )
     assert_same_result(whole, tmp_path / "run")
     assert server.stats()["requests"] == 0
     assert cache.read_bytes() == before
     assert not list((tmp_path / "run").glob("*.sqlite*"))
 
 
-def test_a_replay_with_another_seed_stops_with_one_line_that_names_the_cache(recorded, capsys, tmp_path):
+def test_a_replay_with_another_seed_stops_with_one_line_that_names_the_cache(
+    recorded, capsys, tmp_path
+):
     cache = recorded("scored")
     before = cache.read_bytes()
-    line = refused(capsys, *TINY, "--oracle", f"replay:{cache}", "--seed", 1, "--out", tmp_path / "run")
+    line = refused(
+        capsys, *TINY, "--oracle", f"replay:{cache}", "--seed", 1, "--out", tmp_path / "run"
+    )
     assert f"{cache} has no reply of local-judge to 24 of 24 questions" in line
     assert cache.read_bytes() == before
 
@@ -635,8 +863,8 @@ def test_a_run_with_a_damaged_cache_ends_in_one_line_and_leaves_it_alone(
 
 
 def scores_had(out):
-    """By prompt and distinct responses, as a set: the points of each, None where no reply has them, and of several replies
-    those of the one with most; from the raw replies."""
+    """By prompt and distinct responses, as a set: the points of each, None where no reply has them,
+    and of several replies those of the one with most; from the raw replies."""
     found = {}
     for messages, reply, _ in asked(out):
         texts = {name.removeprefix("response "): text for name, text in blocks(messages).items()}
@@ -650,7 +878,8 @@ def scores_had(out):
 
 
 def test_a_response_whose_judgment_failed_has_no_win_rate_and_is_in_no_pair(finished):
-    """Half the faults are refusals, the others leave out the last response of the sheet; every fourth question meets six."""
+    """Half the faults are refusals, the others leave out the last response of the sheet; every
+    fourth question meets six."""
     out, _ = finished("failing")
     had, kinds = scores_had(out), Counter()
     for t, row in enumerate(rows(out), 1):
@@ -660,21 +889,29 @@ def test_a_response_whose_judgment_failed_has_no_win_rate_and_is_in_no_pair(fini
             scores = had[x, frozenset(map(shown, texts))]
             lost = {y for y in texts if scores[shown(y)] is None}
             failed |= {(x, y) for y in lost}
-            missing += sum(y != z and bool({y, z} & lost) for y, z in itertools.combinations(texts, 2))
+            missing += sum(
+                y != z and bool({y, z} & lost) for y, z in itertools.combinations(texts, 2)
+            )
             for line, y in zip(group, texts, strict=True):
                 alone = texts.count(y) == 1 and not repeats(y)
                 assert (line["win_rate"] is None) == (y in lost) or not alone
             kinds[len(lost)] += 1
         assert row["judgments_failed"] == pytest.approx(missing / (PROMPTS * 15), abs=EXACT)
         assert row["judgments_failed"] > 0
-        assert not {(pair["prompt"], pair[side]) for pair in pairs for side in ("first", "second")} & failed
+        assert (
+            not {(pair["prompt"], pair[side]) for pair in pairs for side in ("first", "second")}
+            & failed
+        )
         assert row["n_parsed"] < row["n"] == 48
     assert kinds[0] > 0, "some prompts were judged in full"
     assert kinds[1] > 0, "and some but for one response"
 
 
-def test_a_response_of_which_no_judgment_can_be_had_is_in_no_pair_even_if_it_was_sampled_twice(server):
-    """It is equal to itself, and no more is known of it: questions with the word "unspeakable" in them are filtered."""
+def test_a_response_of_which_no_judgment_can_be_had_is_in_no_pair_even_if_it_was_sampled_twice(
+    server,
+):
+    """It is equal to itself, and no more is known of it: questions with the word "unspeakable" in
+    them are filtered."""
     server.control(filters="unspeakable")
     with_failures = OpenAIJudge(Endpoint("local-judge", server.url, None, max_failed=1), "pairwise")
     texts = ["worth 6", "worth 3", "worth 1", "unspeakable", "unspeakable", "worth 0"]
@@ -682,7 +919,9 @@ def test_a_response_of_which_no_judgment_can_be_had_is_in_no_pair_even_if_it_was
     wins = dno.judge_groups(with_failures, groups)
     assert wins[0, 3, :3].isnan().all()
     for rated in (wins, dno.draw_outcomes(wins, torch.Generator().manual_seed(0))):
-        chosen = large_margin_pairs(dno.group_win_rates(rated), torch.ones(1, 6, dtype=torch.bool), MARGIN)
+        chosen = large_margin_pairs(
+            dno.group_win_rates(rated), torch.ones(1, 6, dtype=torch.bool), MARGIN
+        )
         assert [[x, i, j] for x, i, j in chosen.tolist() if {i, j} & {3, 4}] == []
         assert [0, 0, 5] in chosen.tolist()
 
@@ -694,7 +933,10 @@ def test_with_more_failures_than_allowed_it_exits_with_1_and_one_line_and_goes_o
     arguments = judged(server, "--out", tmp_path / "run", preset=SHORT)
     assert train.main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "questions to local-judge have no full answer, more than the share 0.05 that may fail" in line
+    assert (
+        "questions to local-judge have no full answer, more than the share 0.05 that may fail"
+        in line
+    )
     assert re.search(r": a reply that cannot be read \(\d+ times\)", line)
     server.control()
     assert train.main([*arguments, "--resume"]) == 0
@@ -710,7 +952,12 @@ def test_an_iteration_of_which_nothing_was_judged_is_written_as_valid_json(serve
     for name in ("metrics.jsonl", "summary.json", "responses-001.jsonl"):
         strictly(tmp_path / "run" / name)
     row = rows(tmp_path / "run")[0]
-    assert (row["judgments_failed"], row["n_parsed"], row["student_wins"], row["best_of_n"]) == (1, 32, None, None)
+    assert (row["judgments_failed"], row["n_parsed"], row["student_wins"], row["best_of_n"]) == (
+        1,
+        32,
+        None,
+        None,
+    )
 
 
 def test_a_run_in_which_a_content_filter_refused_questions_can_be_replayed(server, tmp_path):
@@ -718,7 +965,12 @@ def test_a_run_in_which_a_content_filter_refused_questions_can_be_replayed(serve
     runs = tmp_path / "run", tmp_path / "again"
     assert train.main(judged(server, "--max-failed", 1, "--out", runs[0], preset=SHORT)) == 0
     cache = runs[0] / "judgments.sqlite"
-    assert train.main([*SHORT, "--max-failed", "1", "--oracle", f"replay:{cache}", "--out", str(runs[1])]) == 0
+    assert (
+        train.main(
+            [*SHORT, "--max-failed", "1", "--oracle", f"replay:{cache}", "--out", str(runs[1])]
+        )
+        == 0
+    )
     assert (runs[0] / "pairs-001.jsonl").read_bytes() == (runs[1] / "pairs-001.jsonl").read_bytes()
 
 
@@ -726,7 +978,11 @@ def test_what_a_content_filter_refused_is_not_asked_again(server, tmp_path):
     server.control(filters="Praise")
     options = ["--judge-form", "pairwise", "--max-failed", 1, "--out", tmp_path / "run"]
     assert train.main(judged(server, *options, preset=SHORT)) == 0
-    times = Counter(json.dumps(messages) for messages, _, outcome in asked(tmp_path / "run") if outcome == "filtered")
+    times = Counter(
+        json.dumps(messages)
+        for messages, _, outcome in asked(tmp_path / "run")
+        if outcome == "filtered"
+    )
     assert times
     assert set(times.values()) == {1}
 
@@ -752,8 +1008,14 @@ CASES = [
     ("--judge-url URL --judged 0", "judged is 0"),
     ("--judge-url URL --max-usd=-1", "max_usd is -1.0"),
     ("--judge-url URL --max-usd nan", "max_usd is nan"),
-    ("--judge-url URL --max-usd 5", "the price of 'local-judge' is not known; give prices too (--judge-prices 2.5,10"),
-    ("--judge-url URL --judge-prices 1,1 --max-usd 5 --teacher openai:other", "give prices too (--teacher-prices 2.5,10"),
+    (
+        "--judge-url URL --max-usd 5",
+        "the price of 'local-judge' is not known; give prices too (--judge-prices 2.5,10",
+    ),
+    (
+        "--judge-url URL --judge-prices 1,1 --max-usd 5 --teacher openai:other",
+        "give prices too (--teacher-prices 2.5,10",
+    ),
     ("--judge-url ftp://localhost/v1", "must be like http://localhost:8000/v1"),
     ("--judge-url http://me:secret@localhost/v1", "with no key in it"),
     ("--judge-url http://localhost/v1?key=secret", "with no key in it"),
@@ -763,13 +1025,17 @@ CASES = [
     ("--judge-url URL --rule scored", "rule scored, judgments scores"),
     ("--judge-url URL --judgments scores", "rule scored, judgments scores"),
     ("--rule scored --judgments scores", "a language model that scores belong together"),
-    ("--judge-url URL --rule scored --judgments scores --judge-form pairwise", "leave --judge-form out"),
+    (
+        "--judge-url URL --rule scored --judgments scores --judge-form pairwise",
+        "leave --judge-form out",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), CASES)
-def test_bad_options_of_a_judge_are_one_line_exit_code_2_and_nothing_written(server, arguments, message, capsys, tmp_path,
-                                                                           monkeypatch):  # fmt: skip
+def test_bad_options_of_a_judge_are_one_line_exit_code_2_and_nothing_written(
+    server, arguments, message, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     server.control()
     line = refused(capsys, *TINY, *arguments.replace("URL", server.url).split(), "--out", "run")
@@ -781,26 +1047,42 @@ def test_bad_options_of_a_judge_are_one_line_exit_code_2_and_nothing_written(ser
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--oracle openai:gpt-4o --judge-model gpt-4 --dry-run", "--judge-form pairwise --dry-run", "--judge-prices 1,2 --dry-run",
-     "--judge-cache cache.sqlite --dry-run", "--oracle replay:CACHE --max-usd 1 --dry-run"],
-)  # fmt: skip
+    [
+        "--oracle openai:gpt-4o --judge-model gpt-4 --dry-run",
+        "--judge-form pairwise --dry-run",
+        "--judge-prices 1,2 --dry-run",
+        "--judge-cache cache.sqlite --dry-run",
+        "--oracle replay:CACHE --max-usd 1 --dry-run",
+    ],
+)
 def test_an_option_that_would_do_nothing_is_refused(arguments, recorded, capsys, tmp_path):
     cache = str(recorded("scored")) if "CACHE" in arguments else ""
     refused(capsys, *TINY, *arguments.replace("CACHE", cache).split(), "--out", tmp_path / "run")
 
 
 def test_a_limit_can_be_set_on_a_teacher_alone(capsys, tmp_path):
-    assert "stops below $3" in dry(capsys, *TINY, "--teacher", "openai:gpt-4o", "--max-usd", 3, "--out", tmp_path / "run")
+    assert "stops below $3" in dry(
+        capsys, *TINY, "--teacher", "openai:gpt-4o", "--max-usd", 3, "--out", tmp_path / "run"
+    )
 
 
-def test_the_judges_price_is_the_teachers_if_they_are_the_same_model_named_or_not(server, capsys, tmp_path):
+def test_the_judges_price_is_the_teachers_if_they_are_the_same_model_named_or_not(
+    server, capsys, tmp_path
+):
     for teacher in ("openai:local-judge", "openai"):
-        said = dry(capsys, *judged(server, "--teacher", teacher, "--max-usd", 5, "--out", tmp_path / "run"))
+        said = dry(
+            capsys, *judged(server, "--teacher", teacher, "--max-usd", 5, "--out", tmp_path / "run")
+        )
         assert said.count("($10 and $30 a million tokens)") == 2
 
 
-@pytest.mark.parametrize(("key", "message"), [(None, "OPENAI_API_KEY is not set"), ("sk two", "OPENAI_API_KEY holds a space")])
-def test_without_a_key_or_with_one_that_cannot_be_one_nothing_is_written(key, message, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [(None, "OPENAI_API_KEY is not set"), ("sk two", "OPENAI_API_KEY holds a space")],
+)
+def test_without_a_key_or_with_one_that_cannot_be_one_nothing_is_written(
+    key, message, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setenv("OPENAI_API_KEY", key) if key else monkeypatch.delenv("OPENAI_API_KEY")
     line = refused(capsys, *TINY, "--oracle", "openai:gpt-4-turbo", "--out", tmp_path / "run")
     assert message in line
@@ -870,10 +1152,14 @@ KEYED = {  # how the server behaves, further arguments, the exit code
 
 
 @pytest.mark.parametrize("name", KEYED)
-def test_the_key_is_in_no_file_and_in_nothing_said_even_if_the_server_repeats_it(server, name, capsys, tmp_path):
+def test_the_key_is_in_no_file_and_in_nothing_said_even_if_the_server_repeats_it(
+    server, name, capsys, tmp_path
+):
     behaviour, more, code = KEYED[name]
     server.control(echo=True, **behaviour)
-    assert train.main(judged(server, *more.split(), "--out", tmp_path / "run", preset=SHORT)) == code
+    assert (
+        train.main(judged(server, *more.split(), "--out", tmp_path / "run", preset=SHORT)) == code
+    )
     said = capsys.readouterr()
     assert KEY not in unescaped(said.out + said.err)
     files = everything_in(tmp_path)

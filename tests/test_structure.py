@@ -1,0 +1,95 @@
+"""Where things live: imports go one way, and only what a module needs is loaded with it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = (  # each may import from those above it, and from what stands before it in its own line
+    "pairs world model judge.prices judge.ledger judge.replies judge.questions judge.endpoint judge.statistics judge.synthetic",
+    "dno text",
+    "regularized solvers oracle",
+    "chat.formats chat.gguf chat.hugging_face chat.template chat.scoring chat.low_rank chat.team chat.processes chat.policy "
+    "chat.checkpoints",
+    "experiments.settings experiments.folder experiments.figures experiments.judging experiments.validation "
+    "experiments.rounds experiments.text experiments.ablations experiments.llm experiments.agreement",
+    "train",
+)
+ORDER = {
+    name: (layer, place)
+    for layer, line in enumerate(LAYERS)
+    for place, name in enumerate(line.split())
+}
+PACKAGES = ("judge", "chat", "experiments")
+
+
+def modules(root=ROOT):
+    """Every module of ours, packages' __init__ aside, with its source."""
+    files = [
+        *root.glob("*.py"),
+        *(file for package in PACKAGES for file in (root / package).glob("*.py")),
+    ]
+    named = {
+        ".".join(file.relative_to(root).with_suffix("").parts): file.read_text() for file in files
+    }
+    return {name: text for name, text in named.items() if not name.endswith("__init__")}
+
+
+def imported(text):
+    """(module, name) of each import of ours, inside functions too."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole, "") if whole in ORDER else (node.module, alias.name)
+
+
+def faults(name, text):
+    """What an import of this module breaks: the direction, or the privacy of an underscore."""
+    for other, what in imported(text):
+        if other in ORDER and ORDER[other] >= ORDER[name]:
+            yield f"{name} imports {other}, which is not above it"
+        if other in ORDER and what.startswith("_"):
+            yield f"{name} imports {what} of {other}, which is private"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_module_imports_only_what_is_above_it(name):
+    assert name in ORDER, f"give {name} a place in LAYERS"
+    assert list(faults(name, modules()[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("pairs", "from dno import win_rate"),
+        ("dno", "def f():\n    import oracle"),
+        ("model", "from chat.formats import NAMES"),
+        ("judge.ledger", "from judge import endpoint"),
+        ("oracle", "from chat.policy import ChatPolicy"),
+        ("experiments.rounds", "from experiments.llm import LlmConfig"),
+        ("solvers", "from dno import _maximin"),
+    ],
+)
+def test_a_line_in_the_wrong_room_is_noticed(name, line):
+    assert len(list(faults(name, line))) == 1
+
+
+def loaded_by(module):
+    """The names of all modules after an import, in a new interpreter."""
+    code = f"import {module}, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_paper_is_imported_without_what_practice_needs():
+    assert not {"matplotlib", "openai", "tiktoken", "safetensors", "oracle", "model"} & loaded_by(
+        "dno"
+    )
