@@ -111,8 +111,7 @@ def _pick(items: Sequence[Any] | Tensor, index: Sequence[int] | Tensor) -> Seque
     )
 
 
-# --- Tables and games
-# ------------------------------------------------------------------------------
+# --- Tables and games -----------------------------------------------------------------------------
 
 
 class PreferenceTable:
@@ -214,8 +213,7 @@ def style_game(prompts: int, vocabulary: int, length: int, seed: int) -> Prefere
     )
 
 
-# --- A judge of the small world of text
-# ------------------------------------------------------------
+# --- A judge of the small world of text -----------------------------------------------------------
 
 
 class RegisterJudge:
@@ -258,8 +256,7 @@ class RegisterJudge:
         return (P.sum(1) - P.diagonal()) / (len(y) - 1)
 
 
-# --- Language models
-# -------------------------------------------------------------------------------
+# --- Language models ------------------------------------------------------------------------------
 
 
 class OpenAIJudge:

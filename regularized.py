@@ -1,15 +1,16 @@
 """Appendix A of the paper: the regularised game, and Algorithms 3 and 4 as edits of 1 and 2.
 
-Notation and axes are those of dno.py.
+A reference policy pi_ref pulls with strength tau in [0, eta]. What changes from dno.py is marked in
+the loops by `# differs`. Notation and axes are those of dno.py.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +18,19 @@ from torch import Tensor
 from dno import (
     Best,
     Data,
-    Iteration,
+    ExactIteration,
+    ExactStart,
     Policy,
+    Preferences,
     Regression,
-    Remember,
-    Round,
+    Rule,
+    SampledIteration,
     SampledPolicy,
+    SampledStart,
     adam,
     check_policy,
     check_preferences,
-    compute_anew,
-    draw_tuples,
+    draw_data,
     duality_gap,
     expected_win_rate,
     fit_pairs,
@@ -44,13 +47,12 @@ from dno import (
     soft_policy_iteration,
     soft_targets,
     validated,
-    where_tuples_come_from,
     win_rate,
     with_reference,
 )
 from pairs import (
     Pairs,
-    Practice,
+    SamplingSettings,
     all_pairs,
     check_positive,
     check_whole,
@@ -76,24 +78,31 @@ def check_option(option: str) -> None:
 
 
 def check_regularization(tau: float, eta: float) -> None:
-    """Raise ValueError unless 0 <= tau <= eta, so that tau/eta is a mixture weight."""
+    """Raise ValueError unless 0 <= tau <= eta, so that tau/eta is the weight of a mixture."""
     if not (isinstance(tau, Real) and 0 <= tau <= eta):
         raise ValueError(f"tau is {tau!r} and eta {eta}; expected 0 <= tau <= eta")
 
 
 def geometric_mixture(log_pi: Tensor, log_pi_ref: Tensor, tau: float, eta: float) -> Tensor:
-    """log of pi^(1 - tau/eta) pi_ref^(tau/eta), unnormalised: log_softmax makes it Eq. (7)'s
-    pi^tau. At tau = 0, log_pi."""
-    if tau == eta:  # whatever pi: where it is 0, its logarithm times 0 would be NaN
+    """log of pi^(1 - tau/eta) pi_ref^(tau/eta), unnormalised; log_softmax makes it Eq. (7)'s
+    pi^tau.
+
+    At tau = 0 it is log_pi."""
+    if tau == eta:  # whatever pi is: where it is 0, its logarithm times 0 would be NaN
         return log_pi_ref
     return log_pi if tau == 0 else (1 - tau / eta) * log_pi + (tau / eta) * log_pi_ref
+
+
+# --- The regularised preference -------------------------------------------------------------------
 
 
 def regularized_win_rate(
     P: Tensor, pi: Tensor, pi_prime: Tensor, pi_ref: Tensor, tau: float, rho: Tensor | None = None
 ) -> float:
     """P_tau(pi > pi') = P(pi > pi') - tau E_x KL(pi || pi_ref) + tau E_x KL(pi' || pi_ref): Eq.
-    (6), that is the expectation of Eq. (5). ValueError on a bad table."""
+    (6).
+
+    It is the expectation of Eq. (5). ValueError on a bad table."""
     P = check_preferences(P).double()
     named = {"pi": pi, "pi_prime": pi_prime, "pi_ref": pi_ref}.items()
     pi, pi_prime, pi_ref = (check_policy(table, P.shape[:2], name).to(P) for name, table in named)
@@ -105,10 +114,11 @@ def regularized_win_rate(
 def regularized_gap(
     P: Tensor, pi: Tensor, pi_ref: Tensor, tau: float, rho: Tensor | None = None
 ) -> float:
-    """Duality gap of P_tau, max_pi' P_tau(pi' > pi) - min_pi' P_tau(pi > pi') = 2 max_pi' P_tau(pi'
-    > pi) - 1 >= 0; the best reply is Eq. (2): E_x[2 tau log sum_y pi_ref exp(r/tau) + 2 tau KL(pi
-    || pi_ref) - 1], r = P(. > pi). At tau = 0 it is the duality gap. ValueError on a bad table, or
-    unless tau >= 0."""
+    """Duality gap of P_tau: max_pi' P_tau(pi' > pi) - min_pi' P_tau(pi > pi') >= 0.
+
+    That is 2 max_pi' P_tau(pi' > pi) - 1, and the best reply is Eq. (2): E_x[2 tau log sum_y pi_ref
+    exp(r/tau) + 2 tau KL(pi || pi_ref) - 1], with r = P(. > pi). At tau = 0 it is the duality gap.
+    ValueError on a bad table, or unless tau >= 0."""
     if tau == 0:
         return duality_gap(P, pi, rho)
     check_positive(tau=tau)
@@ -116,13 +126,11 @@ def regularized_gap(
     pi = check_policy(pi, P.shape[:2]).to(P)
     log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").to(P).log()
     best = (log_ref + expected_win_rate(P, pi) / tau).logsumexp(-1)
-    return float(
-        prompt_mean((2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1).clamp(min=0), rho)
-    )
+    gap = 2 * tau * (best + kl_divergence(pi.log(), log_ref)) - 1
+    return float(prompt_mean(gap.clamp(min=0), rho))
 
 
-# --- Algorithm 3
-# -----------------------------------------------------------------------------------
+# --- Algorithm 3 ----------------------------------------------------------------------------------
 
 
 def algorithm3(
@@ -136,54 +144,55 @@ def algorithm3(
     move_reference_every: int = 0,
     rho: Tensor | None = None,
     settings: Regression = Regression(),
-    optimizer: torch.optim.Optimizer | None = None,
-    generator: torch.Generator | None = None,
-    after: Iteration | None = None,
-) -> Generator[Iteration, None, Tensor]:
-    """Algorithm 3, regularised DNO: `algorithm1` with pi_t in the loss replaced by pi_t^(1 -
-    tau/eta) pi_ref^(tau/eta), left unnormalised, pi_ref = pi_1. What else changes: r_t is against
-    pi_t (option "I": average iterate) or against the normalised mixture pi_t^tau (option "II": last
-    iterate). Ours, not the paper's: every `move_reference_every` iterations (0: never) the
-    reference becomes pi_{t+1}, so that the last iterate heads for the Nash policy of P itself (MPO,
-    COMAL; with option II only if tau/eta < 1/2 and rounds are long). ValueError also unless 0 <=
-    tau <= eta and option is I or II."""
+    start: ExactStart | None = None,
+) -> Generator[ExactIteration, None, Tensor]:
+    """Algorithm 3, regularised DNO: `algorithm1` with another reference in the loss.
+
+    pi_t becomes pi_t^(1 - tau/eta) pi_ref^(tau/eta), left unnormalised, where pi_ref = pi_1. What
+    else changes: r_t is against pi_t (option "I": average iterate) or against the normalised
+    mixture pi_t^tau (option "II": last iterate). Ours, not the paper's: every
+    `move_reference_every` iterations (0: never) pi_ref becomes pi_{t+1}, so that the last iterate
+    heads for the Nash policy of P itself (MPO, COMAL; with option II only if tau/eta < 1/2 and
+    rounds are long). ValueError also unless 0 <= tau <= eta and option is I or II."""
     check_loop(eta, iterations, tau, move_reference_every)
     check_option(option)
-    optimizer, generator = optimizer or adam(policy), generator or torch.Generator().manual_seed(0)
+    start = start or ExactStart.of(policy)
     log_pi_t = log_table(policy)  # Alg. 3, line 1: pi_1 <- uniform
-    log_pi_ref = after.log_pi_ref if after else log_pi_t
+    after = start.after
     pi_bar = after.pi_bar if after else torch.zeros_like(log_pi_t)
+    log_pi_ref = log_pi_t if after is None or after.log_pi_ref is None else after.log_pi_ref
     for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 3, line 2
-        pi_t, log_mixture = log_pi_t.exp(), geometric_mixture(log_pi_t, log_pi_ref, tau, eta)
-        r_t = expected_win_rate(
-            P, pi_t if option == "I" else log_mixture.softmax(-1)
-        )  # Alg. 3, line 3
+        log_mixture = geometric_mixture(log_pi_t, log_pi_ref, tau, eta)  # differs
+        opponent = log_pi_t.exp() if option == "I" else log_mixture.softmax(-1)  # differs
+        r_t = expected_win_rate(P, opponent)  # Alg. 3, line 3
         log_pi_star = soft_policy_iteration(log_mixture, r_t, eta)  # Eq. (7): where line 4 leads
-        D_t = draw_tuples(
-            rho,
-            *where_tuples_come_from(settings, pi_t, log_pi_star.exp()),
-            settings.steps * settings.pairs,
-            generator,
-        )
-        fit = regress(policy, log_mixture, r_t, D_t, eta, optimizer, settings)  # Alg. 3, line 4
+        D_t = draw_data(settings, rho, log_pi_t, log_pi_star, start.generator)
+        fit = regress(policy, log_mixture, r_t, D_t, eta, start.optimizer, settings)  # line 4
         log_pi_next = log_table(policy)
-        pi_bar = pi_bar + (pi_t - pi_bar) / t
-        if move_reference_every and t % move_reference_every == 0:
+        pi_bar = pi_bar + (log_pi_t.exp() - pi_bar) / t
+        if move_reference_every and t % move_reference_every == 0:  # differs
             log_pi_ref = log_pi_next
-        yield Iteration(t, log_pi_t, r_t, log_pi_star, log_pi_next, pi_bar, log_pi_ref, **fit)
+        yield ExactIteration(
+            t, eta, log_pi_t, log_mixture, r_t, log_pi_next, pi_bar, **fit, log_pi_ref=log_pi_ref
+        )
         log_pi_t = log_pi_next
     return pi_bar  # Alg. 3, line 6
 
 
-# --- Algorithm 4, and Algorithm 3 from samples
-# -----------------------------------------------------
+# --- Algorithm 4, and Algorithm 3 for responses that can only be sampled --------------------------
+
+
+class MixablePolicy(SampledPolicy, Protocol):
+    """What option II of Algorithm 4 needs beside."""
+
+    def mixed_with(self, reference: SampledPolicy, weight: float) -> SampledPolicy:
+        """The mixture of this policy and a reference of the given weight, to be sampled from."""
 
 
 def mixed_reference(
     D: Pairs, policy: SampledPolicy, pi_ref: SampledPolicy, tau: float, eta: float
 ) -> Pairs:
-    """D with the unnormalised log pi_t^(1 - tau/eta) pi_ref^(tau/eta) of its responses as the
-    loss's reference."""
+    """D with the unnormalised log pi_t^(1 - tau/eta) pi_ref^(tau/eta) as the reference of the loss."""
     D = with_reference(D, policy)
     if tau == 0 or not D.responses:
         return D
@@ -193,71 +202,64 @@ def mixed_reference(
 
 
 def algorithm4(
-    policy: SampledPolicy,
-    oracle: Any,
+    policy: MixablePolicy,
+    oracle: Preferences,
     data: Data,
     eta: float,
     iterations: int,
-    rule: Callable[[Tensor, Tensor], Tensor],
+    rule: Rule,
     validate: Callable[[], float],
     tau: float,
     *,
     option: str = "I",
     move_reference_every: int = 0,
-    settings: Practice = Practice(),
-    words: Callable[[Any], Sequence[Any]] = str.split,
-    optimizer: torch.optim.Optimizer | None = None,
-    seed: int = 0,
-    after: Round | None = None,
-    remember: Remember = compute_anew,
-) -> Generator[Round, None, Best]:
+    settings: SamplingSettings = SamplingSettings(),
+    start: SampledStart | None = None,
+) -> Generator[SampledIteration, None, Best]:
     """Algorithm 4, regularised DNO-Prct: `algorithm2` with pi_t in the loss replaced as in
-    `algorithm3`, pi_ref = pi_1. What else changes: samples are of pi_t (option "I") or of the
-    mixture of pi_t and pi_ref (option "II"), for which the policy has a method mixed_with(pi_ref,
-    weight); the paper suggests to mix token by token, another policy than pi_t^tau. Every
-    `move_reference_every` iterations (0: never) the reference becomes pi_{t+1}. ValueError on a bad
-    tau or option too."""
+    `algorithm3`.
+
+    What else changes: samples are of pi_t (option "I") or of the mixture of pi_t and pi_ref (option
+    "II"), for which the policy has a method mixed_with(pi_ref, weight). The paper suggests to mix
+    token by token, which is another policy than pi_t^tau. Every `move_reference_every` iterations
+    (0: never) pi_ref becomes pi_{t+1}. ValueError on a bad tau or option too."""
     check_loop(eta, iterations, tau, move_reference_every)
     check_option(option)
-    optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)
-    best, earlier = (
-        (after.best, after.earlier) if after else (validated(policy, 1, validate), [])
-    )  # Alg. 4, line 1
-    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 4, line 2
-        sample_seed, generator = random_numbers(seed, t)
+    start = start or SampledStart(adam(policy))
+    done = start.after
+    pi_ref = done.pi_ref if done else copy.deepcopy(policy)
+    best = done.best if done else validated(policy, 1, validate)  # Alg. 4, line 1
+    earlier = done.earlier if done else []
+    for t in range(done.t + 1 if done else 1, iterations + 1):  # Alg. 4, line 2
+        sample_seed, generator = random_numbers(settings.seed, t)
         prompts, gold = data(t)  # Alg. 4, line 3
-        sampler = policy if option == "I" else policy.mixed_with(pi_ref, tau / eta)
-        groups = remember(
-            t, "sampled", sample_groups, sampler, prompts, gold, settings, sample_seed
-        )  # Alg. 4, line 4
-        if option == "II":  # what was recorded is the mixture's log-probability
-            groups = replace(groups, log_pi_t=torch.full_like(groups.log_pi_t, float("nan")))
-        wins = remember(t, "judged", judge_groups, oracle, groups)
-        r_t = rate_groups(oracle, groups, wins, settings, generator)  # Alg. 4, line 5
-        r_t, usable = demote_repetitions(r_t, groups, words, settings.ngram)
-        chosen = rule(r_t, usable)  # Alg. 4, line 6
-        D = join(
-            [new := form_pairs(groups, r_t, chosen), *replay(earlier, settings.replay, generator)]
-        )
-        D, loss, rate = (
-            mixed_reference(D, policy, pi_ref, tau, eta),
-            hard_targets(eta),
-            settings.rate(t, iterations),
-        )
-        fit = fit_pairs(policy, D, loss, optimizer, settings, rate, generator)  # Alg. 4, line 7
-        best, earlier = (
-            validated(policy, t + 1, validate, best),
-            [new, *earlier][: settings.replay_iterations],
-        )
-        if move_reference_every and t % move_reference_every == 0:
+        sampler = policy if option == "I" else policy.mixed_with(pi_ref, tau / eta)  # differs
+        groups = sample_groups(sampler, prompts, gold, settings, sample_seed)  # Alg. 4, line 4
+        if option == "II":  # differs: what was recorded is the mixture's log-probability
+            unknown = torch.full_like(groups.log_pi_t, float("nan"))
+            groups = replace(groups, log_pi_t=unknown)
+        preferences = judge_groups(oracle, groups)
+        r_t = rate_groups(oracle, groups, preferences, settings, generator)  # Alg. 4, line 5
+        r_t, may_be_positive = demote_repetitions(r_t, groups, settings)
+        pairs = rule(r_t, may_be_positive)  # Alg. 4, line 6
+        new = form_pairs(groups, r_t, pairs)
+        D = join([new, *replay(earlier, settings.replay, generator)])
+        D = mixed_reference(D, policy, pi_ref, tau, eta)  # differs
+        loss, rate = hard_targets(eta), settings.rate(t, iterations)
+        fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)  # line 7
+        best = validated(policy, t + 1, validate, best)
+        earlier = [new, *earlier][: settings.replay_iterations]
+        if move_reference_every and t % move_reference_every == 0:  # differs
             pi_ref = copy.deepcopy(policy)
-        yield Round(t, groups, wins, r_t, chosen, earlier, best, **fit, pi_ref=pi_ref)
+        yield SampledIteration(
+            t, groups, preferences, r_t, pairs, earlier, best, **fit, pi_ref=pi_ref
+        )
     return best  # Alg. 4, line 9
 
 
 def algorithm3_sampled(
     policy: SampledPolicy,
-    oracle: Any,
+    oracle: Preferences,
     data: Data,
     eta: float,
     iterations: int,
@@ -265,32 +267,32 @@ def algorithm3_sampled(
     tau: float = 0.0,
     *,
     move_reference_every: int = 0,
-    settings: Practice = Practice(),
-    optimizer: torch.optim.Optimizer | None = None,
-    seed: int = 0,
-    after: Round | None = None,
-    remember: Remember = compute_anew,
-) -> Generator[Round, None, Best]:
-    """Algorithm 3, option I (Algorithm 1 at tau = 0), for responses that can only be sampled:
-    `algorithm4` with soft targets, Eq. (8). r_t is estimated, without bias, from the K samples of
-    the prompt itself: each one's opponents are the other K - 1 (among them the other of its pair,
-    so that differences of r_t are K/(K - 1) times as large on average). P itself is averaged,
-    whatever settings.judgments says. There is no teacher, no ranking and no filter."""
+    settings: SamplingSettings = SamplingSettings(),
+    start: SampledStart | None = None,
+) -> Generator[SampledIteration, None, Best]:
+    """Algorithm 3, option I (Algorithm 1 at tau = 0), for responses that can only be sampled.
+
+    It is `algorithm4` with soft targets, Eq. (8). r_t is estimated, without bias, from the K
+    samples of the prompt itself: each one's opponents are the other K - 1. (The other of its pair
+    is among them, so that differences of r_t are K/(K - 1) times as large on average.) P itself is
+    averaged, whatever settings.judgments says. There is no teacher, no ranking and no filter."""
     check_loop(eta, iterations, tau, move_reference_every)
-    optimizer, pi_ref = optimizer or adam(policy), after.pi_ref if after else copy.deepcopy(policy)
-    best = after.best if after else validated(policy, 1, validate)  # Alg. 3, line 1
-    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 3, line 2
-        sample_seed, generator = random_numbers(seed, t)
+    start = start or SampledStart(adam(policy))
+    done = start.after
+    pi_ref = done.pi_ref if done else copy.deepcopy(policy)
+    best = done.best if done else validated(policy, 1, validate)  # Alg. 3, line 1
+    for t in range(done.t + 1 if done else 1, iterations + 1):  # Alg. 3, line 2
+        sample_seed, generator = random_numbers(settings.seed, t)
         prompts, _ = data(t)
-        groups = remember(t, "sampled", sample_groups, policy, prompts, None, settings, sample_seed)
-        wins = remember(t, "judged", judge_groups, oracle, groups)
-        r_t = group_win_rates(wins)  # Alg. 3, line 3, estimated
-        chosen = all_pairs(r_t[:, : settings.trained])  # D_t: y1, y2 ~ pi_t
-        D = mixed_reference(form_pairs(groups, r_t, chosen), policy, pi_ref, tau, eta)
+        groups = sample_groups(policy, prompts, None, settings, sample_seed)
+        preferences = judge_groups(oracle, groups)
+        r_t = group_win_rates(preferences)  # Alg. 3, line 3, estimated
+        pairs = all_pairs(r_t[:, : settings.trained_samples])  # D_t: y1, y2 ~ pi_t
+        D = mixed_reference(form_pairs(groups, r_t, pairs), policy, pi_ref, tau, eta)
         loss, rate = soft_targets(eta), settings.rate(t, iterations)
-        fit = fit_pairs(policy, D, loss, optimizer, settings, rate, generator)  # Alg. 3, line 4
+        fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)  # line 4
         best = validated(policy, t + 1, validate, best)
         if move_reference_every and t % move_reference_every == 0:
             pi_ref = copy.deepcopy(policy)
-        yield Round(t, groups, wins, r_t, chosen, [], best, **fit, pi_ref=pi_ref)
+        yield SampledIteration(t, groups, preferences, r_t, pairs, [], best, **fit, pi_ref=pi_ref)
     return best

@@ -18,17 +18,20 @@ from dno import check_policy, check_preferences, gap_of_rewards, prompt_mean, wi
 from pairs import FLOAT32, check_positive, real_tensor
 from regularized import check_loop, geometric_mixture
 
-# --- Fits over tables
-# ------------------------------------------------------------------------------
+LARGEST_SCORE = 25  # sigma(25) = 1 - 1e-11: the loss still falls towards infinite scores
 
+# --- Fits over tables -----------------------------------------------------------------------------
 
+Function = Callable[[Tensor], Tensor]
 SOLVE_TOLERANCE = 1e-10  # relative residual of linear equations; elimination leaves below 1e-14
 
 
 def solve_linear(A: Tensor, b: Tensor) -> Tensor:
-    """The x [X, Y] of A x = b for every A [X, Y, Y] and b [X, Y], float64. By numpy, one matrix
-    after another: torch's solver of several hangs or errs on some CPUs that run several threads.
-    RuntimeError unless |A x - b| is small beside |A| |x| + |b|, by largest entry (A: row sum)."""
+    """The x [X, Y] of A x = b for every A [X, Y, Y] and b [X, Y], float64.
+
+    By numpy, one matrix after another: torch's solver of several hangs or errs on some CPUs that
+    run several threads. RuntimeError unless the residual |A x - b| is small beside |A| |x| + |b|,
+    where a vector counts by its largest entry and A by its largest row sum."""
     try:
         found = np.linalg.solve(A.cpu().numpy(), b.cpu().numpy()[..., None])
     except np.linalg.LinAlgError as error:
@@ -36,54 +39,48 @@ def solve_linear(A: Tensor, b: Tensor) -> Tensor:
     x = torch.from_numpy(found).to(A)
     size = A.abs().sum(-1).amax(-1) * x.abs().amax((-2, -1)) + b.abs().amax(-1)
     residual = (A @ x - b.unsqueeze(-1)).abs().amax((-2, -1)) / size.clamp(min=FLOAT32.tiny)
-    if not residual.max() <= SOLVE_TOLERANCE:  # so, too, if there is a NaN
+    if not residual.max() <= SOLVE_TOLERANCE:  # also if there is a NaN
         expected = f"expected at most {SOLVE_TOLERANCE:.0e}"
         raise RuntimeError(f"linear equations left a residual of {residual.max():.1e}; {expected}")
     return x.squeeze(-1)
 
 
 @torch.no_grad()
-def newton(
-    residual: Callable[[Tensor], Tensor],
-    jacobian: Callable[[Tensor], Tensor],
-    u: Tensor,
-    tolerance: float,
-) -> Tensor:
-    """A root of residual, each row of [X, Y] by itself: Newton's method from u, halving a step
-    until it does not lengthen the residual, which reaches a root from anywhere if jacobian(u) [X,
-    Y, Y] is nowhere singular. RuntimeError without success."""
+def newton(residual: Function, jacobian: Function, u: Tensor, tolerance: float) -> Tensor:
+    """A root of residual, each row of [X, Y] by itself: Newton's method from u.
+
+    A step is halved until it does not lengthen the residual, which reaches a root from anywhere if
+    jacobian(u) [X, Y, Y] is nowhere singular. RuntimeError without success."""
     f = residual(u)
     for _ in range(200):
         if f.abs().max() <= tolerance:
             return u
         step, size = solve_linear(jacobian(u), f), torch.ones_like(u[:, :1])
-        while (
-            longer := (new := residual(u - size * step)).norm(dim=-1, keepdim=True)
-            > f.norm(dim=-1, keepdim=True)
-        ).any():
+        new = residual(u - size * step)
+        longer = new.norm(dim=-1, keepdim=True) > f.norm(dim=-1, keepdim=True)
+        while longer.any():
             size = torch.where(longer, size / 2, size)
+            new = residual(u - size * step)
+            longer = new.norm(dim=-1, keepdim=True) > f.norm(dim=-1, keepdim=True)
         u, f = u - size * step, new
-    raise RuntimeError(
-        f"Newton's method left a residual of {f.abs().max():.1e} after 200 steps; expected {tolerance:.0e}"
-    )
+    found = f"a residual of {f.abs().max():.1e} after 200 steps"
+    raise RuntimeError(f"Newton's method left {found}; expected {tolerance:.0e}")
 
 
 def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
-    """argmin_s sum_{y,y'} weight(y, y') cross_entropy(z(y, y'), s(y) - s(y')) for each prompt, [X,
-    Y], of mean 0.
+    """argmin_s sum_{y,y'} weight(y, y') cross_entropy(z(y, y'), s(y) - s(y')), [X, Y], of mean 0.
 
     z and weight: [X, Y, Y], z complementary, weight >= 0. With z = P it is the Bradley-Terry fit of
     Eq. (1); with z = sigma of reward differences it is Eq. (8) over a tabular class, s = eta
-    log(pi/pi_t). Newton's method on the gradient (the loss is convex). ValueError if there is no
-    finite or no unique minimiser: some always win, always lose or are never compared."""
-    weight = (weight + weight.mT) / weight.sum(
-        (-2, -1), keepdim=True
-    )  # (y, y') and (y', y) say the same
+    log(pi/pi_t). Newton's method on the gradient of the loss, which is convex. ValueError if there
+    is no finite or no unique minimiser: some responses always win, always lose or are never
+    compared."""
+    both = weight + weight.mT  # (y, y') says what (y', y) does
+    weight = both / weight.sum((-2, -1), keepdim=True)
 
     def gradient(s: Tensor) -> Tensor:
-        return (weight * (torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2)) - z)).sum(-1) + s.mean(
-            -1, keepdim=True
-        )
+        z_hat = torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2))
+        return (weight * (z_hat - z)).sum(-1) + s.mean(-1, keepdim=True)
 
     def hessian(s: Tensor) -> Tensor:  # the last term, like the gradient's, pins the mean of s to 0
         z_hat = torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2))
@@ -91,13 +88,10 @@ def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
         return torch.diag_embed(curvature.sum(-1)) - curvature + 1 / s.shape[-1]
 
     if any(connected_components(compared > 0)[0] > 1 for compared in weight.cpu().numpy()):
-        raise ValueError(
-            "no unique scores: some responses are never compared with the others, directly or through third ones"
-        )
+        never = "some responses are never compared with the others"
+        raise ValueError(f"no unique scores: {never}, directly or through third ones")
     scores = newton(gradient, hessian, torch.zeros_like(z[..., 0]), tolerance=1e-14)
-    if (
-        scores.amax(-1) - scores.amin(-1)
-    ).max() > 25:  # sigma(25) = 1 - 1e-11: the loss still falls towards infinite scores
+    if (scores.amax(-1) - scores.amin(-1)).max() > LARGEST_SCORE:
         raise ValueError(
             "no finite scores: some responses always win or always lose their comparisons"
         )
@@ -106,49 +100,51 @@ def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
 
 def pair_weights(like: Tensor, mu1: Tensor | None, mu2: Tensor | None) -> Tensor:
     """mu1(y) mu2(y'), [X, Y, Y], for tables of the shape of like [X, Y], uniform when None.
-    ValueError on a bad table."""
+
+    ValueError on a table that is no policy."""
     uniform = torch.full_like(like, 1 / like.shape[1])
     mus = (uniform if mu is None else check_policy(mu, like.shape, "mu") for mu in (mu1, mu2))
-    mu1, mu2 = (mu.to(like) for mu in mus)
-    return mu1.unsqueeze(-1) * mu2.unsqueeze(-2)
+    first, second = (mu.to(like) for mu in mus)
+    return first.unsqueeze(-1) * second.unsqueeze(-2)
 
 
 def bradley_terry_fit(P: Tensor, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
-    """Eq. (1) on infinitely many comparisons of y1 ~ mu1, y2 ~ mu2 (each [X, Y], uniform when None)
-    labelled by P: the reward argmax_r E log sigma(r(y+) - r(y-)), [X, Y], of mean 0. ValueError on
-    a bad P, or if no finite unique reward exists."""
+    """Eq. (1) on infinitely many comparisons: argmax_r E log sigma(r(y+) - r(y-)), [X, Y], of mean
+    0.
+
+    y1 ~ mu1 and y2 ~ mu2 (each [X, Y], uniform when None) are labelled by P. ValueError on a bad P,
+    or if no finite unique reward exists."""
     P = check_preferences(P).double()
     return fit_scores(P, pair_weights(P[..., 0], mu1, mu2))
 
 
-# --- Theorem 1 and the regularised game
-# ------------------------------------------------------------
+# --- Theorem 1 and the regularised game -----------------------------------------------------------
 
 
 def concentrability(
     pi_star: Tensor, pi: Tensor, mu1: Tensor, mu2: Tensor, rho: Tensor | None = None
 ) -> float:
-    """C_t of Theorem 1: E_x E_{y1~pi_star, y2~pi}[(d(y1) - d(y2))^2] over the same under y1 ~ mu1,
-    y2 ~ mu2, where d = log(pi_star / pi); all [X, Y], pi_star and pi of full support. By how much
-    pairs of mu1, mu2 show less of the difference between pi_star and pi than pairs of these two
-    would. NaN if pi_star = pi (0/0); ValueError where d is undefined."""
+    """C_t of Theorem 1: by how much pairs of mu1, mu2 show less of the difference of two policies.
+
+    E_x E_{y1~pi_star, y2~pi}[(d(y1) - d(y2))^2] over the same under y1 ~ mu1, y2 ~ mu2, where
+    d = log(pi_star / pi); all [X, Y], pi_star and pi of full support. NaN if pi_star = pi (0/0);
+    ValueError where d is undefined."""
     pi_star = real_tensor(pi_star, "pi_star")
     named = {"pi_star": pi_star, "pi": pi, "mu1": mu1, "mu2": mu2}.items()
     tables = (check_policy(table, pi_star.shape, name) for name, table in named)
     pi_star, pi, mu1, mu2 = (table.to(pi_star) for table in tables)
     if not ((pi_star > 0) & (pi > 0)).all():
-        raise ValueError(
-            "pi_star or pi has an entry 0; expected full support, or log(pi_star / pi) is undefined"
-        )
+        expected = "expected full support, or log(pi_star / pi) is undefined"
+        raise ValueError(f"pi_star or pi has an entry 0; {expected}")
     d = (pi_star / pi).log()
-    return float(
-        _mean_square_difference(d, pi_star, pi, rho) / _mean_square_difference(d, mu1, mu2, rho)
-    )
+    shown = mean_square_difference(d, mu1, mu2, rho)
+    return float(mean_square_difference(d, pi_star, pi, rho) / shown)
 
 
-def _mean_square_difference(d: Tensor, p: Tensor, q: Tensor, rho: Tensor | None) -> Tensor:
-    """E_x E_{y1~p, y2~q}[(d(y1) - d(y2))^2] from means and variances, without a [Y, Y] table or
-    cancellation."""
+def mean_square_difference(d: Tensor, p: Tensor, q: Tensor, rho: Tensor | None = None) -> Tensor:
+    """E_x E_{y1~p, y2~q}[(d(y1) - d(y2))^2], from means and variances.
+
+    That needs no [Y, Y] table, and nothing cancels."""
     mean_p, mean_q = ((m * d).sum(-1, keepdim=True) for m in (p, q))
     variances = (p * (d - mean_p) ** 2).sum(-1) + (q * (d - mean_q) ** 2).sum(-1)
     return prompt_mean(variances + (mean_p - mean_q).squeeze(-1) ** 2, rho)
@@ -159,8 +155,8 @@ def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
 
     Newton's method on F(u) = u - log pi_ref - P softmax(u)/tau. The Jacobian I - A M/tau, with A =
     P - 1/2 skew-symmetric and M the covariance of softmax(u), is never singular: A M has imaginary
-    eigenvalues only, M being positive semidefinite. Raises ValueError on a bad table, a pi_ref
-    without full support or tau <= 0, RuntimeError without success."""
+    eigenvalues only, since M is positive semidefinite. ValueError on a bad table, a pi_ref without
+    full support or tau <= 0; RuntimeError without success."""
     P = check_preferences(P).double()
     check_positive(tau=tau)
     log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").to(P).log()
@@ -178,37 +174,63 @@ def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
     return newton(residual, jacobian, log_ref, tolerance=1e-13 * (1 + 1 / tau)).softmax(-1)
 
 
-# --- Exact updates
-# ---------------------------------------------------------------------------------
+# --- Exact updates --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Solution:
-    """The run of `solve`: policies [T+1, X, Y], pi_1 first; average = unif(pi_1..pi_T) and last =
-    pi_{T+1}, [X, Y]; and the duality gaps after each iteration t, [T]: of unif(pi_1..pi_t) and of
-    pi_{t+1}."""
+class Situation:
+    """What an update of iteration t sees; tables are [X, Y]."""
 
-    policies: Tensor
-    average: Tensor
-    last: Tensor
-    gap_average: Tensor
-    gap_last: Tensor
+    P: Tensor  # [X, Y, Y]
+    eta: float
+    log_mixture: Tensor  # log of pi_t^(1 - tau/eta) pi_ref^(tau/eta), not normalised
+    r_t: Tensor  # expected win rates against pi_t
+    r_before: Tensor  # against pi_{t-1}; r_t itself if t = 1
+
+    def step(self, r: Tensor) -> Tensor:
+        """log pi*, not normalised, of soft policy iteration on the rewards r: Eq. (9)."""
+        return self.log_mixture + r / self.eta
+
+    def against(self, log_pi: Tensor) -> Tensor:
+        """Expected win rates against a policy, given by its logarithm up to a constant."""
+        return win_rate_against(self.P, log_pi.softmax(-1))
 
 
-def _dno_regression(
-    mixture: Tensor, r: Tensor, eta: float, mu1: Tensor | None = None, mu2: Tensor | None = None
+def soft_update(now: Situation) -> Tensor:
+    """Eq. (9). With tau > 0 it is option I of Algorithm 3; with pi_ref fixed, INPO (Zhang 2024)."""
+    return now.step(now.r_t)
+
+
+def regression_update(
+    now: Situation, mu1: Tensor | None = None, mu2: Tensor | None = None
 ) -> Tensor:
-    """Eq. (8) minimised over tabular logits by Newton's method, on all pairs of mu1, mu2 [X, Y],
-    uniform when None."""
-    z = torch.sigmoid(r.unsqueeze(-1) - r.unsqueeze(-2))
-    return mixture + fit_scores(z, pair_weights(r, mu1, mu2)) / eta
+    """Eq. (8) minimised over tabular logits, on all pairs of mu1, mu2 [X, Y], uniform when None."""
+    z = torch.sigmoid(now.r_t.unsqueeze(-1) - now.r_t.unsqueeze(-2))
+    return now.log_mixture + fit_scores(z, pair_weights(now.r_t, mu1, mu2)) / now.eta
 
 
-def _sppo(mixture: Tensor, r: Tensor, eta: float) -> Tensor:
-    """The policy pi_t e^h of least E_{y~pi_t}[(h - g)^2], g = (r - 1/2)/eta. The Lagrangian's
-    derivative is 0 where h + c e^h = g, with c such that the policy sums to 1: Newton's method on h
-    and c together, g growing from 0 by steps of at most 1/2. RuntimeError without success."""
-    pi, g = mixture.softmax(-1), (r - 0.5) / eta
+def nash_md_update(now: Situation) -> Tensor:
+    """Eq. (7), Nash-MD (Munos 2023): rewards against the mixture. Option II of Algorithm 3."""
+    return now.step(now.against(now.log_mixture))
+
+
+def optimistic_update(now: Situation) -> Tensor:
+    """Optimistic multiplicative weights: r_t counts twice, and r_{t-1} is taken back."""
+    return now.step(2 * now.r_t - now.r_before)
+
+
+def extragradient_update(now: Situation) -> Tensor:
+    """EGPO (Zhou 2025): the rewards are those against a trial step."""
+    return now.step(now.against(now.step(now.r_t)))
+
+
+def sppo_update(now: Situation) -> Tensor:
+    """SPPO (Wu 2024): the policy pi_t e^h of least E_{y~pi_t}[(h - g)^2], g = (r_t - 1/2)/eta.
+
+    The Lagrangian's derivative is 0 where h + c e^h = g, with c such that the policy sums to 1:
+    Newton's method on h and c together, while g grows from 0 by steps of at most 1/2. RuntimeError
+    without success."""
+    pi, g = now.log_mixture.softmax(-1), (now.r_t - 0.5) / now.eta
     h, c = torch.zeros_like(g), torch.zeros_like(g[:, :1])
     stages = max(1, int(2 * g.abs().max()) + 1)
     for step in range(10 * min(stages, 200)):  # beyond that eta is too small for float64 anyway
@@ -217,35 +239,34 @@ def _sppo(mixture: Tensor, r: Tensor, eta: float) -> Tensor:
         dc = (pi * weight * (1 - off / slope)).sum(-1, keepdim=True) - 1
         dc = dc / (pi * weight**2 / slope).sum(-1, keepdim=True)
         h, c = h - (off + weight * dc) / slope, c + dc
-    log_pi = mixture.log_softmax(-1) + h
-    if not (
-        log_pi.logsumexp(-1).abs().max() < 1e-9
-        and (h + c * h.exp() - g).abs().max() < 1e-9 * (1 + g.abs().max())
-    ):
-        raise RuntimeError(f"no SPPO update found at eta {eta}; expected a larger eta")
+    log_pi = now.log_mixture.log_softmax(-1) + h
+    normalised = log_pi.logsumexp(-1).abs().max() < 1e-9
+    solved = (h + c * h.exp() - g).abs().max() < 1e-9 * (1 + g.abs().max())
+    if not (normalised and solved):
+        raise RuntimeError(f"no SPPO update found at eta {now.eta}; expected a larger eta")
     return log_pi
 
 
-# log pi_{t+1}, not normalised, from m = log(pi_t^(1 - tau/eta) pi_ref^(tau/eta)), the expected win
-# rates r against pi_t and r0
-# against pi_{t-1}, and the function R(pi) that gives those against any pi.
-METHODS = {
-    "dno": lambda m, r, r0, R, eta: (
-        m + r / eta
-    ),  # Eq. (9); tau > 0: option I of Alg. 3, with pi_ref fixed INPO (Zhang 2024)
-    "dno-regression": lambda m, r, r0, R, eta, **mus: _dno_regression(m, r, eta, **mus),  # Eq. (8)
-    "nash-md": lambda m, r, r0, R, eta: (
-        m + R(m.softmax(-1)) / eta
-    ),  # Eq. (7), Munos 2023; option II of Alg. 3
-    "omwu": lambda m, r, r0, R, eta: (
-        m + (2 * r - r0) / eta
-    ),  # optimistic: r_t twice, r_{t-1} taken back
-    "sppo": lambda m, r, r0, R, eta: _sppo(m, r, eta),  # Wu 2024: squared loss in place of Eq. (8)
-    "moving-reference": lambda m, r, r0, R, eta: m + r / eta,  # MPO, Wang 2024; COMAL, Liu 2024
-    "extragradient": lambda m, r, r0, R, eta: (
-        m + R((m + r / eta).softmax(-1)) / eta
-    ),  # EGPO, Zhou 2025: r after a trial step
+METHODS: dict[str, Callable[..., Tensor]] = {  # name -> update: log pi_{t+1}, not normalised
+    "dno": soft_update,
+    "dno-regression": regression_update,
+    "nash-md": nash_md_update,
+    "omwu": optimistic_update,
+    "sppo": sppo_update,
+    "moving-reference": soft_update,  # MPO (Wang 2024), COMAL (Liu 2024)
+    "extragradient": extragradient_update,
 }
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The run of `solve`."""
+
+    policies: Tensor  # [T+1, X, Y], pi_1 first
+    average: Tensor  # [X, Y], unif(pi_1..pi_T)
+    last: Tensor  # [X, Y], pi_{T+1}
+    gap_average: Tensor  # [T], duality gap of unif(pi_1..pi_t)
+    gap_last: Tensor  # [T], of pi_{t+1}
 
 
 def solve(
@@ -264,8 +285,8 @@ def solve(
     """Run `iterations` exact updates on P [X, Y, Y] by a method of `METHODS`.
 
     pi_ref [X, Y]: the reference, uniform when None. pi_1: the start, pi_ref when None. tau in [0,
-    eta]: pull towards pi_ref; at 0 the game is P itself, and "nash-md" and "moving-reference" are
-    "dno". "moving-reference" sets pi_ref <- pi_{t+1} every `move_reference_every` iterations (6
+    eta]: the pull towards pi_ref; at 0 the game is P itself, and "nash-md" and "moving-reference"
+    are "dno". "moving-reference" sets pi_ref <- pi_{t+1} every `move_reference_every` iterations (6
     when None); other methods do so if told to. options: mu1, mu2 [X, Y] of "dno-regression".
     ValueError on an unknown method, a bad table or a bad number."""
     if method not in METHODS:
@@ -277,23 +298,22 @@ def solve(
     pi = pi_ref if pi_1 is None else check_policy(pi_1, P.shape[:2], "pi_1").to(P)
     every = move_reference_every or (6 if method == "moving-reference" else iterations + 1)
     log_pi, log_ref = pi.log(), pi_ref.log()
-    policies, rewards = (P.new_empty(iterations + 1, *pi.shape) for _ in range(2))
-    policies[0], rewards[0] = pi, win_rate_against(P, pi)
-    for t in range(iterations):
+    policies, rewards = [pi], [win_rate_against(P, pi)]
+    for t in range(1, iterations + 1):
         mixture = geometric_mixture(log_pi, log_ref, tau, eta)
-        update = METHODS[method](
-            mixture,
-            rewards[t],
-            rewards[max(t - 1, 0)],
-            lambda pi: win_rate_against(P, pi),
-            eta,
-            **options,
-        )
-        log_pi = update.log_softmax(-1)
-        policies[t + 1] = pi = log_pi.exp()
-        rewards[t + 1] = win_rate_against(P, pi)
-        if (t + 1) % every == 0:
+        before = rewards[-2] if t > 1 else rewards[-1]
+        now = Situation(P, eta, mixture, rewards[-1], before)
+        log_pi = METHODS[method](now, **options).log_softmax(-1)
+        policies.append(log_pi.exp())
+        rewards.append(win_rate_against(P, policies[-1]))
+        if t % every == 0:
             log_ref = log_pi
-    average_rewards = rewards[:-1].cumsum(0) / torch.arange(1, iterations + 1).to(P)[:, None, None]
+    return summarised(torch.stack(policies), torch.stack(rewards), rho)
+
+
+def summarised(policies: Tensor, rewards: Tensor, rho: Tensor | None) -> Solution:
+    """The `Solution` of policies pi_1..pi_{T+1} whose expected win rates are rewards, [T+1, X, Y]."""
+    count = torch.arange(1, len(policies)).to(rewards)[:, None, None]
+    average_rewards = rewards[:-1].cumsum(0) / count
     gaps = gap_of_rewards(average_rewards, rho), gap_of_rewards(rewards[1:], rho)
     return Solution(policies, policies[:-1].mean(0), policies[-1], *gaps)

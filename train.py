@@ -55,8 +55,7 @@ from oracle import response_styles, style_game
 from pairs import check_positive
 from regularized import algorithm3, check_regularization
 
-# --- The game
-# --------------------------------------------------------------------------------------
+# --- The game -------------------------------------------------------------------------------------
 
 
 MOVING = {
@@ -264,7 +263,7 @@ def make_policy(config: GameConfig, game: Game) -> dno.Policy:
 
 
 def measure(
-    P: Tensor, it: dno.Iteration, eta: float, rho: Tensor | None = None
+    P: Tensor, it: dno.ExactIteration, eta: float, rho: Tensor | None = None
 ) -> dict[str, float | None]:
     """Exact numbers about an iteration: the duality gaps of pi_{t+1} and of unif(pi_1..pi_t); E_x
     TV(pi_{t+1}, pi*_{t+1}); P(pi_{t+1} > pi_t); what Eq. (9), reached exactly, would make of that,
@@ -325,8 +324,7 @@ def bound(t: int, Y: int, eta: float) -> float:
     return 2 * eta * math.log(Y) / t + 1 / (4 * eta)
 
 
-# --- The run
-# ---------------------------------------------------------------------------------------
+# --- The run --------------------------------------------------------------------------------------
 
 
 def announce(config: GameConfig, game: Game, policy: dno.Policy, first_gap: float) -> None:
@@ -402,7 +400,7 @@ def restore(
     policy: dno.Policy,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-) -> tuple[dno.Iteration, list[Tensor]]:
+) -> tuple[dno.ExactIteration, list[Tensor]]:
     """Put the last three back into the state of the run's checkpoint; the iteration to go on after,
     and the policies so far. BadInput if the checkpoint is not one of this run."""
     run.expect(
@@ -413,7 +411,7 @@ def restore(
             "optimizer": like(optimizer),
             "generator": Tensor,
             "policies": Tensor,
-            "after": dict.fromkeys(dno.Iteration.__dataclass_fields__, object),
+            "after": dict.fromkeys(dno.ExactIteration.__dataclass_fields__, object),
         },
     )
     if run.state["game"] != fingerprint(game):
@@ -421,7 +419,7 @@ def restore(
     policy.load_state_dict(run.state["policy"])
     optimizer.load_state_dict(run.state["optimizer"])
     generator.set_state(run.state["generator"].cpu())
-    return dno.Iteration(**run.state["after"]), list(run.state["policies"])
+    return dno.ExactIteration(**run.state["after"]), list(run.state["policies"])
 
 
 def train_game(
@@ -444,9 +442,7 @@ def train_game(
     common = {
         "rho": game.rho,
         "settings": settings,
-        "optimizer": optimizer,
-        "generator": generator,
-        "after": after,
+        "start": dno.ExactStart(optimizer, generator, after),
     }
     if config.algorithm == 1:
         loop = dno.algorithm1(policy, game.P, config.eta, config.iterations, **common)
@@ -687,8 +683,7 @@ def simplex_figure(game: Game, policies: Tensor, twin: solvers.Solution) -> plt.
     return figure
 
 
-# --- Command line
-# ----------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
 PRESETS = {

@@ -85,7 +85,7 @@ def neural(X: int, V: int, L: int, config: Config, steps: int) -> None:
     )  # V^(L-1) rows a prompt
     peak, achieved, tree, row = [], [], [], []
 
-    def iterate() -> list[dno.Iteration]:
+    def iterate() -> list[dno.ExactIteration]:
         return list(dno.algorithm1(policy, P, 1.0, 1, settings=settings, optimizer=optimizer))
 
     for _ in range(5):

@@ -50,7 +50,7 @@ from chat.policy import ChatPolicy
 from chat.template import Chat
 from experiments.llm import read_prompts
 from judge.synthetic import TasteJudge
-from pairs import Practice, form_pairs
+from pairs import SamplingSettings, form_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("sampling", "reference", "training")
@@ -108,11 +108,11 @@ def ours(options: argparse.Namespace, prompts: list[str]) -> Prepared:
     policy = ChatPolicy(model, Chat.from_pretrained(options.model), options.max_new_tokens)
     policy.end = -1  # which no token is
     optimizer = dno.adam(policy)
-    settings = Practice(
+    settings = SamplingSettings(
         samples=options.samples,
-        recorded=False,
+        use_recorded=False,
         prompts_per_step=PROMPTS_PER_STEP,
-        at_once=2,
+        prompts_at_once=2,
         max_grad_norm=1.0,
     )
     policy.sample(prompts[:1], 1, seed=1)  # warm
@@ -141,7 +141,7 @@ def ours(options: argparse.Namespace, prompts: list[str]) -> Prepared:
         sampled = sum(len(y.tokens) for ys in groups.responses for y in ys)
         read = sum(len(policy.chat.prompt(x)) for x in prompts)
         return spent, Counter(
-            prompts=read, sampled=sampled, trained=sum(len(y.tokens) for y in D.responses)
+            prompts=read, sampled=sampled, trained_samples=sum(len(y.tokens) for y in D.responses)
         )
 
     return iteration, matrices(model.blocks), model.head.weight.numel()
@@ -189,7 +189,7 @@ def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
             count.update(
                 prompts=int(rows[1].sum()) // 2,
                 sampled=trained * options.samples // 2,
-                trained=trained,
+                trained_samples=trained,
             )
             return rows
 
@@ -197,7 +197,7 @@ def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
             with clock(spent, "reference" if model is self.ref_model else "policy"):
                 return super()._forward(model, *arguments)
 
-    practice = Practice()
+    defaults = SamplingSettings()
     config = OnlineDPOConfig(
         output_dir=options.out,
         use_cpu=True,
@@ -212,8 +212,8 @@ def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
         max_new_tokens=options.max_new_tokens,
         generation_kwargs={"min_new_tokens": options.max_new_tokens},
         max_length=4096,
-        temperature=practice.temperature,
-        top_p=practice.top_p,
+        temperature=defaults.temperature,
+        top_p=defaults.top_p,
         dataloader_pin_memory=False,
         save_strategy="no",
         logging_strategy="no",

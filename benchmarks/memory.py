@@ -21,7 +21,7 @@ import dno
 from chat.low_rank import add_low_rank
 from chat.policy import ChatPolicy
 from model import Config, Transformer
-from pairs import Groups, Pairs, Practice, form_pairs
+from pairs import Groups, Pairs, SamplingSettings, form_pairs
 
 SHAPES = {
     "smollm2-135m": Config(
@@ -152,13 +152,13 @@ def main() -> None:
         model.read_block = torch.compile(model.read_block, dynamic=True)
     policy = ChatPolicy(model, Numbers(o.prompt), o.response, o.sample_batch)
     optimizer = dno.adam(policy)
-    settings = Practice(
+    settings = SamplingSettings(
         samples=o.samples,
         temperature=1.0,
         top_p=1.0,
-        recorded=False,
+        use_recorded=False,
         prompts_per_step=o.prompts,
-        at_once=o.at_once,
+        prompts_at_once=o.at_once,
         max_grad_norm=1.0,
     )
     print(f"{o.shape}: {parameters / 1e9:.2f}e9 parameters, {o}")

@@ -24,9 +24,10 @@ from benchmarks.game import seconds, show
 from experiments.figures import STYLE
 from experiments.folder import Run
 from experiments.judging import demonstrations
+from experiments.rounds import recalling
 from experiments.text import TextConfig, fine_tuned
 from oracle import RegisterJudge
-from pairs import Practice, large_margin_pairs
+from pairs import SamplingSettings, large_margin_pairs
 from text import TextPolicy
 from world import TRAINING
 
@@ -103,17 +104,15 @@ def iteration(policy: TextPolicy, prompts: int, k: int) -> np.ndarray:
     xs = [TRAINING[i % len(TRAINING)] for i in range(prompts)]
     gold = demonstrations(0, len(TRAINING))(1)
     answers = dict(zip(*gold, strict=True))
-    settings = Practice(samples=k, temperature=1.0, top_p=1.0)
+    settings = SamplingSettings(samples=k, temperature=1.0, top_p=1.0)
+    data = xs, [answers[x] for x in xs]
     loop = dno.algorithm2(
-        policy,
-        RegisterJudge(),
-        lambda t: (xs, [answers[x] for x in xs]),
+        *recalling(policy, RegisterJudge(), lambda t: data, remember),
         8.0,
         2,
         partial(large_margin_pairs, margin=0.4),
         lambda: 0.0,
         settings=settings,
-        remember=remember,
     )
     next(loop)
     start = time.perf_counter()

@@ -34,7 +34,7 @@ from experiments.text import TextConfig, fine_tuned
 from experiments.validation import KINDS, Validation
 from oracle import RegisterJudge
 from pairs import (
-    Practice,
+    SamplingSettings,
     check_positive,
     demote_repetitions,
     form_pairs,
@@ -47,8 +47,7 @@ from pairs import (
 from regularized import algorithm3_sampled, algorithm4, check_regularization
 from text import TextPolicy, make_tokenizer
 
-# --- Settings
-# --------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -131,8 +130,7 @@ class AblationsConfig:
         return TextConfig(**{name: getattr(self, name) for name in names})
 
 
-# --- Methods
-# ---------------------------------------------------------------------------------------
+# --- Methods --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,11 +145,12 @@ class Start:
     eta: float
     tau: float | None
     margin: float
-    seed: int
-    settings: Practice
+    settings: SamplingSettings
     judge: RegisterJudge
 
-    def algorithm2(self, rule: Callable[[Tensor, Tensor], Tensor]) -> Iterator[dno.Round]:
+    def algorithm2(
+        self, rule: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[dno.SampledIteration]:
         """Algorithm 2 with a rule of line 6."""
         return dno.algorithm2(
             self.policy,
@@ -162,11 +161,10 @@ class Start:
             rule,
             self.validation,
             settings=self.settings,
-            seed=self.seed,
-            optimizer=dno.adam(self.policy, 0.0),
+            start=dno.SampledStart(dno.adam(self.policy, 0.0)),
         )
 
-    def offline(self, loss: dno.PairLoss) -> Iterator[dno.Round]:
+    def offline(self, loss: dno.PairLoss) -> Iterator[dno.SampledIteration]:
         """As Algorithm 2, but samples and reference are pi_1's in all iterations: preference data
         collected beforehand."""
         pi_1, optimizer, settings = (
@@ -176,13 +174,13 @@ class Start:
         )
         best = dno.validated(self.policy, 1, self.validation)
         for t in range(1, self.iterations + 1):
-            seed, generator = dno.random_numbers(self.seed, t)
+            seed, generator = dno.random_numbers(settings.seed, t)
             groups = dno.sample_groups(pi_1, *self.data(t), settings, seed)
-            wins = dno.judge_groups(self.judge, groups)
-            r = dno.group_win_rates(dno.draw_outcomes(wins, generator))
-            r, usable = demote_repetitions(r, groups, str.split, settings.ngram)
-            chosen = large_margin_pairs(r, usable, self.margin)
-            D = dno.with_reference(form_pairs(groups, r, chosen), pi_1)
+            preferences = dno.judge_groups(self.judge, groups)
+            r = dno.group_win_rates(dno.draw_outcomes(preferences, generator))
+            r, may_be_positive = demote_repetitions(r, groups, settings)
+            pairs = large_margin_pairs(r, may_be_positive, self.margin)
+            D = dno.with_reference(form_pairs(groups, r, pairs), pi_1)
             fit = dno.fit_pairs(
                 self.policy,
                 D,
@@ -193,41 +191,41 @@ class Start:
                 generator,
             )
             best = dno.validated(self.policy, t + 1, self.validation, best)
-            yield dno.Round(t, groups, wins, r, chosen, [], best, **fit)
+            yield dno.SampledIteration(t, groups, preferences, r, pairs, [], best, **fit)
 
 
-def sft_on_positives(start: Start) -> Iterator[dno.Round]:
+def sft_on_positives(start: Start) -> Iterator[dno.SampledIteration]:
     """Likelihood of the better response of each offline pair; the worse one is not looked at. eta
     plays no part."""
     return start.offline(lambda log_ratio1, log_ratio2, r1, r2: -log_ratio1)
 
 
-def offline_dpo(start: Start) -> Iterator[dno.Round]:
+def offline_dpo(start: Start) -> Iterator[dno.SampledIteration]:
     """DPO on pairs of pi_1's samples and the teacher's, with reference pi_1."""
     return start.offline(dno.hard_targets(start.eta))
 
 
-def spin(start: Start) -> Iterator[dno.Round]:
+def spin(start: Start) -> Iterator[dno.SampledIteration]:
     """The teacher's response against each of the student's, on policy, without a judge."""
     return start.algorithm2(gold_against_students)
 
 
-def dno_restrictive(start: Start) -> Iterator[dno.Round]:
+def dno_restrictive(start: Start) -> Iterator[dno.SampledIteration]:
     """Only pairs in which the teacher beats the student."""
     return start.algorithm2(partial(teacher_pairs, margin=start.margin))
 
 
-def dno_without_margin(start: Start) -> Iterator[dno.Round]:
+def dno_without_margin(start: Start) -> Iterator[dno.SampledIteration]:
     """Every pair that is no tie."""
     return start.algorithm2(partial(large_margin_pairs, margin=0.0))
 
 
-def dno_practical(start: Start) -> Iterator[dno.Round]:
+def dno_practical(start: Start) -> Iterator[dno.SampledIteration]:
     """Algorithm 2 as it is."""
     return start.algorithm2(partial(large_margin_pairs, margin=start.margin))
 
 
-def dno_lookahead(start: Start) -> Iterator[dno.Round]:
+def dno_lookahead(start: Start) -> Iterator[dno.SampledIteration]:
     """All the pairs that DNO comes to see, shuffled, on which pi_1 is trained anew with itself as
     reference: DPO that knows the future's pairs, but not in their order."""
     pi_1 = copy.deepcopy(start.policy)
@@ -236,7 +234,10 @@ def dno_lookahead(start: Start) -> Iterator[dno.Round]:
     D = dno.with_reference(
         join(replay([it.earlier[0] for it in rounds], 1.0, torch.Generator(), decay=1.0)), pi_1
     )
-    generator, optimizer = dno.random_numbers(start.seed, 0)[1], dno.adam(start.policy, 0.0)
+    generator, optimizer = (
+        dno.random_numbers(start.settings.seed, 0)[1],
+        dno.adam(start.policy, 0.0),
+    )
     best = dno.validated(start.policy, 1, start.validation)
     parts = D.batches(-(-len(D.group.unique()) // start.iterations), generator)
     parts += [D.take(torch.arange(0))] * (start.iterations - len(parts))
@@ -255,7 +256,7 @@ def dno_lookahead(start: Start) -> Iterator[dno.Round]:
         yield replace(it, best=best, **fit)
 
 
-def regularized_dno(start: Start) -> Iterator[dno.Round]:
+def regularized_dno(start: Start) -> Iterator[dno.SampledIteration]:
     """Algorithm 4, option I, reference pi_1."""
     tau = start.eta / 20 if start.tau is None else start.tau
     return algorithm4(
@@ -268,12 +269,11 @@ def regularized_dno(start: Start) -> Iterator[dno.Round]:
         start.validation,
         tau,
         settings=start.settings,
-        seed=start.seed,
-        optimizer=dno.adam(start.policy, 0.0),
+        start=dno.SampledStart(dno.adam(start.policy, 0.0)),
     )
 
 
-def soft_targets_moving_reference(start: Start) -> Iterator[dno.Round]:
+def soft_targets_moving_reference(start: Start) -> Iterator[dno.SampledIteration]:
     """Algorithm 3's regression with r_t estimated from K + 1 samples, so from as many judgments as
     the others ask for, and a reference moved every 5 iterations."""
     tau = start.eta / 2 if start.tau is None else start.tau
@@ -288,8 +288,7 @@ def soft_targets_moving_reference(start: Start) -> Iterator[dno.Round]:
         tau,
         move_reference_every=5,
         settings=settings,
-        seed=start.seed,
-        optimizer=dno.adam(start.policy, 0.0),
+        start=dno.SampledStart(dno.adam(start.policy, 0.0)),
     )
 
 
@@ -315,8 +314,7 @@ ORDERINGS = (  # the paper's, by win rate: (better, worse)
 )
 
 
-# --- The runs
-# --------------------------------------------------------------------------------------
+# --- The runs -------------------------------------------------------------------------------------
 
 
 def run_method(
@@ -333,8 +331,12 @@ def run_method(
     policy = world.policy(make_tokenizer(ranks))
     policy.load_state_dict(base)
     validation = Validation(policy, RegisterJudge(), config.survey, seed)
-    settings = Practice(
-        temperature=1.0, top_p=1.0, learning_rate=lr, prompts_per_step=config.prompts_per_step
+    settings = SamplingSettings(
+        temperature=1.0,
+        top_p=1.0,
+        learning_rate=lr,
+        prompts_per_step=config.prompts_per_step,
+        seed=seed,
     )
     start = Start(
         policy,
@@ -344,7 +346,6 @@ def run_method(
         eta,
         config.tau,
         config.margin,
-        seed,
         settings,
         RegisterJudge(),
     )
@@ -466,8 +467,7 @@ def run_ablations(config: AblationsConfig) -> None:
     print(f"\nTable and figure: {run.out}")
 
 
-# --- What comes out
-# --------------------------------------------------------------------------------
+# --- What comes out -------------------------------------------------------------------------------
 
 
 def summarise_ablations(

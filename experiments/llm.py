@@ -28,7 +28,16 @@ from chat.team import SharedJudge, Team, part_of, whole
 from chat.template import Chat
 from experiments.folder import Run
 from experiments.judging import Judging, open_judge
-from experiments.rounds import CLASSES_KEPT, RULES, followed, like, written
+from experiments.rounds import (
+    CLASSES_KEPT,
+    RULES,
+    Remember,
+    bare,
+    followed,
+    like,
+    recalling,
+    written,
+)
 from experiments.settings import (
     COMPUTE,
     MOST,
@@ -46,11 +55,10 @@ from judge.ledger import Stopped, for_terminal
 from judge.synthetic import TasteJudge
 from model import Config
 from oracle import OpenAIJudge, Oracle
-from pairs import Practice, check_positive, pair_kinds
+from pairs import SamplingSettings, check_positive, pair_kinds
 from regularized import algorithm3_sampled, algorithm4, check_regularization
 
-# --- Settings and prompts
-# --------------------------------------------------------------------------
+# --- Settings and prompts -------------------------------------------------------------------------
 
 
 @dataclass
@@ -105,7 +113,7 @@ class LlmConfig(JudgeOptions):
     )
     judged: int = setting(2, "samples of each held-out prompt by which a policy is measured")
     batch_size: int = setting(64, "pairs a step, about; the paper's is 64")
-    at_once: int = setting(
+    prompts_at_once: int = setting(
         4, "prompts whose responses are scored together; gradients add up to a step's"
     )
     sample_batch: int = setting(64, "responses sampled together")
@@ -159,7 +167,7 @@ class LlmConfig(JudgeOptions):
             "max_prompt_tokens",
             "judged",
             "batch_size",
-            "at_once",
+            "prompts_at_once",
             "sample_batch",
             "train_prompts",
         )
@@ -183,13 +191,13 @@ class LlmConfig(JudgeOptions):
             raise ValueError(
                 "fsdp cuts the model into parts for several processes; start them by torchrun --nproc-per-node N"
             )
-        self.practice()
+        self.sampling()
 
-    def practice(self, processes: int = 1) -> Practice:
+    def sampling(self, processes: int = 1) -> SamplingSettings:
         """The settings of the loop; a batch is of prompts that have about `batch_size` pairs, at K
-        pairs a prompt, and each of the processes scores those of `at_once` prompts together."""
+        pairs a prompt, and each of the processes scores those of `prompts_at_once` prompts together."""
         prompts = max(1, round(self.batch_size / self.samples))
-        return Practice(
+        return SamplingSettings(
             self.samples,
             self.temperature,
             self.top_p,
@@ -197,9 +205,10 @@ class LlmConfig(JudgeOptions):
             replay=self.replay,
             prompts_per_step=prompts,
             learning_rate=self.lr,
+            seed=self.seed,
             max_grad_norm=1.0,
-            recorded=self.dtype == "float32",
-            at_once=self.at_once * processes,
+            use_recorded=self.dtype == "float32",
+            prompts_at_once=self.prompts_at_once * processes,
         )
 
 
@@ -325,8 +334,7 @@ def check_lengths(
         )
 
 
-# --- The run
-# ---------------------------------------------------------------------------------------
+# --- The run --------------------------------------------------------------------------------------
 
 
 def llm_loop(
@@ -335,8 +343,9 @@ def llm_loop(
     judge: Oracle,
     training: list[dict[str, Any]],
     validation: ChatValidation,
-    **common: Any,
-) -> Iterator[dno.Round]:
+    start: dno.SampledStart,
+    remember: Remember,
+) -> Iterator[dno.SampledIteration]:
     """The generator of the algorithm, over disjoint parts of the prompts."""
     hard = config.algorithm in (2, 4)
     gold = hard and "gold" in training[0]
@@ -345,8 +354,8 @@ def llm_loop(
         part = training[t - 1 :: config.iterations]
         return [item["prompt"] for item in part], [item["gold"] for item in part] if gold else None
 
-    common |= {"settings": config.practice(policy.team.size), "seed": config.seed}
-    first = (policy, judge, data, config.eta, config.iterations)
+    common = {"settings": config.sampling(policy.team.size), "start": start}
+    first = (*recalling(policy, judge, data, remember), config.eta, config.iterations)
     if not hard:
         return algorithm3_sampled(*first, validation, config.tau, **common)
     rule = RULES[config.rule](config.margin)
@@ -355,30 +364,32 @@ def llm_loop(
     return algorithm4(*first, rule, validation, config.tau, **common)
 
 
-def llm_row(it: dno.Round, config: LlmConfig, judge: Oracle, gold: bool) -> dict[str, float | None]:
+def llm_row(
+    it: dno.SampledIteration, config: LlmConfig, judge: Oracle, gold: bool
+) -> dict[str, float | None]:
     """The numbers of an iteration that are not of validation: loss, pairs by kind, gold responses
     beaten, judgments, money."""
-    i, j = torch.triu_indices(*it.wins.shape[1:], 1)
+    i, j = torch.triu_indices(*it.preferences.shape[1:], 1)
     samples = [y for ys in it.groups.responses for y in (ys[:-1] if gold else ys)]
-    kinds = pair_kinds(it.chosen, it.wins.shape[1] - 1 if gold else -1)
+    kinds = pair_kinds(it.pairs, it.preferences.shape[1] - 1 if gold else -1)
     row = {
         "loss": it.loss,
         "steps": it.steps,
         "chosen_log_ratio": it.chosen_log_ratio,
         "sampled_words": sum(len(y.split()) for y in samples) / len(samples),
         **{f"pairs_{kind}": count for kind, count in kinds.items()},
-        "judgments_failed": it.wins[:, i, j].isnan().double().mean().item(),
+        "judgments_failed": it.preferences[:, i, j].isnan().double().mean().item(),
     }
     if gold:
-        row["win_rate_vs_teacher"] = it.wins[:, :-1, -1].nanmean().item()
+        row["win_rate_vs_teacher"] = it.preferences[:, :-1, -1].nanmean().item()
     if isinstance(judge, OpenAIJudge):
         row |= Judging(judge, None).spending()
     return row
 
 
-def write_llm_round(run: Run, it: dno.Round, gold: bool) -> None:
+def write_llm_round(run: Run, it: dno.SampledIteration, gold: bool) -> None:
     """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration."""
-    n, groups = it.wins.shape[1], it.groups
+    n, groups = it.preferences.shape[1], it.groups
     responses = [
         {
             "prompt": x,
@@ -395,7 +406,7 @@ def write_llm_round(run: Run, it: dno.Round, gold: bool) -> None:
             "first": groups.responses[x][i],
             "second": groups.responses[x][j],
         }
-        for x, i, j in it.chosen.tolist()
+        for x, i, j in it.pairs.tolist()
     ]
     for name, lines in (("responses", responses), ("pairs", pairs)):
         run.write_lines(f"{name}-{it.t:03d}.jsonl", lines)
@@ -512,7 +523,7 @@ def train_llm(
             {
                 "policy": list(policy.parameters()),
                 "optimizer": like(optimizer),
-                "round": dno.Round,
+                "round": dno.SampledIteration,
                 "pi_ref": list | None,
                 "samples": list,
                 "numbers": list,
@@ -535,9 +546,8 @@ def train_llm(
         validation.judge,
         training,
         validation,
-        optimizer=optimizer,
-        after=after,
-        remember=remember,
+        dno.SampledStart(optimizer, after),
+        remember,
     )
     print(
         "    t | P(> pi_1)       at equal length | P(new > old) | words  cut off | KL(pi_1) | pairs | loss"
@@ -570,7 +580,7 @@ def train_llm(
             tqdm.write(
                 f"{it.t:5d} | {row['win_rate_vs_first']:.3f} +- {row['win_rate_vs_first_interval']:.3f} "
                 f"{row['win_rate_vs_first_length_controlled']:15.3f} | {row['win_rate_vs_previous']:12.3f} | "
-                f"{row['mean_length']:5.1f} {row['truncated']:8.2f} | {row['kl_to_first']:8.2f} | {len(it.chosen):5d} | "
+                f"{row['mean_length']:5.1f} {row['truncated']:8.2f} | {row['kl_to_first']:8.2f} | {len(it.pairs):5d} | "
                 f"{row['loss']:.4f}"
             )
             for alarm in warnings:
@@ -589,7 +599,7 @@ def train_llm(
 
 
 def training_state(
-    policy: ChatPolicy, optimizer: torch.optim.Optimizer, it: dno.Round
+    policy: ChatPolicy, optimizer: torch.optim.Optimizer, it: dno.SampledIteration
 ) -> dict[str, Any]:
     """All that `take_training` needs, whole on the CPU of the first process however many there are."""
     known, best = (
@@ -604,13 +614,13 @@ def training_state(
         "policy": [whole(weight) for weight in policy.parameters()],
         "optimizer": {**known, "state": moments},
         "round": replace(it, pi_ref=None, best=best),
-        "pi_ref": it.pi_ref.weights() if it.pi_ref else None,
+        "pi_ref": bare(it.pi_ref).weights() if it.pi_ref else None,
     }
 
 
 def take_training(
     state: dict[str, Any], policy: ChatPolicy, optimizer: torch.optim.Optimizer
-) -> dno.Round:
+) -> dno.SampledIteration:
     """Go back to a `training_state`, with as many processes as there are now: the round to go on
     after."""
     parameters, known, best = list(policy.parameters()), state["optimizer"], state["round"].best

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import dno
@@ -35,7 +36,7 @@ RULES = {
     "scored": lambda margin: scored_pairs,
 }
 CLASSES_KEPT = (
-    dno.Round,
+    dno.SampledIteration,
     Groups,
     Pairs,
     dno.Best,
@@ -43,7 +44,7 @@ CLASSES_KEPT = (
 )  # what checkpoints of text runs hold beside tensors
 
 
-def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
+def round_numbers(it: dno.SampledIteration, hard: bool) -> dict[str, float]:
     """What Table 2 reports of an iteration: new pairs by kind; of the K samples, their mean length
     in words, how many beat the gold response on average, and the share of prompts at which the best
     of them does. Of judged ones, where some are not."""
@@ -52,8 +53,8 @@ def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
     samples = [y for ys in it.groups.responses for y in (ys[:-1] if hard else ys)]
     row["mean_length"] = sum(len(y.split()) for y in samples) / len(samples)
     if hard:
-        row |= {f"pairs_{kind}": count for kind, count in pair_kinds(it.chosen, n - 1).items()}
-        wins = it.wins[:, :-1, -1]
+        row |= {f"pairs_{kind}": count for kind, count in pair_kinds(it.pairs, n - 1).items()}
+        wins = it.preferences[:, :-1, -1]
         beaten = (wins > 0.5).double().masked_fill(wins.isnan(), float("nan"))
         best = beaten.nan_to_num(-1).amax(1)
         row |= {
@@ -64,16 +65,16 @@ def round_numbers(it: dno.Round, hard: bool) -> dict[str, float]:
 
 
 def judged_numbers(
-    it: dno.Round, config: Any, judging: Judging, hard: bool
+    it: dno.SampledIteration, config: Any, judging: Judging, hard: bool
 ) -> dict[str, float | None]:
     """What a judge that must be asked adds: the share of judgments of the iteration that could not
     be had; prompts left out for want of a gold response; how often a verdict changes with the
     order; Table 2's scores; requests, dollars of the run."""
     row: dict[str, float | None] = {}
     if isinstance(judging.judge, OpenAIJudge):
-        i, j = torch.triu_indices(*it.wins.shape[1:], 1)
+        i, j = torch.triu_indices(*it.preferences.shape[1:], 1)
         row = {
-            "judgments_failed": it.wins[:, i, j].isnan().double().mean().item(),
+            "judgments_failed": it.preferences[:, i, j].isnan().double().mean().item(),
             "flip_rate": judging.judge.flip_rate(it.groups.prompts, it.groups.responses),
         }
     if hard and config.judgments == "scores":
@@ -86,7 +87,7 @@ def judged_numbers(
     return row
 
 
-def write_round(run: Run, iteration: int, it: dno.Round, hard: bool, rated: str) -> None:
+def write_round(run: Run, iteration: int, it: dno.SampledIteration, hard: bool, rated: str) -> None:
     """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration; rated: what r_t is, win_rate or
     score, null if not judged."""
     n = len(it.groups.responses[0])
@@ -102,7 +103,7 @@ def write_round(run: Run, iteration: int, it: dno.Round, hard: bool, rated: str)
         for i, (y, r) in enumerate(zip(ys, rs, strict=True))
     ]
     pairs = []
-    for x, i, j in it.chosen.tolist():
+    for x, i, j in it.pairs.tolist():
         first, second = it.groups.responses[x][i], it.groups.responses[x][j]
         label = 1.0 if hard else torch.sigmoid(it.r_t[x, i] - it.r_t[x, j]).item()
         pairs.append(
@@ -122,7 +123,71 @@ def like(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"state": dict, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def followed(run: Run, progress: tqdm, optimizer: torch.optim.Optimizer) -> dno.Remember:
+Recall = Callable[..., Any]  # (phase, function, *arguments) -> function(*arguments), then or now
+Remember = Callable[..., Any]  # the same with the iteration t before the phase
+
+
+class RecallingPolicy:
+    """A policy whose samples are kept: a run that is killed and resumed does not sample again."""
+
+    def __init__(self, policy: Any, recall: Recall):
+        self.policy, self.recall = policy, recall
+
+    def sample(self, prompts: list[Any], *settings: Any) -> tuple[Any, Tensor]:
+        """The policy's samples, or those of this iteration before the run was killed."""
+        return self.recall("sampled", self.policy.sample, prompts, *settings)
+
+    def log_prob(self, prompts: list[Any], responses: list[Any]) -> Tensor:
+        """As the policy's."""
+        return self.policy.log_prob(prompts, responses)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """As the policy's."""
+        return self.policy.parameters()
+
+    def mixed_with(self, reference: Any, weight: float) -> RecallingPolicy:
+        """The mixture of the policy and a reference, whose samples are kept as well."""
+        return RecallingPolicy(self.policy.mixed_with(bare(reference), weight), self.recall)
+
+
+class RecallingOracle:
+    """An oracle whose answers are kept: a run that is killed and resumed does not ask again."""
+
+    def __init__(self, oracle: Any, recall: Recall):
+        self.oracle, self.recall = oracle, recall
+
+    def prefer(self, prompts: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> Tensor:
+        """The oracle's answers, or those of this iteration before the run was killed."""
+        return self.recall("judged", self.oracle.prefer, prompts, a, b)
+
+    def scores(self, prompts: Sequence[Any], responses: Sequence[Sequence[Any]]) -> Tensor:
+        """As the oracle's."""
+        return self.oracle.scores(prompts, responses)
+
+
+def bare(policy: Any) -> Any:
+    """The policy itself, whether it is wrapped or not."""
+    return policy.policy if isinstance(policy, RecallingPolicy) else policy
+
+
+def recalling(
+    policy: Any, oracle: Any, data: dno.Data, remember: Remember
+) -> tuple[RecallingPolicy, RecallingOracle, dno.Data]:
+    """What a loop is given, wrapped so that samples and answers of an iteration are remembered."""
+    now = 0
+
+    def recall(phase: str, *call: Any) -> Any:
+        return remember(now, phase, *call)
+
+    def data_of(t: int) -> tuple[list[Any], list[Any] | None]:
+        nonlocal now
+        now = t
+        return data(t)
+
+    return RecallingPolicy(policy, recall), RecallingOracle(oracle, recall), data_of
+
+
+def followed(run: Run, progress: tqdm, optimizer: torch.optim.Optimizer) -> Remember:
     """`run.remember` for the phases of iterations; the bar names the phase, and counts the steps of
     training."""
     steps = 0

@@ -23,7 +23,17 @@ import dno
 from experiments.figures import STYLE
 from experiments.folder import Run
 from experiments.judging import Judging, judging
-from experiments.rounds import CLASSES_KEPT, RULES, judged_numbers, like, round_numbers, write_round
+from experiments.rounds import (
+    CLASSES_KEPT,
+    RULES,
+    Remember,
+    bare,
+    judged_numbers,
+    like,
+    recalling,
+    round_numbers,
+    write_round,
+)
 from experiments.settings import (
     DTYPES,
     TEMPERATURES,
@@ -39,7 +49,7 @@ from experiments.validation import KINDS, JudgedValidation, Validation
 from judge.prices import Plan
 from model import Config, Transformer, token_log_prob
 from oracle import OpenAIJudge, RegisterJudge
-from pairs import Practice, check_positive
+from pairs import SamplingSettings, check_positive
 from regularized import algorithm3_sampled, algorithm4, check_regularization
 from text import ANSWER, END, SPLIT, TextPolicy, learn_byte_pairs, make_tokenizer
 from world import (
@@ -53,8 +63,7 @@ from world import (
     teacher_answer,
 )
 
-# --- Settings
-# --------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------
 
 
 HARD = {
@@ -63,7 +72,7 @@ HARD = {
     "top_p": 1.0,
     "prompts_per_step": 12,
     "lr": 1e-3,
-    "fall": 0.8,
+    "lr_decay": 0.8,
     "iterations": 30,
 }
 SOFT = {
@@ -72,7 +81,7 @@ SOFT = {
     "top_p": 1.0,
     "prompts_per_step": 4,
     "lr": 7e-4,
-    "fall": 0.5,
+    "lr_decay": 0.5,
     "iterations": 60,
 }
 # what is not given on the command line, by algorithm; 1 and 3 with r_t estimated from samples
@@ -175,7 +184,7 @@ class TextConfig(JudgeOptions):
         for stage in self.stages():
             check_positive(eta=stage.eta, iterations=stage.iterations)
             check_regularization(stage.tau, stage.eta)
-            self.practice(stage)
+            self.sampling(stage)
             if stage.algorithm in (1, 3) and stage.samples < 2:
                 raise ValueError(
                     f"samples is {stage.samples}; expected at least 2, each other's opponents"
@@ -257,10 +266,10 @@ class TextConfig(JudgeOptions):
             for number in self.algorithms()
         ]
 
-    def practice(self, stage: SimpleNamespace) -> Practice:
+    def sampling(self, stage: SimpleNamespace) -> SamplingSettings:
         """The settings of the algorithm's loop."""
         trained = TRAINED if stage.algorithm in (1, 3) else None
-        return Practice(
+        return SamplingSettings(
             stage.samples,
             stage.temperature,
             stage.top_p,
@@ -268,8 +277,9 @@ class TextConfig(JudgeOptions):
             replay=stage.replay,
             prompts_per_step=stage.prompts_per_step,
             learning_rate=stage.lr,
-            fall=stage.fall,
-            trained=trained,
+            learning_rate_decay=stage.lr_decay,
+            trained_samples=trained,
+            seed=stage.seed,
         )
 
     def transformer(self, tokens: int) -> Config:
@@ -286,8 +296,7 @@ class TextConfig(JudgeOptions):
         return TextPolicy(model, tokenizer, self.max_new_tokens)
 
 
-# --- The run
-# ---------------------------------------------------------------------------------------
+# --- The run --------------------------------------------------------------------------------------
 
 
 def different(prompt: str, count: int, draw: random.Random) -> list[str]:
@@ -409,18 +418,14 @@ def loop_of(
     policy: TextPolicy,
     judging: Judging,
     validation: Validation,
-    **common: Any,
-) -> Iterator[dno.Round]:
+    start: dno.SampledStart,
+    remember: Remember,
+) -> Iterator[dno.SampledIteration]:
     """The generator of the stage's algorithm."""
-    first = (
-        policy,
-        judging.judge,
-        judging.data(config, stage.algorithm in (2, 4)),
-        stage.eta,
-        stage.iterations,
-    )
+    data = judging.data(config, stage.algorithm in (2, 4))
+    first = (*recalling(policy, judging.judge, data, remember), stage.eta, stage.iterations)
     regularized = {"tau": stage.tau, "move_reference_every": stage.move_reference_every}
-    common |= {"settings": config.practice(stage), "seed": config.seed}
+    common = {"settings": config.sampling(stage), "start": start}
     if stage.algorithm in (1, 3):
         return algorithm3_sampled(*first, validation, **regularized, **common)
     rule = RULES[stage.rule](stage.margin)
@@ -463,7 +468,7 @@ def train_stage(
             {
                 "policy": policy.state_dict(),
                 "optimizer": like(optimizer),
-                "round": dno.Round,
+                "round": dno.SampledIteration,
                 "pi_ref": dict | None,
                 "validation": found,
             },
@@ -475,16 +480,14 @@ def train_stage(
             pi_ref.load_state_dict(run.state["pi_ref"])
         after = replace(run.state["round"], pi_ref=pi_ref)
         validation.restore(run.state["validation"])
-    remember = lambda t, phase, *call: run.remember([number, t], phase, *call)  # noqa: E731
     loop = loop_of(
         stage,
         config,
         policy,
         judging,
         validation,
-        optimizer=optimizer,
-        after=after,
-        remember=remember,
+        dno.SampledStart(optimizer, after),
+        lambda t, phase, *call: run.remember([number, t], phase, *call),
     )
     print(
         f"\nAlgorithm {stage.algorithm}, eta {stage.eta:g}"
@@ -525,7 +528,7 @@ def train_stage(
                 "policy": policy.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "round": replace(it, pi_ref=None),
-                "pi_ref": it.pi_ref.state_dict() if it.pi_ref else None,
+                "pi_ref": bare(it.pi_ref).state_dict() if it.pi_ref else None,
                 "validation": validation.state(),
             },
         )
@@ -599,8 +602,7 @@ def run_text(config: TextConfig) -> None:
     print(f"\n{time.perf_counter() - start:.0f} s. Figure and metrics: {run.out}")
 
 
-# --- What comes out
-# --------------------------------------------------------------------------------
+# --- What comes out -------------------------------------------------------------------------------
 
 
 HEADINGS = {

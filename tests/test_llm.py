@@ -27,7 +27,7 @@ from experiments.validation import KINDS, ChatValidation, alarms
 from judge.ledger import for_terminal
 from judge.synthetic import TasteJudge
 from model import Cache, Config, Transformer, choose, grouped_attention, token_log_prob
-from pairs import Groups, Practice, form_pairs
+from pairs import Groups, SamplingSettings, form_pairs
 
 tokenizers = pytest.importorskip("tokenizers")
 PROMPTS = [
@@ -420,7 +420,7 @@ def test_gradients_of_pieces_add_up_to_the_batchs(directory):
     weights = {}
     for at_once in (None, 1, 3):
         policy = policy_of(directory)
-        settings = Practice(at_once=at_once, prompts_per_step=4, max_grad_norm=1e9)
+        settings = SamplingSettings(prompts_at_once=at_once, prompts_per_step=4, max_grad_norm=1e9)
         D = dno.with_reference(groups_and_pairs()[1], policy)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         fit = dno.fit_pairs(
@@ -445,7 +445,7 @@ def test_what_bfloat16_recorded_is_not_the_losss_reference(directory):
     policy = policy_of(directory)
     for recorded in (True, False):
         groups = dno.sample_groups(
-            policy, PROMPTS[:2], None, Practice(samples=2, recorded=recorded), seed=0
+            policy, PROMPTS[:2], None, SamplingSettings(samples=2, use_recorded=recorded), seed=0
         )
         assert groups.log_pi_t.isnan().all() == (not recorded)
     D = dno.with_reference(form_pairs(groups, torch.zeros(2, 2), torch.tensor([[0, 0, 1]])), policy)
@@ -459,7 +459,7 @@ def test_a_gradient_that_is_not_finite_stops_with_its_batch(directory):
         policy.model.norm.weight[0] = float("nan")
     with pytest.raises(dno.NotFinite, match="step 1") as caught:
         dno.fit_pairs(
-            policy, D, dno.hard_targets(1.0), dno.adam(policy), Practice(), 1e-3, torch.Generator()
+            policy, D, dno.hard_targets(1.0), dno.adam(policy), SamplingSettings(), 1e-3, torch.Generator()
         )
     assert caught.value.batch.prompts
 

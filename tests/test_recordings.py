@@ -12,7 +12,7 @@ from judge.endpoint import Endpoint
 from judge.ledger import Refused
 from model import TabularPolicy
 from oracle import OpenAIJudge, OpenAITeacher
-from pairs import Groups, Practice, large_margin_pairs
+from pairs import Groups, SamplingSettings, large_margin_pairs
 from recordings.record import ASKED, comparisons
 
 FOLDER = Path(__file__).parent.parent / "recordings"
@@ -51,7 +51,7 @@ def test_algorithm_2_runs_on_recorded_judgments_and_learns_what_the_judge_prefer
     is lowest."""
     oracle = OverTexts(OpenAIJudge(recorded, "pairwise"))
     policy, prompts = TabularPolicy(len(ASKED), 4), list(range(len(ASKED))) * 8
-    settings = Practice(
+    settings = SamplingSettings(
         samples=5,
         temperature=1.0,
         top_p=1.0,
@@ -71,7 +71,7 @@ def test_algorithm_2_runs_on_recorded_judgments_and_learns_what_the_judge_prefer
             settings=settings,
         )
     )
-    assert all(len(it.chosen) > 50 for it in rounds)
+    assert all(len(it.pairs) > 50 for it in rounds)
     groups = Groups(
         list(range(len(ASKED))), [list(range(4))] * len(ASKED), torch.zeros(len(ASKED), 4)
     )

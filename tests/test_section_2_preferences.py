@@ -18,7 +18,7 @@ from oracle import (
     random_game,
     rock_paper_scissors,
 )
-from pairs import Practice
+from pairs import SamplingSettings
 
 
 def loops(P, pi, pi_prime, rho):
@@ -599,7 +599,7 @@ def test_a_number_that_float32_cannot_invert_or_that_is_none_is_refused(bad):
         lambda: regularized.regularized_gap(P, pi, pi, bad),
         lambda: next(dno.algorithm1(TabularPolicy(2, 3), P, bad, 1)),
         lambda: next(regularized.algorithm3(TabularPolicy(2, 3), P, bad, 1, 0.0)),
-        lambda: Practice(temperature=bad),
+        lambda: SamplingSettings(temperature=bad),
     ):
         with pytest.raises(ValueError, match=error):
             function()

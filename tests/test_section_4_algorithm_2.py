@@ -18,7 +18,7 @@ from oracle import PreferenceTable, random_game, rock_paper_scissors
 from pairs import (
     Groups,
     Pairs,
-    Practice,
+    SamplingSettings,
     all_pairs,
     best_against_worst,
     demote_repetitions,
@@ -39,7 +39,7 @@ PLAIN = {
     "ngram": 0,
     "max_grad_norm": 1e9,
 }  # samples of pi_t itself, nothing filtered or cut
-SMALL = Practice(samples=3, prompts_per_step=2, learning_rate=0.1, replay=0.5, **PLAIN)
+SMALL = SamplingSettings(samples=3, prompts_per_step=2, learning_rate=0.1, replay=0.5, **PLAIN)
 TEXTS = ["a b c d", "e f", "a b c a b c", "a a a a"]  # the last two repeat a run of three words
 
 
@@ -377,8 +377,8 @@ def test_prompts_whose_judgments_failed_are_not_trained_on(algorithm):
             algorithm, TabularPolicy(2, 4), Sick(P), [0, 1] * 10, [3] * 20, rule=0.0, settings=SMALL
         )
     )
-    assert len(it.chosen) > 10
-    assert {it.groups.prompts[x] for x in it.chosen[:, 0].tolist()} == {0}
+    assert len(it.pairs) > 10
+    assert {it.groups.prompts[x] for x in it.pairs[:, 0].tolist()} == {0}
     assert it.r_t[1::2].isnan().all()
     assert not it.r_t[::2].isnan().any()
     assert math.isfinite(it.loss)
@@ -407,11 +407,11 @@ def test_section_5_ranks_by_the_points_that_the_judge_gives():
     )
     points = torch.tensor(it.groups.responses) + 2
     assert torch.equal(it.r_t, points.double())
-    led = [(points[x, i] - points[x, j], points[x, i], i) for x, i, j in it.chosen.tolist()]
+    led = [(points[x, i] - points[x, j], points[x, i], i) for x, i, j in it.pairs.tolist()]
     assert len(led) > 20
     assert all(best >= 5 and lead >= (2 if i == 5 else 1) for lead, best, i in led)
     with pytest.raises(ValueError, match="judgments is 'points'"):
-        Practice(judgments="points")
+        SamplingSettings(judgments="points")
 
 
 # --- C18: line 6 ---
@@ -583,7 +583,7 @@ def test_C18_algorithm_2_demotes_the_repetitions_among_its_samples(ngram, expect
     for certain."""
     P = torch.full((1, 4, 4), 0.5, dtype=torch.float64)
     P[0, 3, :3], P[0, :3, 3] = 1.0, 0.0
-    settings = Practice(samples=5, ngram=ngram, judgments="probabilities")
+    settings = SamplingSettings(samples=5, ngram=ngram, judgments="probabilities")
     it = next(
         start(
             "2",
@@ -596,8 +596,8 @@ def test_C18_algorithm_2_demotes_the_repetitions_among_its_samples(ngram, expect
             words=lambda y: TEXTS[y].split(),
         )
     )
-    assert {it.groups.responses[x][i] for x, i, _ in it.chosen.tolist()} == expected
-    assert {it.groups.responses[x][j] for x, _, j in it.chosen.tolist()} == (
+    assert {it.groups.responses[x][i] for x, i, _ in it.pairs.tolist()} == expected
+    assert {it.groups.responses[x][j] for x, _, j in it.pairs.tolist()} == (
         {2, 3} if ngram else {0, 1, 2}
     )
 
@@ -693,7 +693,7 @@ def test_at_most_30_percent_of_the_last_iterations_new_pairs_are_replayed_then_1
     3, 0 (of .75) of t - 4. Their reference is what pi_t says of them, not what was recorded when
     they were sampled. Only new pairs are kept for later."""
     policy = TabularPolicy(20, 3)
-    settings = Practice(
+    settings = SamplingSettings(
         samples=5, replay_iterations=back, prompts_per_step=4, learning_rate=0.1, **PLAIN
     )
     run = dno.algorithm2(
@@ -721,7 +721,7 @@ def test_at_most_30_percent_of_the_last_iterations_new_pairs_are_replayed_then_1
 def test_a_response_is_scored_once_a_batch_however_many_its_pairs():
     """6 responses a prompt make 15 pairs. Before the epoch pi_t scores the gold responses, whose
     log_pi_t nobody recorded."""
-    policy, settings = Spy(8, 4), Practice(samples=5, prompts_per_step=3, **PLAIN)
+    policy, settings = Spy(8, 4), SamplingSettings(samples=5, prompts_per_step=3, **PLAIN)
     it = next(
         start(
             "2",
@@ -733,7 +733,7 @@ def test_a_response_is_scored_once_a_batch_however_many_its_pairs():
             rule=lambda r, usable: all_pairs(r),
         )
     )
-    assert (len(it.chosen), it.steps, policy.scored) == (8 * 15, 3, [8, 18, 18, 12])
+    assert (len(it.pairs), it.steps, policy.scored) == (8 * 15, 3, [8, 18, 18, 12])
 
 
 # --- C19: line 7 ---
@@ -774,7 +774,7 @@ def test_C19_eq_13_and_one_step_on_it_are_dpo_with_reference_pi_t_and_beta_eta(b
         (norm / 2, gradient / 2, 1e-5 * norm),
     ]:  # PyTorch: norm + 1e-6
         policy.logits.data.copy_(before)
-        settings = Practice(**{**PLAIN, "max_grad_norm": longest})
+        settings = SamplingSettings(**{**PLAIN, "max_grad_norm": longest})
         fit = dno.fit_pairs(
             policy, D, dno.hard_targets(beta), sgd(policy), settings, 0.25, torch.Generator()
         )
@@ -799,8 +799,8 @@ def test_C19_an_iteration_is_dpo_from_pi_t_on_new_and_replayed_pairs(
     policy, eta, tau = Shared(9, 4), 0.7, 0.2
     policy.logits.data = random_policy(9, 4, 0).log()
     logits, log_pi_1 = policy.logits.detach().clone(), policy.log_probs().detach()
-    settings = Practice(
-        samples=4, replay=replay, prompts_per_step=per_step, learning_rate=3.0, fall=0.5, **PLAIN
+    settings = SamplingSettings(
+        samples=4, replay=replay, prompts_per_step=per_step, learning_rate=3.0, learning_rate_decay=0.5, **PLAIN
     )
     prompts = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     run = start(
@@ -816,7 +816,7 @@ def test_C19_an_iteration_is_dpo_from_pi_t_on_new_and_replayed_pairs(
         optimizer=sgd(policy),
     )
     for it, rate in zip(run, [3.0, 2.25, 1.5], strict=True):  # falls by half over the iterations
-        (D, log_pi), chosen, own = fitted[-1], it.chosen.tolist(), prompts[it.t - 1]
+        (D, log_pi), chosen, own = fitted[-1], it.pairs.tolist(), prompts[it.t - 1]
         pairs, ys = listed(D), it.groups.responses
         assert pairs[: len(chosen)] == [(own[x], ys[x][i], ys[x][j]) for x, i, j in chosen]
         assert {x // 3 for x, _, _ in pairs} == set(range(it.t) if replay else [it.t - 1])
@@ -875,7 +875,7 @@ def test_pi_t_stays_frozen_during_the_epoch():
         return dno.contrastive_loss(log_ratio1, log_ratio2, 1.0)
 
     fit = dno.fit_pairs(
-        policy, D, loss, sgd(policy), Practice(**PLAIN, prompts_per_step=1), 0.5, torch.Generator()
+        policy, D, loss, sgd(policy), SamplingSettings(**PLAIN, prompts_per_step=1), 0.5, torch.Generator()
     )
     assert (seen[1][0] - seen[0][0]).abs().max() > 0.05
     for log_pi, *log_ratios in seen:
@@ -892,7 +892,7 @@ def test_pi_t_stays_frozen_during_the_epoch():
 def test_what_is_recorded_of_a_sample_is_pi_t_whatever_the_temperature_and_top_p():
     policy = tabular(random_policy(3, 6, 0))
     groups = dno.sample_groups(
-        policy, [0, 1, 2, 1], [5, 4, 3, 2], Practice(samples=8, temperature=0.7, top_p=0.9), seed=1
+        policy, [0, 1, 2, 1], [5, 4, 3, 2], SamplingSettings(samples=8, temperature=0.7, top_p=0.9), seed=1
     )
     assert [(len(ys), ys[-1]) for ys in groups.responses] == [(9, 5), (9, 4), (9, 3), (9, 2)]
     for x, ys, recorded in zip(groups.prompts, groups.responses, groups.log_pi_t, strict=True):
@@ -901,7 +901,7 @@ def test_what_is_recorded_of_a_sample_is_pi_t_whatever_the_temperature_and_top_p
     unequal = tabular(torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64))
     for likeliest_only in ({"top_p": 0.5}, {"temperature": 0.01}):
         groups = dno.sample_groups(
-            unequal, [0], None, Practice(samples=20, **likeliest_only), seed=0
+            unequal, [0], None, SamplingSettings(samples=20, **likeliest_only), seed=0
         )
         assert groups.responses == [[0] * 20]
         assert (groups.log_pi_t.exp() - 0.6).abs().max() < EXACT
@@ -912,7 +912,7 @@ def test_no_gradient_flows_through_pi_t_nor_r_t(kind):
     """At pi = pi_t, eta = 1, the gradient of Eq. (8) is that of (1/2 - z) log pi(y1)/pi(y2).
     Through pi_t as well it were 0."""
     P, policy = rock_paper_scissors(0.1, 0.2, 0.3).P.clone().requires_grad_(), kind(1, 3)
-    settings = Practice(samples=4, **PLAIN)
+    settings = SamplingSettings(samples=4, **PLAIN)
     it = next(
         start(
             "3",
@@ -925,13 +925,13 @@ def test_no_gradient_flows_through_pi_t_nor_r_t(kind):
         )
     )
     expected = torch.zeros(3, dtype=torch.float64)
-    for x, i, j in it.chosen.tolist():
+    for x, i, j in it.pairs.tolist():
         z, (y1, y2) = (
             torch.sigmoid(it.r_t[x, i] - it.r_t[x, j]).detach(),
             (it.groups.responses[x][k] for k in (i, j)),
         )
-        expected[y1] += (0.5 - z) / len(it.chosen)
-        expected[y2] -= (0.5 - z) / len(it.chosen)
+        expected[y1] += (0.5 - z) / len(it.pairs)
+        expected[y2] -= (0.5 - z) / len(it.pairs)
     assert (policy.logits.grad[0] - expected).abs().max() < EXACT
     assert expected.abs().max() > 1e-3
     assert P.grad is None
@@ -942,8 +942,8 @@ def test_the_learning_rate_falls_to_0_within_an_iteration_and_by_its_share_from_
     optimizer = dno.adam(policy)
     step = optimizer.step
     optimizer.step = lambda: (rates.append(optimizer.param_groups[0]["lr"]), step())
-    settings = Practice(
-        samples=3, prompts_per_step=2, learning_rate=0.1, fall=0.8, replay=0.0, **PLAIN
+    settings = SamplingSettings(
+        samples=3, prompts_per_step=2, learning_rate=0.1, learning_rate_decay=0.8, replay=0.0, **PLAIN
     )
     list(
         start(
@@ -962,7 +962,7 @@ def test_the_learning_rate_falls_to_0_within_an_iteration_and_by_its_share_from_
 
 
 def test_the_learning_rate_of_iteration_t_by_hand():
-    settings = Practice(learning_rate=0.1, fall=0.8)
+    settings = SamplingSettings(learning_rate=0.1, learning_rate_decay=0.8)
     assert [settings.rate(t, 3) for t in (1, 2, 3)] == pytest.approx([0.1, 0.06, 0.02])
     assert [settings.rate(t, 2) for t in (1, 2)] == pytest.approx([0.1, 0.02])
     assert settings.rate(1, 1) == pytest.approx(0.1)
@@ -977,7 +977,7 @@ def test_the_loss_of_a_single_pair_is_its_own():
         torch.tensor([[0, 0, 1]]),
     )
     fit = dno.fit_pairs(
-        policy, D, dno.hard_targets(1.0), sgd(policy), Practice(**PLAIN), 0.1, torch.Generator()
+        policy, D, dno.hard_targets(1.0), sgd(policy), SamplingSettings(**PLAIN), 0.1, torch.Generator()
     )
     assert fit == {"loss": pytest.approx(math.log(2), abs=EXACT), "steps": 1, "chosen_log_ratio": 0}
 
@@ -1104,7 +1104,7 @@ def test_an_iteration_without_pairs_leaves_the_policy_as_it_is(name, tau):
     for it in start(
         name, policy, rock_paper_scissors(), [0], [1], T=2, tau=tau, rule=2.0, settings=SMALL
     ):
-        assert (it.loss, it.steps, len(it.chosen), it.best.t) == (0, 0, 0, 1)
+        assert (it.loss, it.steps, len(it.pairs), it.best.t) == (0, 0, 0, 1)
     assert (policy.logits == 0).all()
 
 
@@ -1194,7 +1194,7 @@ def test_algorithm_4_samples_from_pi_t_or_the_normalised_mixture_and_refers_to_t
     reference moves after it."""
     policy, tau, eta = Mixable(1, 4), 0.3, 0.5
     policy.logits.data = torch.tensor([[1.5, 0.0, 0.0, -1.0]], dtype=torch.float64)
-    settings = Practice(samples=2, prompts_per_step=600, learning_rate=0.3, fall=0.0, **PLAIN)
+    settings = SamplingSettings(samples=2, prompts_per_step=600, learning_rate=0.3, learning_rate_decay=0.0, **PLAIN)
     records = list(
         start(
             f"4-{option}",
@@ -1228,11 +1228,11 @@ def test_one_iteration_of_algorithm_3_with_many_samples_is_soft_policy_iteration
     """K = 32, 1,200 groups, 8 of each trained on. TV to Eq. (9): at most 0.0045 over 8 seeds; the
     step is 0.043."""
     policy, eta = tabular(COMAL_START), 1.0
-    settings = Practice(samples=32, prompts_per_step=12, learning_rate=0.05, trained=8, **PLAIN)
+    settings = SamplingSettings(samples=32, prompts_per_step=12, learning_rate=0.05, trained_samples=8, **PLAIN)
     it = next(
         start("3", policy, PreferenceTable(COMAL), [0] * 1200, eta=eta, tau=0.0, settings=settings)
     )
-    assert len(it.chosen) == 1200 * 28
+    assert len(it.pairs) == 1200 * 28
     target = COMAL_START * ((COMAL @ COMAL_START[0]) / eta).exp()
     target /= target.sum()
     assert float((target - COMAL_START).abs().sum() / 2) > 0.04
@@ -1245,8 +1245,8 @@ def test_on_a_cycle_the_last_iterate_of_algorithm_3_with_a_moving_reference_near
     oracle, late = PreferenceTable(COMAL), {}
     for name, samples in {"3": 32, "2": 5}.items():
         policy = tabular(COMAL_START)
-        settings = Practice(
-            samples=samples, prompts_per_step=4, learning_rate=0.05, trained=8, **PLAIN
+        settings = SamplingSettings(
+            samples=samples, prompts_per_step=4, learning_rate=0.05, trained_samples=8, **PLAIN
         )
         run = start(
             name,
@@ -1283,17 +1283,17 @@ def test_the_defaults_are_those_of_section_5_and_where_it_has_none_those_of_the_
         "at_once": None,
         "trained": None,
     }
-    assert asdict(Practice()) == section_5 | ours
+    assert asdict(SamplingSettings()) == section_5 | ours
 
 
 def test_what_holds_for_shares_and_counts_at_their_bounds_is_accepted():
-    Practice(top_p=1.0, replay=1.0, fall=1.0, replay_iterations=0, trained=2)
-    Practice(replay=0.0, fall=0.0, trained=None)
+    SamplingSettings(top_p=1.0, replay=1.0, learning_rate_decay=1.0, replay_iterations=0, trained_samples=2)
+    SamplingSettings(replay=0.0, learning_rate_decay=0.0, trained_samples=None)
 
 
 @pytest.mark.parametrize(
     "kind",
-    [dno.Regression, dno.Iteration, Groups, Practice, Pairs, dno.Best, dno.Round, solvers.Solution],
+    [dno.Regression, dno.ExactIteration, Groups, SamplingSettings, Pairs, dno.Best, dno.SampledIteration, solvers.Solution],
 )
 def test_no_record_and_no_settings_can_be_changed_afterwards(kind):
     """The settings are default arguments, shared by all calls; records of one iteration are kept by
@@ -1327,7 +1327,7 @@ def test_no_record_and_no_settings_can_be_changed_afterwards(kind):
 )
 def test_bad_practice_is_one_clear_error_that_names_the_value(bad, message):
     with pytest.raises(ValueError, match=message):
-        Practice(**bad)
+        SamplingSettings(**bad)
 
 
 @pytest.mark.parametrize(

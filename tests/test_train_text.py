@@ -48,7 +48,7 @@ from experiments.settings import parse
 from experiments.text import TextConfig
 from experiments.validation import KINDS, Validation
 from oracle import RegisterJudge
-from pairs import Practice
+from pairs import SamplingSettings
 from text import make_tokenizer
 from world import CLASSES, HELD_OUT, TRAINING, classify, prompt_class, topic
 
@@ -887,7 +887,7 @@ def begin(finished):
     iteration, 2 iterations."""
 
     def make(iterations=2, margin=MARGIN, prompts=8, **practice):
-        settings = Practice(
+        settings = SamplingSettings(
             **{
                 "temperature": 1.0,
                 "top_p": 1.0,
@@ -928,7 +928,7 @@ def chosen(it):
     """The same of an iteration's new pairs."""
     responses = it.groups.responses
     return Counter(
-        (it.groups.prompts[x], responses[x][i], responses[x][j]) for x, i, j in it.chosen.tolist()
+        (it.groups.prompts[x], responses[x][i], responses[x][j]) for x, i, j in it.pairs.tolist()
     )
 
 
@@ -953,7 +953,7 @@ def test_every_method_trains_pi_1_and_has_it_validated_first_and_after_each_iter
 
 def test_of_spin_the_pairs_are_gold_over_each_student_and_nothing_else(begin):
     for it in spin(begin()):
-        assert it.chosen.tolist() == [[x, K, student] for x in range(8) for student in range(K)]
+        assert it.pairs.tolist() == [[x, K, student] for x in range(8) for student in range(K)]
         gold = demonstrations(5, 8)(it.t)[1]
         assert [ys[K] for ys in it.groups.responses] == gold
 
@@ -962,8 +962,8 @@ def test_of_restrictive_the_pairs_are_those_of_dno_in_which_the_teacher_is_first
     its, dno_1 = list(dno_restrictive(begin())), next(dno_practical(begin()))
     assert its[0].chosen.tolist() == [pair for pair in dno_1.chosen.tolist() if pair[1] == K]
     for it in its:
-        assert len(it.chosen) > 0
-        assert all(first == K and second < K for _, first, second in it.chosen.tolist())
+        assert len(it.pairs) > 0
+        assert all(first == K and second < K for _, first, second in it.pairs.tolist())
     assert len(its[0].chosen) < len(dno_1.chosen)
 
 
@@ -1020,11 +1020,11 @@ def test_the_step_of_sft_on_positives_is_along_the_likelihood_of_each_pairs_bett
         begin().policy,
     )
     (it,) = sft_on_positives(start)
-    times = Counter((x, i) for x, i, _ in it.chosen.tolist())
+    times = Counter((x, i) for x, i, _ in it.pairs.tolist())
     assert len(set(times.values())) > 1, "some are the better one of more pairs than others"
     for (x, i), n in times.items():
         log_prob = pi_1.log_prob([it.groups.prompts[x]], [it.groups.responses[x][i]]).sum()
-        (-n / len(it.chosen) * log_prob).backward()
+        (-n / len(it.pairs) * log_prob).backward()
     largest = max(parameter.grad.abs().max().item() for parameter in pi_1.parameters())
     for before, after in zip(pi_1.parameters(), start.policy.parameters(), strict=True):
         assert (before - after - before.grad).abs().max() < DOUBLE * largest
@@ -1056,7 +1056,7 @@ def test_soft_targets_look_at_no_teacher_and_at_as_many_responses_as_the_others(
     for it in soft_targets_moving_reference(start):
         assert [len(ys) for ys in it.groups.responses] == [K + 1] * 8
         assert not gold & {y for ys in it.groups.responses for y in ys}
-        assert it.chosen.tolist() == [
+        assert it.pairs.tolist() == [
             [x, i, j] for x in range(8) for i in range(6) for j in range(i + 1, 6)
         ]
 
