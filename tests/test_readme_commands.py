@@ -105,7 +105,7 @@ def train_chat_model(do, command, server, monkeypatch):
         do(
             re.sub(r"--model \S+", f"--model {make_model('tiny')}", command),
             SHORT,
-            "--train-prompts 8 --at-once 8",
+            "--train-prompts 8 --prompts-at-once 8",
         )
         == 0
     )

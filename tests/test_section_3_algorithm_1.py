@@ -189,11 +189,8 @@ def test_the_learning_rate_falls_linearly_within_an_iteration_and_starts_anew():
     step = optimizer.step
     optimizer.step = lambda: (rates.append(optimizer.param_groups[0]["lr"]), step())
     settings = dno.Regression(steps=4, pairs=8, learning_rate=0.1)
-    list(
-        dno.algorithm1(
-            policy, rock_paper_scissors().P, 1.0, 2, settings=settings, optimizer=optimizer
-        )
-    )
+    start = dno.ExactStart(optimizer, torch.Generator())
+    list(dno.algorithm1(policy, rock_paper_scissors().P, 1.0, 2, settings=settings, start=start))
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025] * 2)
 
 
@@ -218,7 +215,9 @@ def test_a_step_of_line_4_is_no_longer_than_the_rate_times_the_longest_gradient(
 def test_without_a_generator_D_t_is_drawn_from_seed_0(algorithm):
     P, lasts = rock_paper_scissors(0.4, 0.3, 0.2).P, []
     for generator in (None, torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)):
-        *_, last = algorithm(TabularPolicy(1, 3), P, 1.0, 2, settings=SMALL, generator=generator)
+        policy = TabularPolicy(1, 3)
+        start = dno.ExactStart(dno.adam(policy), generator) if generator else None
+        *_, last = algorithm(policy, P, 1.0, 2, settings=SMALL, start=start)
         lasts.append(last.log_pi_next)
     assert torch.equal(lasts[0], lasts[1])
     assert not torch.equal(lasts[0], lasts[2])
@@ -266,7 +265,7 @@ def test_a_loop_resumed_after_any_iteration_is_the_uninterrupted_one(algorithm):
     P, T = random_feature_game(2, 9, seed=0).P, 5
 
     def run(policy, optimizer, generator, after=None):
-        common = {"settings": SMALL, "optimizer": optimizer, "generator": generator, "after": after}
+        common = {"settings": SMALL, "start": dno.ExactStart(optimizer, generator, after)}
         if algorithm == 1:
             return dno.algorithm1(policy, P, 0.5, T, **common)
         return regularized.algorithm3(policy, P, 0.5, T, 0.2, move_reference_every=2, **common)

@@ -5,6 +5,7 @@ import copy
 import itertools
 import math
 from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from games import COMAL, COMAL_START, EXACT, random_policy
 import dno
 import regularized
 import solvers
+from experiments.rounds import RecallingPolicy, recalling
 from model import TabularPolicy
 from oracle import PreferenceTable, random_game, rock_paper_scissors
 from pairs import (
@@ -65,11 +67,18 @@ def start(
     rule=0.3,
     validate=lambda: 0.0,
     every=2,
+    optimizer=None,
+    after=None,
+    remember=None,
     **named,
 ):
     """One of the algorithms with samples, by name, on the same prompts in every iteration, or on
     those of prompts(t); rule may be a margin."""
     data = prompts if callable(prompts) else lambda t: (prompts, gold)
+    if optimizer is not None:
+        named["start"] = dno.SampledStart(optimizer, after)
+    if remember is not None:
+        policy, oracle, data = recalling(policy, oracle, data, remember)
     given = (policy, oracle, data, eta, T)
     if name == "3":
         return regularized.algorithm3_sampled(
@@ -209,7 +218,7 @@ def test_C16_the_win_rates_of_algorithm_2_are_unbiased_as_its_outcomes_do_not_de
     total, count = torch.zeros(2, 3, 3, dtype=torch.float64)
     for seed in range(3000):
         it = next(
-            start("2", policy, oracle, [0], [gold], rule=2.0, settings=SMALL, seed=seed)
+            start("2", policy, oracle, [0], [gold], rule=2.0, settings=replace(SMALL, seed=seed))
         )  # no such lead: no training
         place = range(3), it.groups.responses[0][:3]
         total[place] += it.r_t[0, :3]
@@ -233,8 +242,7 @@ def test_every_iteration_and_every_seed_has_chance_of_its_own():
                 [0] * 20,
                 T=3,
                 rule=2.0,
-                settings=SMALL,
-                seed=seed,
+                settings=replace(SMALL, seed=seed),
             )
         ]
         for seed in (0, 1, 0)
@@ -290,8 +298,7 @@ def test_without_a_seed_the_seed_is_0(name):
                 rock_paper_scissors(),
                 [0] * 20,
                 [0] * 20,
-                settings=SMALL,
-                **seed,
+                settings=replace(SMALL, **seed),
             )
         )
         for seed in ({}, {"seed": 0}, {"seed": 1})
@@ -558,7 +565,7 @@ def test_C18_repetitions_are_never_positives_and_are_negatives_whoever_wrote_the
         torch.zeros(2, 3),
     )
     r = torch.tensor([[1.0, 0.5, 0.1], [0.6, 0.0, 0.9]], dtype=torch.float64)
-    demoted, usable = demote_repetitions(r, groups, str.split, 3)
+    demoted, usable = demote_repetitions(r, groups, SamplingSettings(ngram=3))
     assert demoted.tolist() == [[0.0, 0.5, 0.1], [0.6, 0.0, 0.0]]
     assert large_margin_pairs(demoted, usable, 0.4).tolist() == [
         [0, 1, 0],
@@ -568,11 +575,11 @@ def test_C18_repetitions_are_never_positives_and_are_negatives_whoever_wrote_the
     ]
     assert best_against_worst(demoted, usable).tolist() == [[0, 1, 0], [1, 0, 1]]
     assert teacher_pairs(demoted, usable, 0.1).tolist() == [[0, 2, 0]]
-    assert demote_repetitions(r, groups, str.split, 1)[1].tolist() == [
+    assert demote_repetitions(r, groups, SamplingSettings(ngram=1))[1].tolist() == [
         [False, True, True],
         [True, True, False],
     ]
-    as_they_were, usable = demote_repetitions(r, groups, str.split, 0)  # 0: never
+    as_they_were, usable = demote_repetitions(r, groups, SamplingSettings(ngram=0))  # 0: never
     assert torch.equal(as_they_were, r)
     assert usable.all()
 
@@ -583,7 +590,9 @@ def test_C18_algorithm_2_demotes_the_repetitions_among_its_samples(ngram, expect
     for certain."""
     P = torch.full((1, 4, 4), 0.5, dtype=torch.float64)
     P[0, 3, :3], P[0, :3, 3] = 1.0, 0.0
-    settings = SamplingSettings(samples=5, ngram=ngram, judgments="probabilities")
+    settings = SamplingSettings(
+        samples=5, ngram=ngram, judgments="probabilities", words=lambda y: TEXTS[y].split()
+    )
     it = next(
         start(
             "2",
@@ -593,7 +602,6 @@ def test_C18_algorithm_2_demotes_the_repetitions_among_its_samples(ngram, expect
             [3] * 20,
             rule=0.1,
             settings=settings,
-            words=lambda y: TEXTS[y].split(),
         )
     )
     assert {it.groups.responses[x][i] for x, i, _ in it.pairs.tolist()} == expected
@@ -800,7 +808,12 @@ def test_C19_an_iteration_is_dpo_from_pi_t_on_new_and_replayed_pairs(
     policy.logits.data = random_policy(9, 4, 0).log()
     logits, log_pi_1 = policy.logits.detach().clone(), policy.log_probs().detach()
     settings = SamplingSettings(
-        samples=4, replay=replay, prompts_per_step=per_step, learning_rate=3.0, learning_rate_decay=0.5, **PLAIN
+        samples=4,
+        replay=replay,
+        prompts_per_step=per_step,
+        learning_rate=3.0,
+        learning_rate_decay=0.5,
+        **PLAIN,
     )
     prompts = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     run = start(
@@ -843,7 +856,7 @@ def test_the_order_of_the_batches_is_drawn_anew_in_every_iteration_and_for_every
     orders = []
     for seed in (0, 1, 0):
         policy = Spy(8, 3)
-        settings = replace(SMALL, prompts_per_step=1, replay=0.0)
+        settings = replace(SMALL, prompts_per_step=1, replay=0.0, seed=seed)
         run = start(
             name,
             policy,
@@ -851,7 +864,6 @@ def test_the_order_of_the_batches_is_drawn_anew_in_every_iteration_and_for_every
             list(range(8)),
             [0] * 8,
             T=4,
-            seed=seed,
             rule=gold_against_students,
             settings=settings,
         )
@@ -875,7 +887,13 @@ def test_pi_t_stays_frozen_during_the_epoch():
         return dno.contrastive_loss(log_ratio1, log_ratio2, 1.0)
 
     fit = dno.fit_pairs(
-        policy, D, loss, sgd(policy), SamplingSettings(**PLAIN, prompts_per_step=1), 0.5, torch.Generator()
+        policy,
+        D,
+        loss,
+        sgd(policy),
+        SamplingSettings(**PLAIN, prompts_per_step=1),
+        0.5,
+        torch.Generator(),
     )
     assert (seen[1][0] - seen[0][0]).abs().max() > 0.05
     for log_pi, *log_ratios in seen:
@@ -892,7 +910,11 @@ def test_pi_t_stays_frozen_during_the_epoch():
 def test_what_is_recorded_of_a_sample_is_pi_t_whatever_the_temperature_and_top_p():
     policy = tabular(random_policy(3, 6, 0))
     groups = dno.sample_groups(
-        policy, [0, 1, 2, 1], [5, 4, 3, 2], SamplingSettings(samples=8, temperature=0.7, top_p=0.9), seed=1
+        policy,
+        [0, 1, 2, 1],
+        [5, 4, 3, 2],
+        SamplingSettings(samples=8, temperature=0.7, top_p=0.9),
+        seed=1,
     )
     assert [(len(ys), ys[-1]) for ys in groups.responses] == [(9, 5), (9, 4), (9, 3), (9, 2)]
     for x, ys, recorded in zip(groups.prompts, groups.responses, groups.log_pi_t, strict=True):
@@ -943,7 +965,12 @@ def test_the_learning_rate_falls_to_0_within_an_iteration_and_by_its_share_from_
     step = optimizer.step
     optimizer.step = lambda: (rates.append(optimizer.param_groups[0]["lr"]), step())
     settings = SamplingSettings(
-        samples=3, prompts_per_step=2, learning_rate=0.1, learning_rate_decay=0.8, replay=0.0, **PLAIN
+        samples=3,
+        prompts_per_step=2,
+        learning_rate=0.1,
+        learning_rate_decay=0.8,
+        replay=0.0,
+        **PLAIN,
     )
     list(
         start(
@@ -977,7 +1004,13 @@ def test_the_loss_of_a_single_pair_is_its_own():
         torch.tensor([[0, 0, 1]]),
     )
     fit = dno.fit_pairs(
-        policy, D, dno.hard_targets(1.0), sgd(policy), SamplingSettings(**PLAIN), 0.1, torch.Generator()
+        policy,
+        D,
+        dno.hard_targets(1.0),
+        sgd(policy),
+        SamplingSettings(**PLAIN),
+        0.1,
+        torch.Generator(),
     )
     assert fit == {"loss": pytest.approx(math.log(2), abs=EXACT), "steps": 1, "chosen_log_ratio": 0}
 
@@ -1044,8 +1077,7 @@ def four_iterations(name, policy, oracle=random_game(3, 4, seed=0), **named):
         0.5,
         4,
         validate=validate,
-        settings=SMALL,
-        seed=5,
+        settings=replace(SMALL, seed=5),
         **named,
     )
 
@@ -1054,6 +1086,8 @@ def same(a, b):
     """Equal bit for bit, NaN being equal to NaN."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, RecallingPolicy):
+        return same(a.policy, b.policy)
     if isinstance(a, torch.nn.Module):
         return same(list(a.parameters()), list(b.parameters()))
     if is_dataclass(a):
@@ -1090,7 +1124,7 @@ def test_what_was_sampled_and_judged_is_asked_for_in_order_and_not_done_again_if
 
     whole = list(four_iterations(name, first, remember=remember))
     assert list(stored) == [(t, phase) for t in (1, 2, 3, 4) for phase in ("sampled", "judged")]
-    again.sample = oracle = None  # neither can be asked
+    again.sample, oracle = None, SimpleNamespace(prefer=None)  # neither can be asked
     recalled = list(
         four_iterations(name, again, oracle, remember=lambda t, phase, *_: stored[t, phase])
     )
@@ -1153,10 +1187,7 @@ def test_algorithms_4_and_3_told_nothing_else_sample_from_pi_t_keep_their_refere
         ]
         for of_4, of_3 in (
             ({}, {}),
-            (
-                {"option": "I", "move_reference_every": 0, "seed": 0},
-                {"tau": 0.0, "move_reference_every": 0, "seed": 0},
-            ),
+            ({"option": "I", "move_reference_every": 0}, {"tau": 0.0, "move_reference_every": 0}),
         )
     )
     for a, b in zip(plain, told, strict=True):
@@ -1194,7 +1225,9 @@ def test_algorithm_4_samples_from_pi_t_or_the_normalised_mixture_and_refers_to_t
     reference moves after it."""
     policy, tau, eta = Mixable(1, 4), 0.3, 0.5
     policy.logits.data = torch.tensor([[1.5, 0.0, 0.0, -1.0]], dtype=torch.float64)
-    settings = SamplingSettings(samples=2, prompts_per_step=600, learning_rate=0.3, learning_rate_decay=0.0, **PLAIN)
+    settings = SamplingSettings(
+        samples=2, prompts_per_step=600, learning_rate=0.3, learning_rate_decay=0.0, **PLAIN
+    )
     records = list(
         start(
             f"4-{option}",
@@ -1228,7 +1261,9 @@ def test_one_iteration_of_algorithm_3_with_many_samples_is_soft_policy_iteration
     """K = 32, 1,200 groups, 8 of each trained on. TV to Eq. (9): at most 0.0045 over 8 seeds; the
     step is 0.043."""
     policy, eta = tabular(COMAL_START), 1.0
-    settings = SamplingSettings(samples=32, prompts_per_step=12, learning_rate=0.05, trained_samples=8, **PLAIN)
+    settings = SamplingSettings(
+        samples=32, prompts_per_step=12, learning_rate=0.05, trained_samples=8, **PLAIN
+    )
     it = next(
         start("3", policy, PreferenceTable(COMAL), [0] * 1200, eta=eta, tau=0.0, settings=settings)
     )
@@ -1277,23 +1312,36 @@ def test_the_defaults_are_those_of_section_5_and_where_it_has_none_those_of_the_
         "replay_iterations": 4,
         "prompts_per_step": 12,
         "learning_rate": 1e-3,
-        "fall": 0.8,
+        "learning_rate_decay": 0.8,
         "max_grad_norm": 0.05,
-        "recorded": True,
-        "at_once": None,
-        "trained": None,
+        "use_recorded": True,
+        "prompts_at_once": None,
+        "trained_samples": None,
+        "words": str.split,
+        "seed": 0,
     }
     assert asdict(SamplingSettings()) == section_5 | ours
 
 
 def test_what_holds_for_shares_and_counts_at_their_bounds_is_accepted():
-    SamplingSettings(top_p=1.0, replay=1.0, learning_rate_decay=1.0, replay_iterations=0, trained_samples=2)
+    SamplingSettings(
+        top_p=1.0, replay=1.0, learning_rate_decay=1.0, replay_iterations=0, trained_samples=2
+    )
     SamplingSettings(replay=0.0, learning_rate_decay=0.0, trained_samples=None)
 
 
 @pytest.mark.parametrize(
     "kind",
-    [dno.Regression, dno.ExactIteration, Groups, SamplingSettings, Pairs, dno.Best, dno.SampledIteration, solvers.Solution],
+    [
+        dno.Regression,
+        dno.ExactIteration,
+        Groups,
+        SamplingSettings,
+        Pairs,
+        dno.Best,
+        dno.SampledIteration,
+        solvers.Solution,
+    ],
 )
 def test_no_record_and_no_settings_can_be_changed_afterwards(kind):
     """The settings are default arguments, shared by all calls; records of one iteration are kept by
@@ -1309,23 +1357,26 @@ def test_no_record_and_no_settings_can_be_changed_afterwards(kind):
         ({"prompts_per_step": 0}, "prompts_per_step is 0"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"top_p": 0.0}, "top_p is 0"),
-        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm is inf"),
         ({"replay_iterations": -1}, "replay_iterations is -1"),
-        ({"trained": 1}, "trained is 1"),
+        ({"trained_samples": 1}, "trained_samples is 1"),
         ({"samples": 2.5}, r"samples is 2\.5; expected a whole number of at least 1"),
         ({"prompts_per_step": 1.5}, r"prompts_per_step is 1\.5"),
-        ({"at_once": 0}, "at_once is 0"),
-        ({"trained": 2.5}, r"trained is 2\.5; expected a whole number of at least 2"),
+        ({"prompts_at_once": 0}, "prompts_at_once is 0"),
+        (
+            {"trained_samples": 2.5},
+            r"trained_samples is 2\.5; expected a whole number of at least 2",
+        ),
         ({"ngram": -1}, "ngram is -1; expected a whole number of at least 0"),
-        ({"fall": -0.1}, "fall -0.1"),
-        ({"replay": -0.1}, "replay -0.1"),
-        ({"replay": 1.1}, "replay 1.1"),
-        ({"fall": 2.0}, "fall 2"),
+        ({"learning_rate_decay": -0.1}, "learning_rate_decay is -0.1"),
+        ({"replay": -0.1}, "replay is -0.1"),
+        ({"replay": 1.1}, "replay is 1.1"),
+        ({"learning_rate_decay": 2.0}, "learning_rate_decay is 2"),
     ],
 )
-def test_bad_practice_is_one_clear_error_that_names_the_value(bad, message):
+def test_bad_settings_are_one_clear_error_that_names_the_value(bad, message):
     with pytest.raises(ValueError, match=message):
         SamplingSettings(**bad)
 

@@ -35,7 +35,7 @@ LONG = (
     "float32",
     "--iterations",
     "4",
-    "--at-once",
+    "--prompts-at-once",
     "1",
     "--sample-batch",
     "7",

@@ -986,7 +986,7 @@ def test_offline_samples_and_reference_are_those_of_pi_1_in_every_iteration(meth
     start, untouched = begin(), begin().policy
     for t, it in enumerate(method(start), 1):
         sampled, _ = untouched.sample(
-            start.data(t)[0], K, seed=dno.random_numbers(start.seed, t)[0]
+            start.data(t)[0], K, seed=dno.random_numbers(start.settings.seed, t)[0]
         )
         assert [ys[:K] for ys in it.groups.responses] == sampled
         D = fitted[-1][1]
@@ -1001,7 +1001,9 @@ def test_on_policy_samples_and_reference_are_those_of_pi_t(begin, fitted):
     next(its)
     pi_2.load_state_dict(start.policy.state_dict())
     it, D = next(its), fitted[-1][1]
-    sampled, _ = pi_2.sample(start.data(2)[0], K, seed=dno.random_numbers(start.seed, 2)[0])
+    sampled, _ = pi_2.sample(
+        start.data(2)[0], K, seed=dno.random_numbers(start.settings.seed, 2)[0]
+    )
     assert [ys[:K] for ys in it.groups.responses] == sampled
     assert off(D.log_reference, pi_2, D) < DOUBLE
     assert off(D.log_reference, untouched, D) > 0.1
