@@ -584,3 +584,6 @@ def ablations_figure(curves: dict[str, list[list[dict[str, Any]]]]) -> plt.Figur
                 axes.set(xlabel="iteration $t$")
         row[0].set(ylabel=label)
     return figure
+
+
+PRESET = (AblationsConfig, run_ablations)

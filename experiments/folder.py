@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 
@@ -304,10 +306,17 @@ class Run:
             self.keep("checkpoint/phases.pt", {**self.phases, "mark": self.mark})
         return self.phases[phase]
 
-    def figure(self, name: str, figure: plt.Figure) -> None:
-        """Save a figure as a PNG."""
+    def figure(self, name: str, figure: Figure) -> None:
+        """Save a figure of pyplot's as a PNG, and close it."""
+        from matplotlib import pyplot
+
         figure.savefig(self.out / name)
-        plt.close(figure)
+        pyplot.close(figure)
+
+
+def like(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What the state of such an optimizer is to look like, however many steps it has taken."""
+    return {"state": dict, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def check_like(found: Any, like: Any, name: str) -> None:

@@ -26,18 +26,9 @@ from chat.low_rank import add_low_rank
 from chat.policy import ChatPolicy
 from chat.team import SharedJudge, Team, part_of, whole
 from chat.template import Chat
-from experiments.folder import Run
+from experiments.folder import Run, like
 from experiments.judging import Judging, open_judge
-from experiments.rounds import (
-    CLASSES_KEPT,
-    RULES,
-    Remember,
-    bare,
-    followed,
-    like,
-    recalling,
-    written,
-)
+from experiments.rounds import CLASSES_KEPT, RULES, Remember, bare, followed, recalling, written
 from experiments.settings import (
     COMPUTE,
     MOST,
@@ -653,3 +644,6 @@ def show_before_and_after(validation: ChatValidation) -> None:
             (f"pi_{len(validation.samples)}", validation.samples[-1]),
         ):
             print(f"  {name}: {for_terminal(samples[place])[:300]}")
+
+
+PRESET = (LlmConfig, run_llm)

@@ -118,11 +118,6 @@ def written(prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, 
     return [{"prompt": x, "response": y} for x, y in zip(prompts, responses, strict=True)]
 
 
-def like(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What the state of such an optimizer is to look like, however many steps it has taken."""
-    return {"state": dict, "param_groups": optimizer.state_dict()["param_groups"]}
-
-
 Recall = Callable[..., Any]  # (phase, function, *arguments) -> function(*arguments), then or now
 Remember = Callable[..., Any]  # the same with the iteration t before the phase
 

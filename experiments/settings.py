@@ -74,12 +74,8 @@ def parse(argv: list[str], presets: dict[str, type], default: str) -> tuple[str,
     if preset not in presets:
         raise BadInput(f"unknown preset {preset!r}; expected one of {', '.join(presets)}")
     if "-h" in rest or "--help" in rest:
-        print(
-            f"usage: python train.py [PRESET] [--field value ...]\n\npresets: {', '.join(presets)} (default: {default})\n"
-        )
-        for name, config in presets.items():
-            if name == preset or argv[0].startswith("-"):
-                print(options_parser(f"train.py {name}", config).format_help())
+        print(f"usage: python train.py {preset} [--field value ...]\n")
+        print(options_parser(f"train.py {preset}", presets[preset]).format_help())
         sys.exit(0)
     return preset, presets[preset](
         **vars(options_parser(f"train.py {preset}", presets[preset]).parse_args(rest))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import dno
 from experiments.figures import STYLE
-from experiments.folder import Run
+from experiments.folder import Run, like
 from experiments.judging import Judging, judging
 from experiments.rounds import (
     CLASSES_KEPT,
@@ -29,7 +29,6 @@ from experiments.rounds import (
     Remember,
     bare,
     judged_numbers,
-    like,
     recalling,
     round_numbers,
     write_round,
@@ -725,3 +724,6 @@ def text_figure(
         if column not in ("gap_last", "mean_length"):  # whose lines are those of its neighbour
             axes.legend(fontsize=8)
     return figure
+
+
+PRESET = (TextConfig, run_text)

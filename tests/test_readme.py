@@ -68,7 +68,7 @@ def test_errata_are_one_list_E1_to_E8_and_cited_by_these_numbers_alone():
 def test_every_method_is_named_and_every_option_named_exists():
     for method in solvers.METHODS:
         assert f'`"{method}"`' in README
-    configs = [AgreementOptions, *(config for config, _ in train.PRESETS.values())]
+    configs = [AgreementOptions, *(train.preset(name)[0] for name in train.PRESETS)]
     options = {
         "--" + field.name.replace("_", "-") for config in configs for field in fields(config)
     }

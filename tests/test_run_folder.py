@@ -33,9 +33,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs L
 def not_started(monkeypatch):
     """Presets and `agreement` that fail when they are started."""
     fail = lambda *_: pytest.fail("it was started")  # noqa: E731
-    monkeypatch.setattr(
-        train, "PRESETS", {name: (of, fail) for name, (of, _) in train.PRESETS.items()}
-    )
+    monkeypatch.setattr(train, "preset", lambda name, of=train.preset: (of(name)[0], fail))
     monkeypatch.setattr(experiments.agreement, "compare_with_people", fail)
 
 

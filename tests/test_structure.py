@@ -15,7 +15,7 @@ LAYERS = (  # each may import from those above it, and from what stands before i
     "chat.formats chat.gguf chat.hugging_face chat.template chat.scoring chat.low_rank chat.team chat.processes chat.policy "
     "chat.checkpoints",
     "experiments.settings experiments.folder experiments.figures experiments.judging experiments.validation "
-    "experiments.rounds experiments.text experiments.ablations experiments.llm experiments.agreement",
+    "experiments.rounds experiments.game experiments.game_figures experiments.text experiments.ablations experiments.llm experiments.agreement",
     "train",
 )
 ORDER = {
@@ -89,7 +89,13 @@ def loaded_by(module):
     return set(done.stdout.split())
 
 
+HEAVY = {"matplotlib", "openai", "tiktoken", "safetensors", "transformers", "gguf"}
+
+
 def test_the_paper_is_imported_without_what_practice_needs():
-    assert not {"matplotlib", "openai", "tiktoken", "safetensors", "oracle", "model"} & loaded_by(
-        "dno"
-    )
+    assert not (HEAVY | {"oracle", "model", "judge", "chat"}) & loaded_by("dno")
+
+
+def test_the_command_line_imports_a_preset_when_it_is_chosen():
+    loaded = loaded_by("train")
+    assert not (HEAVY | {f"experiments.{name}" for name in ("text", "ablations", "llm")}) & loaded

@@ -18,6 +18,7 @@ from games import LP, random_rho
 import dno
 import solvers
 import train
+from experiments.game import bound
 from oracle import random_feature_game, rock_paper_scissors, style_game
 
 ROOT = Path(__file__).parent.parent
@@ -167,7 +168,7 @@ def test_with_two_threads_the_exact_numbers_are_those_of_one(tmp_path):
 
 
 def test_the_bound_is_that_of_C12_by_hand():
-    assert train.bound(100, 216, 1.0) == pytest.approx(
+    assert bound(100, 216, 1.0) == pytest.approx(
         0.1075056 + 0.25, abs=1e-6
     )  # 2 ln 216 / 100 = 0.10751
 
@@ -466,19 +467,26 @@ def test_a_transitive_game_that_is_still_being_learnt_is_said_to_be(capsys, tmp_
     assert "it is still falling." in capsys.readouterr().out
 
 
-def test_help_lists_presets_and_every_field(capsys):
-    for arguments in (["--help"], ["game", "-h"]):
-        with pytest.raises(SystemExit) as stop:
-            train.main(arguments)
-        assert stop.value.code == 0
-        text = capsys.readouterr().out
-        assert "presets: game" in text
-        for field in fields(train.GameConfig):
-            assert "--" + field.name.replace("_", "-") in text
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_help_on_a_preset_lists_every_field(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main([name, "-h"])
+    said = capsys.readouterr().out
+    assert f"usage: python train.py {name} " in said
+    for field in fields(train.preset(name)[0]):
+        assert "--" + field.name.replace("_", "-") in said
+
+
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_help_lists_the_presets(asked, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main([asked])
+    said = capsys.readouterr().out
+    assert re.findall(r"^  (\w+) ", said, re.M) == ["game", "text", "ablations", "llm"]
 
 
 def test_importing_the_modules_runs_nothing(tmp_path):
-    code = "import dno, model, oracle, runs, train"
+    code = "import dno, model, oracle, regularized, solvers, text, train"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True

@@ -91,16 +91,6 @@ def test_the_readme_explains_every_column_of_a_text_run(finished):
     assert explained == {name for row in rows(finished) for name in row}
 
 
-@pytest.mark.parametrize(
-    ("asked", "shown"),
-    [("--help", {"game", "text", "ablations", "llm"}), ("text --help", {"text"})],
-)
-def test_help_shows_every_preset_or_the_one_asked_for(asked, shown, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        train.main(asked.split())
-    assert set(re.findall(r"usage: train.py (\w+)", capsys.readouterr().out)) == shown
-
-
 def jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
