@@ -19,104 +19,85 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dno import check_preferences
+from dno import Preferences, check_preferences
 from judge.endpoint import Endpoint
 from judge.questions import Question, pairwise_question, scored_question, teacher_question
 from pairs import real_tensor
 from world import VERBS, classify, prompt_class
 
-# how far two answers to the same question may lie apart: float32 rounding, not a matter of opinion
+# Two answers to the same question may differ by float32's rounding, not by opinion.
 AGREEMENT = 1e-5
 
 
-class Oracle(Protocol):
-    """P(a > b | x) for prompts and responses of any kind: texts for a judge, indices for a table."""
+class Oracle(Preferences, Protocol):
+    """P(a > b | x), of texts for a judge, of indices for a table."""
 
-    complementary: (
-        bool  # promises P(a > b) + P(b > a) = 1 exactly; a judge that looks at the order may not
-    )
+    complementary: bool  # promises P(a > b) + P(b > a) = 1; a judge that looks at the order may not
     deterministic: bool  # promises the same answer to the same question
 
-    def prefer(
-        self, prompts: Sequence[Any] | Tensor, a: Sequence[Any] | Tensor, b: Sequence[Any] | Tensor
-    ) -> Tensor:
-        """Probability [B] that response a[i] beats response b[i] to prompts[i], in [0, 1]; NaN if
-        it is not to be had."""
-
-    def win_rates(self, prompt: Any, responses: Sequence[Any] | Tensor) -> Tensor:
-        """For each of n >= 2 responses to one prompt its mean probability of beating one of the n -
-        1 others, [n]."""
+    def win_rates(self, prompt: Any, responses: Any) -> Tensor:
+        """For each of n >= 2 responses to one prompt its mean win rate against the others, [n]."""
 
 
-def check_oracle(
-    oracle: Oracle, prompts: Sequence[Any] | Tensor, responses: Sequence[Any] | Tensor
-) -> None:
-    """Ask about every pair of the responses, for every prompt, and raise ValueError naming the
-    first broken promise: values outside [0, 1]; P(a > b) + P(b > a) != 1 or P(a > a) != 1/2 where
-    `complementary`; a second answer that differs from the first where `deterministic`, also when
-    asked one pair at a time; `win_rates` other than the mean over the others."""
-    n = len(responses)
+def check_oracle(oracle: Oracle, prompts: Any, responses: Any) -> None:
+    """Ask about every pair of the responses, for every prompt.
+
+    ValueError naming the first broken promise: a value outside [0, 1]; P(a > b) + P(b > a) != 1 or
+    P(a > a) != 1/2 where `complementary`; a second answer that differs from the first where
+    `deterministic`, also when pairs are asked one by one; `win_rates` other than the mean over the
+    others."""
     for x in range(len(prompts)):
-        i, j = (
-            index.flatten()
-            for index in torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-        )
-
-        def ask(i: Tensor, j: Tensor, x: int = x) -> Tensor:
-            return oracle.prefer(
-                *(
-                    _pick(*pick)
-                    for pick in ((prompts, [x] * len(i)), (responses, i), (responses, j))
-                )
-            )
-
-        P = ask(i, j).view(n, n)
-        where = f"prompt {x}: "
-        if not ((P >= 0) & (P <= 1)).all():
-            raise ValueError(
-                where
-                + f"prefer gave {P.min():.6g} to {P.max():.6g}; expected probabilities in [0, 1]"
-            )
-        if oracle.complementary and (worst := (P + P.T - 1).abs().max()) > AGREEMENT:
-            raise ValueError(
-                where
-                + f"P(a > b) + P(b > a) is off 1 by {worst:.6g}; expected 1, as it is complementary"
-            )
-        if oracle.deterministic:
-            singly = torch.stack(
-                [ask(i[pair : pair + 1], j[pair : pair + 1])[0] for pair in range(n * n)]
-            ).view(n, n)
-            for name, again in {
-                "asked again": ask(i, j).view(n, n),
-                "asked one by one": singly,
-            }.items():
-                if (worst := (P - again).abs().max()) > AGREEMENT:
-                    raise ValueError(
-                        where
-                        + f"{name}, an answer changed by {worst:.6g}; expected none, as it is deterministic"
-                    )
-            others = (P.sum(1) - P.diagonal()) / (n - 1)
-            rates = oracle.win_rates(_pick(prompts, [x])[0], responses)
-            if rates.shape != (n,) or (worst := (rates - others).abs().max()) > AGREEMENT:
-                raise ValueError(
-                    where + f"win_rates is {rates.tolist()}; expected the means {others.tolist()}"
-                )
+        broken = broken_promise(oracle, prompts, responses, x)
+        if broken is not None:
+            raise ValueError(f"prompt {x}: {broken}")
 
 
-def _pick(items: Sequence[Any] | Tensor, index: Sequence[int] | Tensor) -> Sequence[Any] | Tensor:
-    return (
-        items[torch.as_tensor(index)]
-        if isinstance(items, Tensor)
-        else [items[int(i)] for i in index]
-    )
+def broken_promise(oracle: Oracle, prompts: Any, responses: Any, x: int) -> str | None:
+    """What `check_oracle` finds wrong at prompt number x; None if nothing is."""
+    n = len(responses)
+    pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+
+    def ask(pairs: Tensor) -> Tensor:
+        numbers = ((prompts, torch.full((len(pairs),), x)), *((responses, y) for y in pairs.T))
+        return oracle.prefer(*(take(items, index) for items, index in numbers))
+
+    P = ask(pairs).view(n, n)
+    if not ((P >= 0) & (P <= 1)).all():
+        found = f"{P.min():.6g} to {P.max():.6g}"
+        return f"prefer gave {found}; expected probabilities in [0, 1]"
+    off = (P + P.T - 1).abs().max()
+    if oracle.complementary and off > AGREEMENT:
+        return f"P(a > b) + P(b > a) is off 1 by {off:.6g}; expected 1, as it is complementary"
+    if not oracle.deterministic:
+        return None
+    again = {
+        "asked again": ask(pairs),
+        "asked one by one": torch.cat([ask(p[None]) for p in pairs]),
+    }
+    for name, answers in again.items():
+        change = (P.flatten() - answers).abs().max()
+        if change > AGREEMENT:
+            expected = "expected none, as it is deterministic"
+            return f"{name}, an answer changed by {change:.6g}; {expected}"
+    others = (P.sum(1) - P.diagonal()) / (n - 1)
+    rates = oracle.win_rates(take(prompts, torch.tensor([x]))[0], responses)
+    if rates.shape != (n,) or (rates - others).abs().max() > AGREEMENT:
+        return f"win_rates is {rates.tolist()}; expected the means {others.tolist()}"
+    return None
+
+
+def take(items: Any, index: Tensor) -> Any:
+    """The items of these numbers, of a tensor or a list."""
+    return items[index] if isinstance(items, Tensor) else [items[i] for i in index.tolist()]
 
 
 # --- Tables and games -----------------------------------------------------------------------------
 
 
 class PreferenceTable:
-    """The oracle that knows P [X, Y, Y] by heart. Prompts and responses are indices, as int64
-    tensors [B]. Raises ValueError naming the first bad entry if P is not a preference function."""
+    """The oracle that looks P [X, Y, Y] up. Prompts and responses are indices, int64 [B].
+
+    ValueError naming the first bad entry if P is not a preference function."""
 
     complementary = deterministic = True
 
@@ -134,16 +115,18 @@ class PreferenceTable:
 
 
 def rock_paper_scissors(a: float = 0.4, b: float = 0.4, c: float = 0.4) -> PreferenceTable:
-    """One prompt, three responses in a cycle: P(1 > 2) = 1/2 + a, P(2 > 3) = 1/2 + b, P(3 > 1) =
-    1/2 + c, each in [0, 1/2]. The Nash policy is (b, c, a) / (a + b + c), by the three indifference
-    conditions, if all are positive."""
+    """One prompt, three responses in a cycle.
+
+    P(1 > 2) = 1/2 + a, P(2 > 3) = 1/2 + b, P(3 > 1) = 1/2 + c, with a, b, c in [0, 1/2]. If all are
+    positive, the Nash policy is (b, c, a) / (a + b + c), by the three indifference conditions."""
     edge = torch.tensor([[0.0, a, -c], [-a, 0.0, b], [c, -b, 0.0]], dtype=torch.float64)
     return PreferenceTable((0.5 + edge).unsqueeze(0))
 
 
 def bradley_terry(rewards: Tensor) -> PreferenceTable:
-    """P(y > y') = sigma(r(y) - r(y')) of rewards [X, Y]: transitive, so its Nash policy is the
-    argmax of the reward."""
+    """P(y > y') = sigma(r(y) - r(y')) of rewards [X, Y].
+
+    It is transitive, so that the Nash policy is the argmax of the reward."""
     rewards = real_tensor(rewards, "rewards").double()
     return PreferenceTable(torch.sigmoid(rewards.unsqueeze(-1) - rewards.unsqueeze(-2)))
 
@@ -156,32 +139,31 @@ def _skew(X: int, n: int, generator: torch.Generator) -> Tensor:
 
 def random_game(prompts: int, responses: int, seed: int) -> PreferenceTable:
     """P(y > y') drawn uniformly from [0, 1] for each prompt and pair."""
-    generator = torch.Generator().manual_seed(seed)
-    upper = torch.rand(
-        prompts, responses, responses, generator=generator, dtype=torch.float64
-    ).triu(1)
-    return PreferenceTable(
-        upper + (1 - upper.mT).tril(-1) + 0.5 * torch.eye(responses, dtype=torch.float64)
-    )
+    generator, shape = torch.Generator().manual_seed(seed), (prompts, responses, responses)
+    upper = torch.rand(shape, generator=generator, dtype=torch.float64).triu(1)
+    diagonal = 0.5 * torch.eye(responses, dtype=torch.float64)
+    return PreferenceTable(upper + (1 - upper.mT).tril(-1) + diagonal)
 
 
 def random_feature_game(
     prompts: int, responses: int, seed: int, features: int = 8
 ) -> PreferenceTable:
-    """P = sigma(f A f^T): normal features f [Y, F] shared by the prompts, and for each a
-    skew-symmetric A of entries of order 1/sqrt(F). Intransitive wherever A has rank above 2;
-    responses differ as little as their features do."""
+    """P = sigma(f A f^T), with features f [Y, F] that all prompts share.
+
+    The features are standard normal; each prompt has a skew-symmetric A of its own, with entries of
+    order 1/sqrt(F). Preferences are intransitive wherever A has rank above 2. Responses differ as
+    little as their features do."""
     generator = torch.Generator().manual_seed(seed)
     f = torch.randn(responses, features, generator=generator, dtype=torch.float64)
-    return PreferenceTable(
-        torch.sigmoid(f @ (_skew(prompts, features, generator) / features**0.5) @ f.T)
-    )
+    A = _skew(prompts, features, generator) / features**0.5
+    return PreferenceTable(torch.sigmoid(f @ A @ f.T))
 
 
 def response_styles(vocabulary: int, length: int) -> Tensor:
-    """How far each of the V^L responses leans to each of three styles, [V^L, 3] in [0, 1], rows
-    summing to at most 1: the mean over its words, of which word v leans to style v mod 3 with
-    strength 1 / (1 + v // 3). In lexicographic order."""
+    """How far each of the V^L responses leans to each of three styles, [V^L, 3] in [0, 1].
+
+    Word v leans to style v mod 3 with strength 1 / (1 + v // 3). A response leans as its words do
+    on average, so that rows sum to at most 1. Responses are in lexicographic order."""
     v = torch.arange(vocabulary)
     word = torch.zeros(vocabulary, 3, dtype=torch.float64)
     word[v, v % 3] = 1 / (1 + v // 3).double()
@@ -192,13 +174,13 @@ def response_styles(vocabulary: int, length: int) -> Tensor:
 
 
 def style_game(prompts: int, vocabulary: int, length: int, seed: int) -> PreferenceTable:
-    """The default game of `train.py`: P = sigma(s C_x s'^T + 4 (|s| - |s'|) + 0.3 n_x(y, y')), with
-    s = `response_styles`.
+    """The default game of train.py: P = sigma(s C_x s'^T + 4 (|s| - |s'|) + 0.3 n_x(y, y')).
 
-    C_x makes style 1 beat 2, 2 beat 3 and 3 beat 1 with three strengths of the prompt's own
-    (log-normal, of mean 4); |s|, the sum of the leanings, favours the stronger of two words of a
-    style; n_x, of order 1, is skew-symmetric and random as in `random_feature_game`. So uniform is
-    far from Nash, and the Nash policies are mixed, of several responses, and differ by prompt."""
+    s is `response_styles`. C_x makes style 1 beat 2, 2 beat 3 and 3 beat 1, with three strengths of
+    each prompt's own (log-normal, of mean 4). |s|, the sum of the leanings, favours the stronger of
+    two words of a style. n_x, of order 1, is skew-symmetric and random as in `random_feature_game`.
+    So the uniform policy is far from Nash, and the Nash policies mix several responses and differ
+    by prompt."""
     generator = torch.Generator().manual_seed(seed)
     s = response_styles(vocabulary, length)
     strengths = torch.exp(0.8 * torch.randn(3, prompts, generator=generator, dtype=torch.float64))
@@ -208,30 +190,26 @@ def style_game(prompts: int, vocabulary: int, length: int, seed: int) -> Prefere
     f = torch.randn(len(s), 8, generator=generator, dtype=torch.float64)
     noise = f @ (_skew(prompts, 8, generator) / 8) @ f.T
     weight = s.sum(-1)
-    return PreferenceTable(
-        torch.sigmoid(s @ cycle @ s.T + 4 * (weight[:, None] - weight) + 0.3 * noise)
-    )
+    favour = 4 * (weight[:, None] - weight)
+    return PreferenceTable(torch.sigmoid(s @ cycle @ s.T + favour + 0.3 * noise))
 
 
 # --- A judge of the small world of text -----------------------------------------------------------
 
 
 class RegisterJudge:
-    """The oracle of the world of text: P(a > b | x) = `P`[class of x, class of a, class of b], [3,
-    4, 4]. It looks at the prompt's verb and at the two texts, nothing else (an answer about another
-    topic is none the worse for it).
+    """The oracle of the world of text: P(a > b | x) = `P`[class of x, class of a, class of b].
 
-    To be asked to describe or to explain, vivid beats concise, concise beats precise and precise
-    beats vivid; to praise, each the other way round. Malformed text loses to all. So each class of
-    prompt has a Nash policy of its own, with all registers in its support: for a cycle of edges 1/2
-    + a, 1/2 + b, 1/2 + c it is (b, c, a) / (a + b + c)."""
+    P is [3, 4, 4]. The judge looks at the prompt's verb and at the two texts, and at nothing else:
+    an answer about another topic is as good as any. Where the prompt asks to describe or to
+    explain, vivid beats concise, concise beats precise and precise beats vivid; where it asks to
+    praise, each the other way round. Malformed text loses to all. So each class of prompt has a
+    Nash policy of its own, with all registers in its support: for a cycle of edges 1/2 + a,
+    1/2 + b, 1/2 + c it is (b, c, a) / (a + b + c)."""
 
     complementary = deterministic = True
-    EDGES = (
-        (-0.40, 0.25, -0.30),
-        (-0.35, 0.30, -0.25),
-        (0.25, -0.30, 0.35),
-    )  # concise-vivid, -precise, vivid-precise
+    # P - 1/2 by verb: concise over vivid, concise over precise, vivid over precise
+    EDGES = ((-0.40, 0.25, -0.30), (-0.35, 0.30, -0.25), (0.25, -0.30, 0.35))
 
     def __init__(self) -> None:
         A = torch.full((len(VERBS), 4, 4), 0.0, dtype=torch.float64)
@@ -242,12 +220,8 @@ class RegisterJudge:
 
     def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:
         """P(a > b | x), [B]. ValueError on a prompt that is not of this world."""
-        classes = (
-            [prompt_class(x) for x in prompts],
-            [classify(y) for y in a],
-            [classify(y) for y in b],
-        )
-        return self.P[tuple(torch.tensor(index, dtype=torch.long) for index in classes)]
+        x, y, z = map(prompt_class, prompts), map(classify, a), map(classify, b)
+        return self.P[tuple(torch.tensor([*classes], dtype=torch.long) for classes in (x, y, z))]
 
     def win_rates(self, prompt: str, responses: Sequence[str]) -> Tensor:
         """Mean probability of each of responses [n] of beating one of the n - 1 others, [n]."""
@@ -260,16 +234,19 @@ class RegisterJudge:
 
 
 class OpenAIJudge:
-    """An oracle that asks a language model. A judgment that cannot be had is NaN.
+    """An oracle that asks a language model. A judgment that failed is NaN.
 
-    form "scored" (section 5): the distinct responses of a prompt, at most `candidates` of them,
-    side by side in one request, each given 0 to 6 points; P(a > b) = 1 if a has more points than b,
-    1/2 if as many, 0 if fewer. What a response gets may depend on the others beside it. Their order
-    is shuffled, by the seed and by what they are, never by who asked. form "pairwise": two
-    requests, in both orders; P(a > b) is the mean of what they say, each P(first is better) by the
-    log-probabilities of the verdict where the endpoint gives them, else 0 or 1. Equal texts are
-    equal, without a request (but NaN if the text could not be judged). most: characters of a text
-    that the judge gets to see."""
+    form "scored", as in section 5: the distinct responses of a prompt, at most `candidates` of
+    them, stand side by side in one request, and each is given 0 to 6 points. P(a > b) is 1 if a has
+    more points than b, 1/2 if as many, 0 if fewer. The points of a response may depend on the
+    others beside it. Their order is shuffled, by the seed and by their texts.
+
+    form "pairwise": two requests, in both orders. P(a > b) is the mean of what they say; each says
+    P(first is better) by the log-probabilities of the verdict where the endpoint gives them, else 0
+    or 1.
+
+    Equal texts have P = 1/2 without a request, or NaN if the text could not be judged. most: how
+    many characters of a text the judge is shown."""
 
     complementary = True
 
@@ -288,70 +265,53 @@ class OpenAIJudge:
             raise ValueError(
                 f"candidates is {candidates} and most {most}; expected at least 2 and 1"
             )
-        self.endpoint, self.form, self.seed, self.candidates, self.most = (
-            endpoint,
-            form,
-            seed,
-            candidates,
-            most,
-        )
+        self.endpoint, self.form, self.seed = endpoint, form, seed
+        self.candidates, self.most = candidates, most
         self.deterministic = form == "pairwise"
         self.counts: Counter[str] = Counter()
 
     def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:
-        """P(a > b | x), [B] float64, NaN where it is not to be had. Raises Stopped."""
-        triples = _different(prompts, a, b)
+        """P(a > b | x), [B] float64, NaN where there is no answer. Raises Stopped."""
+        asked = _texts(prompts, a, b)
+        triples = _different(asked)
         P = self._by_scores(triples) if self.form == "scored" else self._by_verdicts(triples)
-        known: dict[tuple[str, str], bool] = {}
-        for (x, *ys), p in P.items():
-            for y in ys:
-                known[x, y] = known.get((x, y), False) or not math.isnan(p)
-        for x, y, z in zip(
-            prompts, a, b, strict=True
-        ):  # a text equals itself, but if it could not be judged it has no label
-            P.setdefault(
-                (str(x), str(y), str(z)), 0.5 if known.get((str(x), str(y)), True) else math.nan
-            )
-        return torch.tensor(
-            [P[str(x), str(y), str(z)] for x, y, z in zip(prompts, a, b, strict=True)],
-            dtype=torch.float64,
-        )
+        judged = {(x, y) for (x, *ys), p in P.items() if not math.isnan(p) for y in ys}
+        failed = {(x, y) for x, *ys in P for y in ys} - judged
+        answers = [
+            P[x, y, z] if y != z else math.nan if (x, y) in failed else 0.5 for x, y, z in asked
+        ]
+        return torch.tensor(answers, dtype=torch.float64)
 
     def win_rates(self, prompt: str, responses: Sequence[str]) -> Tensor:
-        """Mean probability of each of responses [n] of beating one of those others for which it is
-        known, [n]."""
+        """Mean win rate of each of responses [n] against the others, where it is known, [n]."""
         n = len(responses)
         i, j = torch.tensor([(i, j) for i in range(n) for j in range(n) if i != j]).T.tolist()
         P = self.prefer([prompt] * len(i), [responses[m] for m in i], [responses[m] for m in j])
         return P.view(n, n - 1).nanmean(1)
 
     def scores(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
-        """Points of responses [X][n] to each prompt, [X, n] float64 from 0 to 6, NaN where not to
-        be had; for form "scored"."""
-        points = self._scores(
-            [(str(x), str(y)) for x, ys in zip(prompts, responses, strict=True) for y in ys]
-        )
-        rows = [
-            [points[str(x), str(y)] for y in ys] for x, ys in zip(prompts, responses, strict=True)
-        ]
-        return torch.tensor(rows, dtype=torch.float64)
+        """Points of responses [X][n], [X, n] float64 from 0 to 6; NaN where there is no answer.
+
+        For form "scored"."""
+        rows = [[(str(x), str(y)) for y in ys] for x, ys in zip(prompts, responses, strict=True)]
+        points = self._scores([pair for row in rows for pair in row])
+        return torch.tensor([[points[pair] for pair in row] for row in rows], dtype=torch.float64)
 
     def questions(
         self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]
     ) -> list[Question]:
         """What `prefer` asks, for a plan of its cost."""
-        triples = _different(prompts, a, b)
+        triples = _different(_texts(prompts, a, b))
         if self.form == "scored":
-            return [
-                question
-                for question, _, _ in self._sheets([(x, y) for x, *ys in triples for y in ys])
-            ]
+            sheets = self._sheets([(x, y) for x, *ys in triples for y in ys])
+            return [question for question, _, _ in sheets]
         return [self._compare(x, *two) for x, y, z in _pairs(triples) for two in ((y, z), (z, y))]
 
     def report(self) -> dict[str, float | None]:
-        """Of this process: pairs judged by both orders; share of them in which the verdict flipped
-        with the order; share of verdicts for the first response; share of judgments that could not
-        be had."""
+        """What this process has judged.
+
+        Pairs judged in both orders; the share of them whose verdict flipped with the order; the
+        share of verdicts for the first response; the share of judgments that failed."""
         pairs, asked = self.counts["pairs"], self.counts["asked"]
         return {
             "pairs_in_both_orders": pairs,
@@ -361,40 +321,37 @@ class OpenAIJudge:
         }
 
     def flip_rate(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> float | None:
-        """The share of the pairs of responses [X][n] in which the verdict changes with the order,
-        for form "pairwise"; None if there are none. What was asked before is not asked again."""
+        """The share of the pairs of responses [X][n] whose verdict changes with the order.
+
+        For form "pairwise"; None if there are no pairs. What was asked before is not asked again.
+        """
         counts, self.counts = self.counts, Counter()
         if self.form == "pairwise":
             pairs = [
-                (x, *two)
+                (str(x), str(y), str(z))
                 for x, ys in zip(prompts, responses, strict=True)
-                for two in combinations(ys, 2)
+                for y, z in combinations(ys, 2)
             ]
-            self._by_verdicts(_different(*zip(*pairs, strict=True)) if pairs else [])
+            self._by_verdicts(_different(pairs))
         rate, self.counts = self.report()["flip_rate"], counts
         return rate
 
-    def _by_scores(self, triples: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], float]:
+    def _by_scores(self, triples: list[Triple]) -> dict[Triple, float]:
         points = self._scores([(x, y) for x, *ys in triples for y in ys])
         P = {}
         for x, y, z in triples:
             first, second = points[x, y], points[x, z]
-            P[x, y, z] = (
-                math.nan
-                if math.isnan(first + second)
-                else 0.5 * (1 + (first > second) - (first < second))
-            )
+            better = 0.5 * (1 + (first > second) - (first < second))
+            P[x, y, z] = math.nan if math.isnan(first + second) else better
         return P
 
     def _scores(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
         sheets = self._sheets(pairs)
+        results = self.endpoint.ask([question for question, _, _ in sheets])
         points = {}
-        for (_, x, shown), result in zip(
-            sheets, self.endpoint.ask([question for question, _, _ in sheets]), strict=True
-        ):
-            for y, score in zip(
-                shown, result["scores"] if result else [None] * len(shown), strict=True
-            ):
+        for (_, x, shown), result in zip(sheets, results, strict=True):
+            scores = result["scores"] if result else [None] * len(shown)
+            for y, score in zip(shown, scores, strict=True):
                 points[x, y] = math.nan if score is None else float(score)
         self.counts["asked"] += len(points)
         self.counts["failed"] += sum(math.isnan(score) for score in points.values())
@@ -418,9 +375,7 @@ class OpenAIJudge:
     def _compare(self, x: str, y: str, z: str) -> Question:
         return pairwise_question(x, y, z, self.most)
 
-    def _by_verdicts(
-        self, triples: list[tuple[str, str, str]]
-    ) -> dict[tuple[str, str, str], float]:
+    def _by_verdicts(self, triples: list[Triple]) -> dict[Triple, float]:
         pairs = _pairs(triples)
         answers = self.endpoint.ask(
             [self._compare(x, *two) for x, y, z in pairs for two in ((y, z), (z, y))]
@@ -433,37 +388,41 @@ class OpenAIJudge:
                 there = back = math.nan
             else:
                 self.counts["pairs"] += 1
-                self.counts["flips"] += (there - 0.5) * (
-                    back - 0.5
-                ) > 0  # the place won, not the response
+                # The same place won in both orders, not the same response.
+                self.counts["flips"] += (there - 0.5) * (back - 0.5) > 0
                 self.counts["first"] += (there > 0.5) + (back > 0.5)
             P[x, y, z], P[x, z, y] = (there + 1 - back) / 2, (back + 1 - there) / 2
         return P
 
 
-def _different(
-    prompts: Sequence[str], a: Sequence[str], b: Sequence[str]
-) -> list[tuple[str, str, str]]:
-    """The comparisons of texts that differ, as plain strings."""
-    triples = ((str(x), str(y), str(z)) for x, y, z in zip(prompts, a, b, strict=True))
+Triple = tuple[str, str, str]  # a prompt and two responses
+
+
+def _texts(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> list[Triple]:
+    """The comparisons as plain strings."""
+    return [(str(x), str(y), str(z)) for x, y, z in zip(prompts, a, b, strict=True)]
+
+
+def _different(triples: Iterable[Triple]) -> list[Triple]:
+    """The comparisons of texts that differ."""
     return [triple for triple in triples if triple[1] != triple[2]]
 
 
-def _pairs(triples: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+def _pairs(triples: Iterable[Triple]) -> list[Triple]:
     """Every unordered pair once, its responses sorted."""
     return list(dict.fromkeys((x, min(y, z), max(y, z)) for x, y, z in triples))
 
 
 class OpenAITeacher:
-    """A language model that writes gold responses. max_tokens: after which an answer is cut off,
-    and then is none."""
+    """A language model that writes gold responses.
+
+    max_tokens: an answer that is cut off after so many does not count."""
 
     def __init__(self, endpoint: Endpoint, max_tokens: int = 256):
         self.endpoint, self.max_tokens = endpoint, max_tokens
 
     def answers(self, prompts: Sequence[str], number: int = 0) -> list[str | None]:
-        """The answer to each prompt, None where there is none; another number asks for other
-        answers."""
+        """The answer to each prompt, None where there is none. Another number: other answers."""
         return self.endpoint.ask(self.questions(prompts, number))
 
     def questions(self, prompts: Sequence[str], number: int = 0) -> list[Question]:
