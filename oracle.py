@@ -70,11 +70,8 @@ def broken_promise(oracle: Oracle, prompts: Any, responses: Any, x: int) -> str 
         return f"P(a > b) + P(b > a) is off 1 by {off:.6g}; expected 1, as it is complementary"
     if not oracle.deterministic:
         return None
-    again = {
-        "asked again": ask(pairs),
-        "asked one by one": torch.cat([ask(p[None]) for p in pairs]),
-    }
-    for name, answers in again.items():
+    singly = torch.cat([ask(pair[None]) for pair in pairs])
+    for name, answers in {"asked again": ask(pairs), "asked one by one": singly}.items():
         change = (P.flatten() - answers).abs().max()
         if change > AGREEMENT:
             expected = "expected none, as it is deterministic"
