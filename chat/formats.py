@@ -105,10 +105,10 @@ def matched(fields: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """The fields. BadCheckpoint if its heads cannot be: `Config` says so too, but not of which
     file."""
     if fields["heads"] % fields["kv_heads"] or fields["head_width"] % 2:
-        raise BadCheckpoint(
-            f"{path} has {fields['heads']} heads of {fields['head_width']} channels and {fields['kv_heads']} key-value heads; "
-            "expected an even number of channels and heads a multiple of key-value heads"
-        )
+        heads, kv_heads = fields["heads"], fields["kv_heads"]
+        found = f"{heads} heads of {fields['head_width']} channels and {kv_heads} key-value heads"
+        expected = "an even number of channels and heads a multiple of key-value heads"
+        raise BadCheckpoint(f"{path} has {found}; expected {expected}")
     return fields
 
 

@@ -7,9 +7,11 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from chat.formats import (
@@ -25,8 +27,7 @@ from chat.formats import (
     without_layer,
 )
 
-# --- Reading
-# ---------------------------------------------------------------------------------------
+# --- Reading --------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,31 +41,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def architecture_of(given: dict[str, Any], file: Path) -> str:
+    """The architecture that config.json names. BadCheckpoint if it is not supported."""
+    names = given.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        expected = f"expected one of {', '.join(ARCHITECTURES)}"
+        raise BadCheckpoint(f"{file} has architecture {name!r}; {expected}")
+    bias = ARCHITECTURES[name][1]
+    for key, fine in {"hidden_act": "silu", "attention_bias": bias, "mlp_bias": False}.items():
+        if given.get(key, fine) not in (fine, None):
+            raise BadCheckpoint(f"{file} has {key} {given[key]!r}, which is not supported")
+    return name
+
+
 def directory_config(path: Path) -> dict[str, Any]:
     """The fields of Config from config.json."""
     file = path / "config.json"
     given = read_json(file)
-    names = given.get("architectures")
-    name = names[0] if isinstance(names, list) and names else names
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise BadCheckpoint(
-            f"{file} has architecture {name!r}; expected one of {', '.join(ARCHITECTURES)}"
-        )
-    _, bias, norms = ARCHITECTURES[name]
-    unknown = [
-        key
-        for key, fine in {"hidden_act": "silu", "attention_bias": bias, "mlp_bias": False}.items()
-        if given.get(key, fine) not in (fine, None)
-    ]
-    if unknown:
-        raise BadCheckpoint(
-            f"{file} has {unknown[0]} {given[unknown[0]]!r}, which is not supported"
-        )
+    name = architecture_of(given, file)
     rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise BadCheckpoint(
-            f"{file} has rope_parameters or rope_scaling {rope!r}; expected an object"
-        )
+        found = f"rope_parameters or rope_scaling {rope!r}"
+        raise BadCheckpoint(f"{file} has {found}; expected an object")
 
     def number(key: str, default: float | None = None, whole: bool = True) -> Any:
         return positive(given.get(key), key, file, default, whole)
@@ -72,31 +71,24 @@ def directory_config(path: Path) -> dict[str, Any]:
     heads, width, layers = map(number, ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     context = number("max_position_embeddings", 2048)
     window = number("sliding_window", 4096) if slides(given, name, layers, file) else context
-    return matched(
-        {
-            "vocab_size": number("vocab_size"),
-            "layers": layers,
-            "width": width,
-            "heads": heads,
-            "kv_heads": number("num_key_value_heads", heads),
-            "hidden": number("intermediate_size"),
-            "head_width": number("head_dim", width // heads),
-            "rope_scaling": rope_scaling(rope, file),
-            "rope_theta": positive(
-                rope.get("rope_theta", given.get("rope_theta")),
-                "rope_theta",
-                file,
-                10_000.0,
-                whole=False,
-            ),
-            "norm_eps": number("rms_norm_eps", 1e-6, whole=False),
-            "qkv_bias": bias,
-            "qk_norm": norms,
-            "tied": bool(given.get("tie_word_embeddings", False)),
-            "context": min(context, window),
-        },
-        file,
-    )
+    theta = rope.get("rope_theta", given.get("rope_theta"))
+    fields = {
+        "vocab_size": number("vocab_size"),
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "kv_heads": number("num_key_value_heads", heads),
+        "hidden": number("intermediate_size"),
+        "head_width": number("head_dim", width // heads),
+        "rope_scaling": rope_scaling(rope, file),
+        "rope_theta": positive(theta, "rope_theta", file, 10_000.0, whole=False),
+        "norm_eps": number("rms_norm_eps", 1e-6, whole=False),
+        "qkv_bias": ARCHITECTURES[name][1],
+        "qk_norm": ARCHITECTURES[name][2],
+        "tied": bool(given.get("tie_word_embeddings", False)),
+        "context": min(context, window),
+    }
+    return matched(fields, file)
 
 
 def rope_scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
@@ -111,12 +103,10 @@ def rope_scaling(rope: dict[str, Any], file: Path) -> RopeScaling | None:
         for key in ("factor", "low_freq_factor", "high_freq_factor")
     )
     if low >= high:
-        raise BadCheckpoint(
-            f"{file} has low_freq_factor {low} and high_freq_factor {high}; expected the first to be less"
-        )
-    return RopeScaling(
-        factor, low, high, positive(rope.get(key := "original_max_position_embeddings"), key, file)
-    )
+        found = f"low_freq_factor {low} and high_freq_factor {high}"
+        raise BadCheckpoint(f"{file} has {found}; expected the first to be less")
+    key = "original_max_position_embeddings"
+    return RopeScaling(factor, low, high, positive(rope.get(key), key, file))
 
 
 def slides(given: dict[str, Any], architecture: str, layers: int, file: Path) -> bool:
@@ -161,39 +151,35 @@ def read_directory(path: Path) -> tuple[dict[str, Any], Iterator[tuple[str, Call
 
 
 def safetensors_of(path: Path, files: list[str]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Our name and a reader of each tensor in the files. BadCheckpoint on a tensor that no
-    supported model has."""
+    """Our name and a reader of each tensor in the files.
+
+    BadCheckpoint on a tensor that no supported model has."""
     from safetensors import SafetensorError, safe_open
 
     for name in files:
+        file = path / name
         try:
-            with safe_open(path / name, framework="pt") as content:
-                for theirs in content.keys():  # noqa: SIM118
-                    if theirs.endswith(
-                        "rotary_emb.inv_freq"
-                    ):  # old checkpoints keep what follows from the config
-                        continue
+            with safe_open(file, framework="pt") as content:
+                for theirs in content.keys():  # noqa: SIM118  # it is no dictionary
+                    if theirs.endswith("rotary_emb.inv_freq"):
+                        continue  # of old checkpoints; it follows from the configuration
                     ours = our_name(theirs, HUGGING_FACE)
                     if ours is None:
-                        raise BadCheckpoint(
-                            f"{path / name} has a tensor {theirs}, which no supported architecture has"
-                        )
-
-                    def read(
-                        content: Any = content, theirs: str = theirs, file: Path = path / name
-                    ) -> Tensor:
-                        weight = content.get_tensor(theirs)
-                        if not weight.is_floating_point():
-                            raise BadCheckpoint(
-                                f"{file}: {theirs} is of {weight.dtype}; expected floating-point numbers"
-                            )
-                        return weight
-
-                    yield ours, read
+                        reason = "which no supported architecture has"
+                        raise BadCheckpoint(f"{file} has a tensor {theirs}, {reason}")
+                    yield ours, partial(read_tensor, content, theirs, file)
         except (SafetensorError, OSError) as error:
-            raise BadCheckpoint(
-                f"{path / name} is not readable as safetensors ({one_line(error)})"
-            ) from error
+            reason = f"is not readable as safetensors ({one_line(error)})"
+            raise BadCheckpoint(f"{file} {reason}") from error
+
+
+def read_tensor(content: Any, name: str, file: Path) -> Tensor:
+    """A tensor of an open safetensors file. BadCheckpoint if it is quantised."""
+    weight = content.get_tensor(name)
+    if not weight.is_floating_point():
+        expected = "expected floating-point numbers"
+        raise BadCheckpoint(f"{file}: {name} is of {weight.dtype}; {expected}")
+    return weight
 
 
 def directory_chat(path: Path) -> tuple[Any, str | None, dict[str, str]]:
@@ -234,43 +220,54 @@ def directory_chat(path: Path) -> tuple[Any, str | None, dict[str, str]]:
     return tokenizer, template, specials
 
 
-# --- Writing
-# ---------------------------------------------------------------------------------------
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def save_directory(
     path: str | Path, fields: dict[str, Any], weights: dict[str, Tensor], shard_bytes: int = 5 << 30
 ) -> None:
-    """Write config.json and safetensors, in shards of at most `shard_bytes` if need be, as
-    transformers and vLLM load them; weights of an older checkpoint there are removed. fields: of
-    Config. weights: by our names; a tied head is left out. ValueError if no supported architecture
-    has such fields, OSError if the disk has no room for them."""
-    from safetensors.torch import save_file
+    """Write config.json and safetensors as transformers and vLLM load them.
 
-    if fields["qkv_bias"] and fields["qk_norm"]:
-        raise ValueError("the model has qkv_bias and qk_norm; no supported architecture has both")
+    fields: of Config. weights: by our names; a tied head is left out. They are in shards of at most
+    `shard_bytes` if one is not enough. Weights of an older checkpoint there are removed. ValueError
+    if no supported architecture has such fields, OSError if the disk has no room for them."""
+    config = config_of(fields, next(iter(weights.values())).dtype)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    theirs = {}
+    for ours, weight in weights.items():
+        if not (fields["tied"] and ours == "head.weight"):
+            pattern, layer = without_layer(ours)
+            name = NAMES[pattern][HUGGING_FACE].format(layer)
+            theirs[name] = weight.detach().cpu().contiguous()
+    needed, free = sum(weight.nbytes for weight in theirs.values()), shutil.disk_usage(path).free
+    if needed > free:  # the library would not say so in an OSError
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes of weights, {free:,} bytes free", str(path))
+    write_shards(path, in_shards(theirs, shard_bytes), needed)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def config_of(fields: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json for the fields of Config. ValueError if no supported architecture has them."""
+    if fields["qkv_bias"] and fields["qk_norm"]:
+        raise ValueError("the model has qkv_bias and qk_norm; no supported architecture has both")
     architecture = next(
         name
         for name, (_, bias, norms) in reversed(ARCHITECTURES.items())
         if (bias, norms) == (fields["qkv_bias"], fields["qk_norm"]) and "Mistral" not in name
     )
     scaling = fields["rope_scaling"]
-    rope = (
-        {"rope_theta": fields["rope_theta"], "rope_type": "default"}
-        if scaling is None
-        else {
-            "rope_theta": fields["rope_theta"],
+    kind: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        kind = {
             "rope_type": "llama3",
             "factor": scaling.factor,
             "low_freq_factor": scaling.low,
             "high_freq_factor": scaling.high,
             "original_max_position_embeddings": scaling.context,
         }
-    )
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    config = {
+    name = str(dtype).removeprefix("torch.")
+    return {
         "architectures": [architecture],
         "model_type": ARCHITECTURES[architecture][0],
         "hidden_act": "silu",
@@ -284,30 +281,31 @@ def save_directory(
         "rms_norm_eps": fields["norm_eps"],
         "tie_word_embeddings": fields["tied"],
         "max_position_embeddings": fields["context"] or 2048,
-        "rope_parameters": rope,
+        "rope_parameters": {"rope_theta": fields["rope_theta"], **kind},
         "rope_theta": fields["rope_theta"],
-        "rope_scaling": None
-        if scaling is None
-        else {key: rope[key] for key in rope if key != "rope_theta"},
+        "rope_scaling": None if scaling is None else kind,
         "attention_bias": fields["qkv_bias"],
         "use_sliding_window": False,
-        "torch_dtype": dtype,
-        "dtype": dtype,
+        "torch_dtype": name,
+        "dtype": name,
     }
-    theirs = {}
-    for ours, weight in weights.items():
-        if fields["tied"] and ours == "head.weight":
-            continue
-        pattern, layer = without_layer(ours)
-        theirs[NAMES[pattern][HUGGING_FACE].format(layer)] = weight.detach().cpu().contiguous()
+
+
+def in_shards(weights: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """The weights in order, in parts of at most so many bytes or of one tensor."""
     shards: list[dict[str, Tensor]] = [{}]
-    for name, weight in theirs.items():
-        if shards[-1] and sum(w.nbytes for w in shards[-1].values()) + weight.nbytes > shard_bytes:
+    for name, weight in weights.items():
+        size = sum(tensor.nbytes for tensor in shards[-1].values())
+        if shards[-1] and size + weight.nbytes > most:
             shards.append({})
         shards[-1][name] = weight
-    needed, free = sum(weight.nbytes for weight in theirs.values()), shutil.disk_usage(path).free
-    if needed > free:  # the library would not say so in an OSError
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes of weights, {free:,} bytes free", str(path))
+    return shards
+
+
+def write_shards(path: Path, shards: list[dict[str, Tensor]], size: int) -> None:
+    """model.safetensors, or several files with an index; `size`: bytes of all weights together."""
+    from safetensors.torch import save_file
+
     index, names = path / "model.safetensors.index.json", ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -318,15 +316,11 @@ def save_directory(
         (path / name).chmod(mode)
     if len(shards) > 1:
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        size = sum(weight.nbytes for weight in theirs.values())
-        index.write_text(
-            json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n"
-        )
+        content = {"metadata": {"total_size": size}, "weight_map": places}
+        index.write_text(json.dumps(content, indent=2) + "\n")
     else:
         index.unlink(missing_ok=True)
     for file in path.glob("model*.safetensors"):
-        if file.name not in names and re.fullmatch(
-            r"model(-\d{5}-of-\d{5})?\.safetensors", file.name
-        ):
+        older = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", file.name)
+        if older and file.name not in names:
             file.unlink()
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -10,15 +10,21 @@ from chat.formats import BadCheckpoint, checkpoint_path, one_line
 from chat.gguf import gguf_chat
 from chat.hugging_face import directory_chat
 
-PLAIN = (
-    "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"  # where it is asked for
-)
-BEGIN = "{{ bos_token }}"  # comes before it where the vocabulary puts it before any text
+# The template where the plain prompt is asked for; where the vocabulary puts a token before any
+# text, the same after BEGIN.
+PLAIN = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"
+BEGIN = "{{ bos_token }}"
+
+
+def no_date(form: str) -> str:
+    """What a template gets that asks for today's date: a prompt's tokens do not depend on the day."""
+    return ""
 
 
 class Chat:
-    """How a model is spoken to: text to tokens by its own vocabulary (a tokenizers.Tokenizer), a
-    prompt in its chat template. `end`: the token that ends an answer."""
+    """How a model is spoken to: by its own vocabulary and chat template.
+
+    tokenizer: a tokenizers.Tokenizer. end: the token that ends an answer."""
 
     def __init__(self, tokenizer: Any, template: str, specials: dict[str, str], end: int):
         from jinja2.exceptions import TemplateError
@@ -31,9 +37,7 @@ class Chat:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: (
-            ""
-        )  # lest a prompt's tokens depend on the day
+        environment.globals["strftime_now"] = no_date
         self.tokenizer, self.specials, self.end = tokenizer, specials, end
         self.source = template
         self.special_tokens = {
@@ -46,24 +50,23 @@ class Chat:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, plain: bool = False) -> Chat:
-        """Of the same path as the model; plain: with two line ends after the prompt instead of the
-        model's template. BadCheckpoint if there is no tokenizer that can be read, no end token, or
-        no template and not plain."""
+        """The chat of a model's directory or GGUF file.
+
+        plain: the prompt and an empty line in place of the model's template. BadCheckpoint if no
+        tokenizer can be read, there is no end token, or there is no template and plain is not
+        asked for."""
         path = checkpoint_path(path)
         tokenizer, template, specials = (directory_chat if path.is_dir() else gguf_chat)(path)
         end = tokenizer.token_to_id(specials.get("eos_token", ""))
         if end is None:
             raise BadCheckpoint(f"{path} names no end token that its vocabulary has (eos_token)")
-        if not plain and not template:
-            raise BadCheckpoint(
-                f"{path} has no chat template; give --chat-format plain (plain=True) to ask it by the "
-                "prompt and an empty line"
-            )
-        begin = tokenizer.token_to_id(specials.get("bos_token", ""))
         if plain:
-            template = (
-                BEGIN * (begin is not None and tokenizer.encode("").ids[:1] == [begin]) + PLAIN
-            )
+            begin = tokenizer.token_to_id(specials.get("bos_token", ""))
+            begins = begin is not None and tokenizer.encode("").ids[:1] == [begin]
+            template = BEGIN + PLAIN if begins else PLAIN
+        elif not template:
+            hint = "give --chat-format plain (plain=True) to ask it by the prompt and an empty line"
+            raise BadCheckpoint(f"{path} has no chat template; {hint}")
         return cls(tokenizer, template, specials, end)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
@@ -71,26 +74,25 @@ class Chat:
         return self
 
     def prompt(self, text: str, system: str | None = None) -> list[int]:
-        """The tokens that the model reads before it answers. Special tokens that the text itself
-        spells are mere text."""
+        """The tokens that the model reads before it answers.
+
+        What the text itself spells is text, even if it looks like a special token."""
         frame = [self.special(part) for part in self.render("\0", system).split("\0")]
         if len(frame) == 1:
             raise BadCheckpoint("the chat template leaves the user's message out")
         tokens = self.special(self.render(text, system))
-        if [i for i in tokens if i in self.special_tokens] == [
-            i for part in frame for i in part if i in self.special_tokens
-        ]:
+        expected = [i for part in frame for i in part if i in self.special_tokens]
+        if [i for i in tokens if i in self.special_tokens] == expected:
             return tokens
-        words = self.encode(
-            text
-        )  # the text, or what a normalizer makes of it, spells special tokens
+        # The text, or what a normalizer makes of it, spells special tokens.
+        words = self.encode(text)
         return frame[0] + [token for part in frame[1:] for token in words + part]
 
     def render(self, text: str, system: str | None) -> str:
         """The prompt as the template writes it. BadCheckpoint if it fails, on purpose or not."""
-        messages = [{"role": "system", "content": system}] * (system is not None) + [
-            {"role": "user", "content": text}
-        ]
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
         try:
             return self.template.render(
                 messages=messages,
@@ -108,10 +110,9 @@ class Chat:
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises nothing more precise
-            raise BadCheckpoint(
-                f"the tokenizer has no tokens for {text[:60]!r} ({one_line(error)}); expected a "
-                "vocabulary with an unknown token or with all bytes"
-            ) from error
+            found = f"the tokenizer has no tokens for {text[:60]!r} ({one_line(error)})"
+            expected = "expected a vocabulary with an unknown token or with all bytes"
+            raise BadCheckpoint(f"{found}; {expected}") from error
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, none of them special."""
@@ -122,8 +123,9 @@ class Chat:
             self.tokenizer.encode_special_tokens = False
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and, lest an answer never end,
-        generation_config.json, as transformers and vLLM load them."""
+        """Write the tokenizer and its template as transformers and vLLM load them.
+
+        tokenizer.json, tokenizer_config.json, and generation_config.json, by which answers end."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(path / "tokenizer.json"))
@@ -135,9 +137,7 @@ class Chat:
         (path / "generation_config.json").write_text(
             json.dumps({"eos_token_id": self.end}, indent=2) + "\n", encoding="utf-8"
         )
-        (path / "chat_template.jinja").unlink(
-            missing_ok=True
-        )  # of an older one, which would go first
+        (path / "chat_template.jinja").unlink(missing_ok=True)  # an older one would go first
         (path / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2) + "\n", encoding="utf-8"
         )
