@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# --- The transformer
-# -------------------------------------------------------------------------------
+# --- The transformer ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,12 @@ class Config:
     layers: int = 2
     width: int = 64  # C, channels of the residual stream
     heads: int = 4  # H, divides width
-    kv_heads: int = (
-        2  # G, divides heads; G = H is multi-head attention, G < H grouped-query attention
-    )
+    kv_heads: int = 2  # G, divides heads; G = H: multi-head attention; G < H: grouped-query
     hidden: int = 176  # channels inside the feed-forward network
     rope_theta: float = 10_000.0  # base of the rotary wavelengths, tokens
-    rope_scaling: Callable[[Tensor], Tensor] | None = (
-        None  # of the rotary frequencies, as Llama 3's for long contexts
-    )
-    head_width: int | None = None  # D, channels of a head; width / heads when None
+    # of the rotary frequencies, as Llama 3's for long contexts
+    rope_scaling: Callable[[Tensor], Tensor] | None = None
+    head_width: int = 0  # D, channels of a head; width / heads when 0
     qkv_bias: bool = False  # of the maps to queries, keys and values, as in Qwen2
     qk_norm: bool = False  # RMSNorm of each query and key, as in Qwen3
     context: int | None = None  # tokens that it was made to read; nothing here depends on it
@@ -46,14 +42,12 @@ class Config:
     tied: bool = False  # one matrix for the embedding and the head
 
     def __post_init__(self) -> None:
-        if (
-            self.head_width is None and self.width % (2 * self.heads)
-        ) or self.heads % self.kv_heads:
-            raise ValueError(
-                f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}: expected width a multiple of "
-                "2 * heads (rotary pairs) and heads a multiple of kv_heads"
-            )
-        if self.head_width is None:
+        odd = self.head_width == 0 and self.width % (2 * self.heads)
+        if odd or self.heads % self.kv_heads:
+            found = f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}"
+            expected = "width a multiple of 2 * heads (rotary pairs) and heads one of kv_heads"
+            raise ValueError(f"{found}: expected {expected}")
+        if self.head_width == 0:
             object.__setattr__(self, "head_width", self.width // self.heads)
 
 
@@ -103,7 +97,7 @@ class Cache:
         return self.tables[0, layer, :, :, :end], self.tables[1, layer, :, :, :end]
 
     def repeat(self, k: int) -> Cache:
-        """Make k copies of every row, side by side: one reading of a prompt serves its k samples."""
+        """Make k copies of every row, side by side: a prompt is read once for its k samples."""
         self.tables = self.tables.repeat_interleave(k, dim=2)
         return self
 
@@ -113,17 +107,17 @@ class Cache:
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What q [B, H, T, D] read in keys and values [B, G, S, D], [B, H, T, D], by plain matrix
-    products: the H/G heads that share keys are H/G times as many queries. On a CPU nearly four
-    times as fast, forward and backward, as the fused kernel, which on a GPU is the faster one and
-    needs no T x S numbers."""
+    """What queries q [B, H, T, D] read in keys and values [B, G, S, D], [B, H, T, D].
+
+    By plain matrix products: the H/G heads that share keys are H/G times as many queries. On a CPU
+    that is nearly four times as fast, forward and backward, as the fused kernel, which on a GPU is
+    the faster one and needs no T x S numbers."""
     grouped = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))  # (B, G, H/G, T, D)
-    scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(
-        2, grouped.shape[2:4]
-    )  # (B, G, H/G, T, S)
+    shape = grouped.shape[2:4]
+    scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, shape)  # (B, G, H/G, T, S)
     if mask is not None:
         scores = scores + mask.unsqueeze(-3)
-    return (scores.softmax(-1).flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+    return (scores.softmax(-1).flatten(2, 3) @ v).unflatten(2, shape).flatten(1, 2)
 
 
 class Attention(nn.Module):
@@ -269,8 +263,7 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, positions, mask, cache))
 
 
-# --- Scoring and sampling
-# --------------------------------------------------------------------------
+# --- Scoring and sampling -------------------------------------------------------------------------
 
 
 def token_log_prob(
@@ -329,11 +322,8 @@ def choose(log_probs: Tensor, u: Tensor, temperature: float, top_p: float) -> Te
 def invert(p: Tensor, u: Tensor) -> Tensor:
     """Where [B] the running sums, in float64, of p [B, V] first exceed u [B] of their total."""
     cdf = p.cumsum(-1, dtype=torch.float64)
-    return (
-        torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True)
-        .squeeze(-1)
-        .clamp(max=p.shape[-1] - 1)
-    )
+    place = torch.searchsorted(cdf, u.to(cdf).unsqueeze(-1) * cdf[:, -1:], right=True)
+    return place.squeeze(-1).clamp(max=p.shape[-1] - 1)
 
 
 def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -353,47 +343,41 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k responses to each of prompts [T_b], drawn by numbers u [B, k, length] in [0, 1), one a
-    token: tokens [B, k, length], the number that counts [B, k] (up to the token `end`, it
-    included), and their log-probabilities [B, k] under the policy itself (temperature 1, nothing
-    cut off), whatever they were drawn with.
+    """k responses to each of prompts [T_b], drawn by numbers u [B, k, length] in [0, 1).
 
-    models: usually one, of weight 1; of several, the next token follows the normalised product of
+    There is a number for each token. Returns tokens [B, k, length]; how many of them count [B, k],
+    up to the token `end`, it included; and their log-probabilities [B, k] under the policy itself
+    (temperature 1, nothing cut off), whatever they were drawn with.
+
+    models: usually one, of weight 1. With several, the next token follows the normalised product of
     their probabilities to the power of their weights. Each prompt is read once; then every step
-    reads one token a response, the rest being in the cache; responses that have ended leave the
+    reads one token a response, the rest being in the cache. Responses that have ended leave the
     batch."""
     (B, k, length), (tokens, empty) = u.shape, left_padded(prompts)
     T, device = tokens.shape[1], tokens.device
     caches = [Cache(model.config, B, T + length, model.head.weight) for model in models]
-    positions, seen = (torch.arange(T, device=device) - empty[:, None]).clamp(min=0), None
-    if empty.any():  # an empty place sees itself, lest it divide by 0; nobody sees it
-        seen = torch.arange(T + length, device=device) >= empty[:, None]
-    mask = None
-    if seen is not None:
-        causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        mask = ((seen[:, None, :T] & causal) | torch.eye(T, dtype=torch.bool, device=device))[
-            :, None
-        ]  # (B, 1, T, T)
 
     def read(tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         last = (
             model.head(model.hidden(tokens, positions, mask, cache)[:, -1])[:, :words]
             for model, cache in zip(models, caches, strict=True)
         )
-        logits = sum(weight * logits for weight, logits in zip(models.values(), last, strict=True))
+        logits = torch.zeros((), device=device)
+        for weight, of_model in zip(models.values(), last, strict=True):
+            logits = logits + weight * of_model
         return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
+    positions = (torch.arange(T, device=device) - empty[:, None]).clamp(min=0)
+    seen, mask = padding_masks(empty, T, T + length)
     log_probs = read(tokens, positions, mask).repeat_interleave(k, dim=0)  # (B k, words)
     for cache in caches:
         cache.repeat(k)
     rows, place = torch.arange(B * k, device=device), (T - empty).repeat_interleave(k)
     seen = None if seen is None else seen.repeat_interleave(k, dim=0)
-    out, count = tokens.new_zeros(B * k, length), tokens.new_zeros(B * k)
+    out, count, u = tokens.new_zeros(B * k, length), tokens.new_zeros(B * k), u.view(B * k, length)
     total, going = log_probs.new_zeros(B * k), torch.ones(B * k, dtype=torch.bool, device=device)
     for step in range(length):
-        token = choose(
-            log_probs, u.view(B * k, length)[rows.cpu(), step].to(device), temperature, top_p
-        )
+        token = choose(log_probs, u[rows.cpu(), step].to(device), temperature, top_p)
         out[rows, step] = token
         count[rows] += going
         total[rows] += going * log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
@@ -413,16 +397,28 @@ def generate(
     return out.view(B, k, length), count.view(B, k), total.view(B, k)
 
 
+def padding_masks(empty: Tensor, T: int, capacity: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which places are seen where the first `empty` [B] of a row are not: [B, capacity].
+
+    And by which of the first T places, [B, 1, T, T]: a place sees no later one. An empty place,
+    which nobody sees, sees itself, so that its softmax is defined. None, None if none is empty."""
+    if not empty.any():
+        return None, None
+    seen = torch.arange(capacity, device=empty.device) >= empty[:, None]
+    causal = torch.ones(T, T, dtype=torch.bool, device=empty.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=empty.device)
+    return seen, ((seen[:, None, :T] & causal) | itself)[:, None]
+
+
 def uniform_numbers(n: int, k: int, length: int, seed: int) -> Tensor:
-    """Numbers in [0, 1) for `generate`, [n, k, length] float64: those of a prompt do not depend on
-    how many follow it."""
-    return torch.rand(
-        n, k, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    """Numbers in [0, 1) for `generate`, [n, k, length] float64.
+
+    Those of a prompt do not depend on how many prompts follow it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, k, length, generator=generator, dtype=torch.float64)
 
 
-# --- Policies over enumerable responses
-# ------------------------------------------------------------
+# --- Policies over enumerable responses -----------------------------------------------------------
 
 
 class TabularPolicy(nn.Module):
@@ -448,10 +444,9 @@ class TabularPolicy(nn.Module):
         """k responses for each of prompts [B], [B, k], with their log-probabilities under the
         policy itself, [B, k]."""
         rows = self.log_probs()[prompts].repeat_interleave(k, dim=0)
-        u = torch.rand(
-            len(rows), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        ).to(rows.device)
-        y = choose(rows, u, temperature, top_p)
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+        y = choose(rows, u.to(rows.device), temperature, top_p)
         return y.view(-1, k), rows.gather(-1, y.unsqueeze(-1)).view(-1, k)
 
 
@@ -491,24 +486,25 @@ class TransformerPolicy(nn.Module):
     The prefixes that responses share are read once: 1 + V + ... + V^(L-1) nodes a prompt in place
     of L V^L tokens."""
 
+    prompts: Tensor  # [X, T]
+    tree: Tensor  # [X, N], the prompts and all prefixes
+    mask: Tensor  # [N, N]
+    powers: Tensor  # [L]
+
     def __init__(self, model: Transformer, prompts: Tensor, V: int, L: int):
         super().__init__()
         self.model, self.V, self.L = model, V, L
         words, mask = prefix_tree(V, L, prompts.shape[1])
         tree = torch.cat([prompts, words.to(prompts.device).expand(len(prompts), -1)], dim=1)
         powers = V ** torch.arange(L - 1, -1, -1)  # the worth of each digit of a response's number
-        for name, buffer in {
-            "prompts": prompts,
-            "tree": tree,
-            "mask": mask,
-            "powers": powers,
-        }.items():
+        buffers = {"prompts": prompts, "tree": tree, "mask": mask, "powers": powers}
+        for name, buffer in buffers.items():
             self.register_buffer(name, buffer.to(prompts.device), persistent=False)
 
     def next_word_log_probs(self) -> Tensor:
         """log pi(word | prompt, prefix) at every node of the prefix tree, [X, 1 + V + ... +
         V^(L-1), V]."""
-        logits = self.model(self.tree, positions=self.mask.sum(-1) - 1, mask=self.mask)
+        logits: Tensor = self.model(self.tree, positions=self.mask.sum(-1) - 1, mask=self.mask)
         return logits[:, self.prompts.shape[1] - 1 :, : self.V].log_softmax(-1)
 
     def log_probs(self) -> Tensor:
@@ -533,6 +529,6 @@ class TransformerPolicy(nn.Module):
         policy itself, [B, k]."""
         u = uniform_numbers(len(prompts), k, self.L, seed)
         tokens, _, log_probs = generate(
-            {self.model: 1.0}, self.prompts[prompts], u, self.V, None, temperature, top_p
+            {self.model: 1.0}, list(self.prompts[prompts]), u, self.V, None, temperature, top_p
         )
         return (tokens * self.powers).sum(-1), log_probs

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from model import Transformer, generate, token_log_prob, uniform_numbers
 
-# --- Byte pairs
-# ------------------------------------------------------------------------------------
+# --- Byte pairs -----------------------------------------------------------------------------------
 
 
 # words, signs and gaps, a word with the space before it: tokens never cross these borders
@@ -69,13 +68,14 @@ def make_tokenizer(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     )
 
 
-# --- Policies
-# --------------------------------------------------------------------------------------
+# --- Policies -------------------------------------------------------------------------------------
 
 
 class Response(str):
-    """A text that remembers the tokens it was sampled as, which need not be those it would be
-    encoded as; without the end token if it was cut off."""
+    """A text that remembers the tokens it was sampled as.
+
+    They need not be those that it would be encoded as. The last is the end token, unless the
+    response was cut off."""
 
     tokens: tuple[int, ...]
 
@@ -84,8 +84,9 @@ class Response(str):
         response.tokens = tuple(tokens)
         return response
 
-    def __getnewargs__(self) -> tuple[str, tuple[int, ...]]:  # how to copy and to pickle it
-        return str(self), self.tokens
+    def __reduce__(self) -> tuple[type[Response], tuple[str, tuple[int, ...]]]:
+        """How it is copied and pickled."""
+        return Response, (str(self), self.tokens)
 
 
 class TextPolicy(nn.Module):
@@ -95,28 +96,27 @@ class TextPolicy(nn.Module):
     def __init__(self, model: Transformer, tokenizer: tiktoken.Encoding, max_new_tokens: int):
         super().__init__()
         if model.config.vocab_size != tokenizer.n_vocab:
-            raise ValueError(
-                f"the model has {model.config.vocab_size} tokens; expected the tokenizer's {tokenizer.n_vocab}"
-            )
+            found, expected = model.config.vocab_size, tokenizer.n_vocab
+            raise ValueError(f"the model has {found} tokens; expected the tokenizer's {expected}")
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.answer, self.end = (
             tokenizer.encode_single_token(special) for special in (ANSWER, END)
         )
 
     def prompt_tokens(self, prompts: Iterable[str]) -> list[Tensor]:
-        """What the transformer reads before it answers; special tokens in a prompt are mere text."""
+        """What the transformer reads before it answers; a prompt is text, whatever it spells."""
         rows = ([*self.tokenizer.encode_ordinary(prompt), self.answer] for prompt in prompts)
         return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
 
     def response(self, tokens: Sequence[int]) -> Response:
-        """The response of these tokens; the end token is not part of the text. Bytes that are no
-        UTF-8 become U+FFFD."""
-        return Response(
-            self.tokenizer.decode([token for token in tokens if token != self.end]), tokens
-        )
+        """The response of these tokens; the end token is not part of the text.
+
+        Bytes that are no UTF-8 become U+FFFD."""
+        words = [token for token in tokens if token != self.end]
+        return Response(self.tokenizer.decode(words), tokens)
 
     def response_tokens(self, responses: Iterable[str]) -> list[Tensor]:
-        """A response's own tokens if it was sampled, else those it is encoded as and the end token."""
+        """A response's own tokens if it was sampled, else its encoding and the end token."""
         rows = (
             y.tokens if isinstance(y, Response) else [*self.tokenizer.encode_ordinary(y), self.end]
             for y in responses

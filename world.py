@@ -10,18 +10,16 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-# --- Prompts and registers
-# -------------------------------------------------------------------------
+# --- Prompts and registers ------------------------------------------------------------------------
 
 
-# A prompt is a verb and a topic: "Describe the sea." An answer is written in one of three
-# registers, told apart by its words.
-VERBS = tuple(
-    "Describe Explain Praise".split()
-)  # the class of a prompt: who beats whom depends on it
+# A prompt is a verb and a topic: "Describe the sea." Its class is the verb's, and on it depends who
+# beats whom. An answer is written in one of three registers, told apart by its words.
+VERBS = ("Describe", "Explain", "Praise")
 TOPICS = tuple(
-    "sea moon forest river mountain desert storm garden city bridge clock violin candle mirror library harbour "
-    "island volcano glacier meadow lighthouse train market castle winter summer rain snow fire wind star cloud".split()
+    "sea moon forest river mountain desert storm garden city bridge clock violin candle mirror "
+    "library harbour island volcano glacier meadow lighthouse train market castle winter summer "
+    "rain snow fire wind star cloud".split()
 )
 PROMPTS = tuple(f"{verb} the {topic}." for verb in VERBS for topic in TOPICS)
 _PLACE = {prompt: place for place, prompt in enumerate(PROMPTS)}
@@ -107,8 +105,7 @@ def topic(prompt: str) -> str:
     return TOPICS[_place(prompt) % len(TOPICS)]
 
 
-# --- Teacher and student
-# ---------------------------------------------------------------------------
+# --- Teacher and student --------------------------------------------------------------------------
 
 
 def teacher_answer(prompt: str, draw: random.Random) -> str:

@@ -202,10 +202,12 @@ def byte_level_tokenizer(reader: Any, tokens: list[str], split: str, path: Path)
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     pattern = SPLITS[split]
-    steps = {"digits": [pre_tokenizers.Digits(individual_digits=True)], "": []}.get(
-        pattern, [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
-    )
-    by_regex = pattern in ("digits", "")
+    steps: list[Any] = []
+    by_regex = pattern in ("digits", "")  # GPT-2's pattern is the last step's own
+    if pattern == "digits":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    elif pattern:
+        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()

@@ -194,12 +194,11 @@ def directory_chat(path: Path) -> tuple[Any, str | None, dict[str, str]]:
             f"{path}/tokenizer.json is not there or not readable ({one_line(error)})"
         ) from error
     config = read_json(path / "tokenizer_config.json")
-    specials = {
-        name: token.get("content") if isinstance(token, dict) else token
-        for name, token in config.items()
-        if name.endswith("_token") and token
-    }
-    specials = {name: token for name, token in specials.items() if isinstance(token, str)}
+    specials = {}
+    for name, token in config.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str) and text:
+            specials[name] = text
     beside, template = path / "chat_template.jinja", config.get("chat_template")
     if beside.exists():
         try:
@@ -207,16 +206,12 @@ def directory_chat(path: Path) -> tuple[Any, str | None, dict[str, str]]:
         except (OSError, ValueError) as error:
             raise BadCheckpoint(f"{beside} is not readable ({one_line(error)})") from error
     if isinstance(template, list):  # several, by name
-        named = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {entry.get("name"): entry.get("template") for entry in entries}
         template = named.get("default") or named
     if template is not None and not isinstance(template, str):
-        raise BadCheckpoint(
-            f"{path}/tokenizer_config.json has no chat_template that is a text or is named default"
-        )
+        expected = "no chat_template that is a text or is named default"
+        raise BadCheckpoint(f"{path}/tokenizer_config.json has {expected}")
     return tokenizer, template, specials
 
 

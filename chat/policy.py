@@ -109,7 +109,7 @@ class ChatPolicy(TextPolicy):
         return Response(self.chat.decode(list(tokens)), tokens)
 
     def response_tokens(self, responses: Iterable[str]) -> list[Tensor]:
-        """A response's own tokens if it was sampled, else those it is encoded as and the end token."""
+        """A response's own tokens if it was sampled, else its encoding and the end token."""
         rows = (
             y.tokens if isinstance(y, Response) else [*self.chat.encode(y), self.end]
             for y in responses
@@ -119,9 +119,8 @@ class ChatPolicy(TextPolicy):
     def _check_context(self, lengths: Iterable[int]) -> None:
         longest, context = max(lengths, default=0), self.model.config.context
         if context and longest > context:
-            raise ValueError(
-                f"prompt and response have {longest} tokens; expected at most the model's context, {context}"
-            )
+            expected = f"expected at most the model's context, {context}"
+            raise ValueError(f"prompt and response have {longest} tokens; {expected}")
 
     def finished(self, response: Response) -> bool:
         """Did the model end it itself, or was it cut off?"""
@@ -154,11 +153,11 @@ class ChatPolicy(TextPolicy):
         if self.team.size == 1:
             return self._watched(self.scorer(xs, ys))
         numbers = {x: number for number, x in enumerate(dict.fromkeys(prompts))}
-        place = [b for b, x in enumerate(prompts) if numbers[x] % self.team.size == self.team.rank]
-        own = self._watched(
-            self.scorer(*([items[b] for b in place or [0]] for items in (xs, ys)))
-        )  # who has none works along
-        place = torch.tensor(place, dtype=torch.int64, device=own.device)
+        mine = [b for b, x in enumerate(prompts) if numbers[x] % self.team.size == self.team.rank]
+        # A process without any takes part as well, with a response that does not count.
+        scored = mine or [0]
+        own = self._watched(self.scorer([xs[b] for b in scored], [ys[b] for b in scored]))
+        place = torch.tensor(mine, dtype=torch.int64, device=own.device)
         return Scores.apply(own[: len(place)], place, len(xs), self.team.size)
 
     def _watched(self, scores: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dno import Preferences, Scores
 from judge.ledger import Stopped
-from oracle import Oracle
 
 
 class Team:
@@ -60,10 +60,12 @@ def part_of(value: Any, like: Tensor) -> Any:
 
 
 class SharedJudge:
-    """A judge whose questions the processes of a run share, all of a prompt's being asked by the
-    same one. All of them get all the answers, or raise the error that one of them met."""
+    """A judge whose questions the processes of a run share.
 
-    def __init__(self, judge: Oracle, team: Team):
+    All questions about a prompt are asked by the same process. All processes get all the answers,
+    or raise the error that one of them met."""
+
+    def __init__(self, judge: Preferences, team: Team):
         self.judge, self.team = judge, team
 
     def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:
@@ -83,6 +85,8 @@ class SharedJudge:
 
     def scores(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
         """As the judge's, points [X, n]."""
+        if not isinstance(self.judge, Scores):
+            raise ValueError(f"{type(self.judge).__name__} has no scores")
         mine = self._everybody(
             self.judge.scores, self.team.mine(prompts), self.team.mine(responses)
         )
@@ -95,7 +99,7 @@ class SharedJudge:
             found = ask(*questions) if len(questions[0]) else found
         except Stopped as error:
             met = error
-        for error in self.team.together([met]):
-            if error is not None:
-                raise error
+        for problem in self.team.together([met]):
+            if problem is not None:
+                raise problem
         return found

@@ -17,7 +17,7 @@ BEGIN = "{{ bos_token }}"
 
 
 def no_date(form: str) -> str:
-    """What a template gets that asks for today's date: a prompt's tokens do not depend on the day."""
+    """What a template gets for today's date: a prompt's tokens do not depend on the day."""
     return ""
 
 
@@ -70,7 +70,7 @@ class Chat:
         return cls(tokenizer, template, specials, end)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
-        """Itself, which never changes: copies of a policy share it, as a template cannot be copied."""
+        """Itself, which never changes: copies of a policy share it."""
         return self
 
     def prompt(self, text: str, system: str | None = None) -> list[int]:

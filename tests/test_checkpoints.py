@@ -23,6 +23,7 @@ pytest.importorskip("jinja2")
 
 import tiktoken  # noqa: E402
 
+import chat  # noqa: E402
 from chat.checkpoints import read_checkpoint, read_transformer, write_transformer  # noqa: E402
 from chat.formats import BadCheckpoint, RopeScaling  # noqa: E402
 from chat.template import Chat  # noqa: E402
@@ -1378,3 +1379,19 @@ def test_copies_of_a_policy_share_its_chat(tmp_path):
 def test_vocabularies_of_gguf_files_that_are_not_supported_are_refused(changes, said, tmp_path):
     path = write_vocabulary(tmp_path / "model.gguf", byte_pairs(), **changes)
     refused(path, "model.gguf", said, by=Chat.from_pretrained)
+
+
+def test_what_is_saved_can_be_loaded_model_and_chat(tmp_path):
+    """As one directory, which transformers answers from as we do; and a chat is not needed."""
+    theirs_of("Llama 2", vocab_size=400).save_pretrained(tmp_path / "theirs")
+    their_tokenizer = write_chat(tmp_path / "theirs")
+    model, told = chat.load(tmp_path / "theirs")
+    chat.save(tmp_path / "ours", model, told)
+    again, heard = chat.load(tmp_path / "ours")
+    assert_same(model, again)
+    assert heard.prompt("Why?") == told.prompt("Why?") == prompt_of_theirs(their_tokenizer, "Why?")
+    plain = chat.load(tmp_path / "ours", plain=True)[1]
+    assert plain.prompt("Why?") != told.prompt("Why?")
+    chat.save(tmp_path / "weights", model)
+    assert_same(model, read_transformer(tmp_path / "weights"))
+    assert not (tmp_path / "weights" / "tokenizer.json").exists()

@@ -96,6 +96,10 @@ def test_the_paper_is_imported_without_what_practice_needs():
     assert not (HEAVY | {"oracle", "model", "judge", "chat"}) & loaded_by("dno")
 
 
+def test_chat_imports_what_is_heavy_when_it_is_used():
+    assert not (HEAVY | {"torch"}) & loaded_by("chat")
+
+
 def test_the_command_line_imports_a_preset_when_it_is_chosen():
     loaded = loaded_by("train")
     assert not (HEAVY | {f"experiments.{name}" for name in ("text", "ablations", "llm")}) & loaded
