@@ -489,7 +489,7 @@ def run(project: Path, tests: list[str], times: dict[str, float], *options: str)
 
 
 def preload() -> None:
-    """Import what the project imports, but not the project; with one thread, before any operation."""
+    """Import what the project imports, but not it; with one thread, before any operation."""
     for module in MODULES:
         importlib.import_module(module)
     sys.modules["matplotlib"].use("Agg")

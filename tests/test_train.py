@@ -21,7 +21,10 @@ import train
 from oracle import random_feature_game, rock_paper_scissors, style_game
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 --width 16 --layers 1".split()
+SMALL = (
+    "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 "
+    "--width 16 --layers 1"
+).split()
 
 
 def start(*arguments):
