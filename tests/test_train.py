@@ -481,7 +481,7 @@ def test_help_lists_presets_and_every_field(capsys):
 
 
 def test_importing_the_modules_runs_nothing(tmp_path):
-    code = "import dno, model, oracle, runs, train"
+    code = "import dno, model, oracle, pairs, regularized, solvers, text, train, world"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True
