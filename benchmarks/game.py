@@ -52,7 +52,8 @@ def tabular(X: int, Y: int, iterations: int) -> None:
             gigabytes * iterations / seconds(lambda: solvers.solve(P, "dno", 1.0, iterations), 2)
         )
     print(
-        f"\ntabular loop, {X} prompts x {Y} responses, P of {gigabytes * 1e3:.0f} MB, {iterations} iterations"
+        f"\ntabular loop, {X} prompts x {Y} responses, P of {gigabytes * 1e3:.0f} MB, "
+        f"{iterations} iterations"
     )
     peak = show("  attainable: P read once, as by a sum", np.array(read), "GB/s")
     rate = show("  achieved by solve", np.array(solved), "GB/s")
@@ -71,7 +72,7 @@ def forward_flops(policy: TransformerPolicy) -> float:
 
 
 def neural(X: int, V: int, L: int, config: Config, steps: int) -> None:
-    """One iteration of Algorithm 1, `steps` of 2,048 pairs; compared with float32 matrix products."""
+    """One iteration of Algorithm 1, `steps` of 2,048 pairs, compared with float32 products."""
     P = style_game(X, V, L, seed=0).P
     policy = TransformerPolicy(Transformer(config), torch.arange(V, V + X).unsqueeze(-1), V, L)
     settings = dno.Regression(steps=steps)
@@ -95,7 +96,8 @@ def neural(X: int, V: int, L: int, config: Config, steps: int) -> None:
         row.extend(1e3 * seconds(lambda: policy.model(rows).log_softmax(-1).sum().backward(), 5))
     parameters = sum(weight.numel() for weight in policy.parameters())
     print(
-        f"\nneural iteration, {X} prompts x {V}^{L} responses, {parameters:,} parameters, {steps} steps, {flops:.1f} GFLOP"
+        f"\nneural iteration, {X} prompts x {V}^{L} responses, {parameters:,} parameters, "
+        f"{steps} steps, {flops:.1f} GFLOP"
     )
     top = show("  attainable: 1024 x 1024 float32 matrix products", np.array(peak), "GFLOP/s")
     rate = show("  achieved", np.array(achieved), "GFLOP/s")

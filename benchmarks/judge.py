@@ -62,15 +62,17 @@ def main() -> None:
         )
         counted = server.stats()["requests"] - 2
         print(
-            f"{counted} requests counted by a server of latency {options.latency} s, at concurrency {options.concurrency}: "
-            f"{seconds:.2f} s, {ideal / seconds:.3f} of the ideal {ideal:.2f} s"
+            f"{counted} requests counted by a server of latency {options.latency} s, "
+            f"at concurrency {options.concurrency}: {seconds:.2f} s, "
+            f"{ideal / seconds:.3f} of the ideal {ideal:.2f} s"
         )
         again = [sys.executable, "-m", "benchmarks.judge", "--pairs", str(options.pairs)]
         again += ["--cached", f"{folder}/judgments.sqlite"]
         reply = subprocess.run(again, capture_output=True, text=True, check=True).stdout.split()
         assert float(reply[1]) == total, "the cache gives other answers"
         print(
-            f"again, from the cache: {float(reply[0]):.3f} s, {requests / float(reply[0]):,.0f} a second"
+            f"again, from the cache: {float(reply[0]):.3f} s, "
+            f"{requests / float(reply[0]):,.0f} a second"
         )
 
 

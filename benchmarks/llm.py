@@ -1,8 +1,8 @@
 """One iteration on a real chat model, and the same work by TRL's online DPO if `trl` is installed:
 seconds, tokens a second, share of the bfloat16 matmul peak, peak memory, and the ratios.
 
-    python -m benchmarks.llm --model PATH [--prompts 32] [--samples 2] [--max-new-tokens 48] [--threads 1] [--repeats 2]
-        [--profile sampling|reference|training]
+    python -m benchmarks.llm --model PATH [--prompts 32] [--samples 2] [--max-new-tokens 48]
+        [--threads 1] [--repeats 2] [--profile sampling|reference|training]
 
 The work: sample K responses to each prompt, all --max-new-tokens long, as an end token ends none;
 score two of each prompt by the policy as it was, which is the loss's reference; take a step of Eq.
@@ -10,11 +10,13 @@ score two of each prompt by the policy as it was, which is the loss's reference;
 temperature, top_p, judge (`TasteJudge`, a matter of milliseconds), learning rate, clipping and
 number of steps. What differs is how:
 
-    ours  bfloat16 weights with float32 master copies; samples 64 responses at a time, all of them before the first step; scores
-          the reference then, with no second model; trains on 4 prompts at a time, each read once for both of its responses.
-    TRL   float32 weights under autocast to bfloat16; samples, scores and trains on 8 prompts at a time; the reference is a
-          second model. Its defaults, but for gradient checkpointing, with which it has no key-value cache. It knows K = 2 only:
-          for more, `generate` is wrapped so that it samples K and hands two of them on.
+    ours  bfloat16 weights with float32 master copies; samples 64 responses at a time, all of them
+          before the first step; scores the reference then, with no second model; trains on 4
+          prompts at a time, each read once for both of its responses.
+    TRL   float32 weights under autocast to bfloat16; samples, scores and trains on 8 prompts at a
+          time; the reference is a second model. Its defaults, but for gradient checkpointing, with
+          which it has no key-value cache. It knows K = 2 only: for more, `generate` is wrapped so
+          that it samples K and hands two of them on.
 
 Each run is a process of its own, for its own peak memory, on as many cores as threads; ours and
 TRL's alternate. Loading and a short warm-up are not timed. The share of the peak is of what the
@@ -238,7 +240,8 @@ def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
             trainer.train()
         if not all(spent[phase] for phase in ("sampling", "reference")):
             raise SystemExit(
-                "this version of trl samples or scores by other methods than 1.16 does; nothing was measured"
+                "this version of trl samples or scores by other methods than 1.16 does; "
+                "nothing was measured"
             )
         spent["training"] = spent["in all"] - spent["sampling"] - spent["reference"]
         return spent, count
@@ -320,9 +323,10 @@ def show(name: str, record: dict[str, Any]) -> None:
     """A line of the table."""
     spent, line = record["seconds"], f"{name:6}"
     for phase in PHASES:
-        tokens = record["tokens"][phase]
-        line += f"{tokens:9,}{spent[phase]:7.1f}{tokens / spent[phase]:7.0f}{record['share'][phase]:6.2f}"
-    line += f"{spent['in all']:8.1f}{record['own']:7.1f}{record['others']:8.1f}{record['memory']:7.2f}{record['loaded']:9.2f}"
+        tokens, took = record["tokens"][phase], spent[phase]
+        line += f"{tokens:9,}{took:7.1f}{tokens / took:7.0f}{record['share'][phase]:6.2f}"
+    line += f"{spent['in all']:8.1f}{record['own']:7.1f}{record['others']:8.1f}"
+    line += f"{record['memory']:7.2f}{record['loaded']:9.2f}"
     print(line + "  NOT QUIET" * (record["others"] > 0.05 * spent["in all"]), flush=True)
 
 
@@ -349,9 +353,8 @@ def compare(options: argparse.Namespace, out: str) -> None:
     for name in names * options.repeats:
         runs[name].append(json.loads(start(name, options, model, out)))
         show(name, runs[name][-1])
-    print(
-        f"peak: {median(record['peak'] for name in names for record in runs[name]) / 1e9:.0f} GFLOP/s"
-    )
+    peak = median(record["peak"] for name in names for record in runs[name])
+    print(f"peak: {peak / 1e9:.0f} GFLOP/s")
     if len(names) == 1:
         print("trl cannot be imported, so there is nothing to compare with")
         return
@@ -367,7 +370,8 @@ def compare(options: argparse.Namespace, out: str) -> None:
     )
     if options.samples > 2:
         print(
-            f"TRL's trainer samples 2 responses a prompt; here its `generate` was made to sample {options.samples}"
+            "TRL's trainer samples 2 responses a prompt; here its `generate` was made to sample "
+            f"{options.samples}"
         )
 
 

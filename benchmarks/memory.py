@@ -1,7 +1,8 @@
 """How much memory a real model needs, by arithmetic and as measured on a new model of the same
 shape.
 
-    python -m benchmarks.memory --shape smollm2-135m [--device cuda] [--low-rank 16] [--checkpointing] [--response 256]
+    python -m benchmarks.memory --shape smollm2-135m [--device cuda] [--low-rank 16]
+        [--checkpointing] [--response 256]
 
 The weights do not matter, so none are read. Samples K responses to each of `--prompts` prompts,
 then takes one step on them, a piece of `--at-once` prompts at a time, each with `--scored`
@@ -202,12 +203,14 @@ def main() -> None:
         "GiB          by arithmetic                                   measured peak      tokens/s"
     )
     print(
-        f"sampling     {(start + cache) / GIB:6.2f} = weights {start / GIB:.2f} + cache {cache / GIB:.2f}"
+        f"sampling     {(start + cache) / GIB:6.2f} = weights {start / GIB:.2f}"
+        f" + cache {cache / GIB:.2f}"
         f"{sampled / GIB:24.2f} {o.prompts * o.samples * o.response / sampling:16.0f}"
     )
     read = o.prompts * (o.prompt + o.scored * (o.response - 1))
     print(
-        f"training     {(state + activations) / GIB:6.2f} = state {state / GIB:.2f} + activations {activations / GIB:.2f}"
+        f"training     {(state + activations) / GIB:6.2f} = state {state / GIB:.2f}"
+        f" + activations {activations / GIB:.2f}"
         f"{trained / GIB:19.2f} {read / training:16.0f}"
     )
     print(f"bytes a parameter, trained: {state / parameters:.1f} by arithmetic")

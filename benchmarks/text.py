@@ -35,14 +35,14 @@ PHASES = ("sampled", "judged", "trained")
 
 
 def short_fine_tuned() -> TextPolicy:
-    """The text preset's policy after a short fine-tuning, enough for responses of the right length."""
+    """The text preset's policy, fine-tuned until its responses are of the right length."""
     with tempfile.TemporaryDirectory() as folder:
         config = TextConfig(sft_steps=150, out=folder + "/run")
         return fine_tuned(config, Run("text", config))
 
 
 def flops_per_token(policy: TextPolicy, tokens: float) -> float:
-    """Multiply-adds of one token's forward pass, twice over, among `tokens` tokens that it can see."""
+    """Twice the multiply-adds of a token's forward pass, among `tokens` tokens that it can see."""
     c = policy.model.config
     weights = (
         sum(weight.numel() for weight in policy.model.parameters() if weight.ndim == 2)
@@ -75,8 +75,9 @@ def rates(policy: TextPolicy, prompts: int, k: int, batch: int) -> None:
         )
     mean = context + generated / len(y) / 2
     print(
-        f"\n{sum(p.numel() for p in policy.parameters()):,} parameters, {prompts} prompts x {k} samples, "
-        f"{generated / len(y):.1f} tokens each; training batches of {batch} responses"
+        f"\n{sum(p.numel() for p in policy.parameters()):,} parameters, "
+        f"{prompts} prompts x {k} samples, {generated / len(y):.1f} tokens each; "
+        f"training batches of {batch} responses"
     )
     top = show("  attainable: 1024 x 1024 float32 matrix products", np.array(peak), "GFLOP/s")
     speed = show("  sampled", np.array(sampling) / 1e3, "thousand tokens/s")
@@ -87,7 +88,8 @@ def rates(policy: TextPolicy, prompts: int, k: int, batch: int) -> None:
         "thousand tokens/s",
     )
     print(
-        f"  achieved / attainable: {3 * speed * 1e3 * flops_per_token(policy, mean) / 1e9 / top:.3f}"
+        "  achieved / attainable: "
+        f"{3 * speed * 1e3 * flops_per_token(policy, mean) / 1e9 / top:.3f}"
     )
 
 

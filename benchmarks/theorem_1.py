@@ -1,7 +1,9 @@
 """Theorem 1 measured: E_x TV(pi_{t+1}, pi*_{t+1})^2 against N, and C_t, for four places mu that the
 pairs come from.
 
-    python -m benchmarks.theorem_1          (about 15 s; writes figures/theorem_1.png and prints the table)
+    python -m benchmarks.theorem_1
+
+About 15 s; writes figures/theorem_1.png and prints the table.
 
 The class is tabular and the game one step of Eq. (9) on 2 prompts x 8 responses. Labels are drawn,
 b ~ Bernoulli(z), as the theorem's rate is about label noise: Eq. (8) is linear in z, so drawn

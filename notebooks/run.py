@@ -1,9 +1,10 @@
 """Run notebooks from top to bottom, in a fresh kernel each, and keep their outputs.
 
-    python notebooks/run.py [NOTEBOOK.ipynb ...]          (all of them when none is named; needs requirements-dev.txt)
+    python notebooks/run.py [NOTEBOOK.ipynb ...]
 
-What is written is the same from any machine but for rounding: no time stamps, no kernel's name, no
-paths. Pictures are kept with a palette of 128 colours, which makes them a third of the size."""
+All of them when none is named; needs requirements-dev.txt. What is written is the same from any
+machine but for rounding: no time stamps, no kernel's name, no paths. Pictures are kept with a
+palette of 128 colours, which makes them a third of the size."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def smaller(png: str) -> str:
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
-    """Leave out what depends on when and where the notebook was run, and make its pictures smaller."""
+    """Leave out what depends on when and where the notebook was run; make its pictures smaller."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for number, cell in enumerate(notebook.cells, 1):
         cell.id, cell.metadata = f"cell-{number:02}", nbformat.from_dict({})
@@ -67,7 +68,8 @@ def main(names: list[str]) -> None:
         tidy(notebook)
         nbformat.write(notebook, path)
         print(
-            f"{path.name:35} {seconds:5.1f} s  {len(notebook.cells):2} cells  {path.stat().st_size / 1024:4.0f} KiB"
+            f"{path.name:35} {seconds:5.1f} s  {len(notebook.cells):2} cells  "
+            f"{path.stat().st_size / 1024:4.0f} KiB"
         )
 
 

@@ -1,7 +1,8 @@
 """Record what a judge and a teacher reply to a few fixed questions, so that their whole path can be
 run and read without them.
 
-    python -m recordings.record --judge-url http://localhost:8000/v1 --judge-model NAME --out recordings
+    python -m recordings.record --judge-url http://localhost:8000/v1 --judge-model NAME
+        --out recordings
 
 Writes comparisons.jsonl (six prompts of the world of text, for each all pairs of four responses,
 with a label drawn from the synthetic judge, since no people were asked) and NAME.sqlite, the ledger

@@ -1,7 +1,9 @@
-"""Does every operator, number and condition of dno.py and oracle.py matter to some test? Mutants
-made by machine, tried fast.
+"""Does every operator, number and condition of `FILES` matter to some test?
 
-    python tests/automatic_mutants.py [dno.py oracle.py] [--sample N] [--only FILE:LINE] [--resume FILE]    (about 30 minutes)
+Mutants made by machine, tried fast.
+
+    python tests/automatic_mutants.py [dno.py oracle.py ...] [--sample N] [--only FILE:LINE]
+        [--resume FILE]          (about 30 minutes)
 
 Prints a line for every survivor and the totals of each file; exits 1 below 90%. Not part of the
 test suite, like mutants.py.
@@ -11,9 +13,8 @@ condition (negated), a keyword argument (dropped), a function (`SWAPPED`), a met
 (`DROPPED`), a string that is compared with or a default, a statement that is a call or sets an
 attribute or an item (deleted), break, continue.
 
-Left out: docstrings, annotations, type aliases, protocols, messages (raise, print, f-strings),
-`agreement_figure`, `__all__`, the word lists of the world of text, and zip's strict, which only
-guards against errors of the programmer.
+Left out: docstrings, annotations, type aliases, protocols, messages (raise, print, f-strings), and
+zip's strict, which only guards against errors of the programmer.
 
 Each mutant has a fork of this process, which has imported all but the project, and runs only the
 tests that execute the mutated line, fastest first, on a copy of the project. What is executed when
@@ -55,8 +56,7 @@ SLOW = (
     "test_notebooks",
     "test_readme_commands",
 )  # not about formulas
-# runs main in a process that is not measured
-COMMAND = "tests/test_agreement.py::test_as_a_command_it_exits_with_its_code"
+FILES = ("dno.py", "pairs.py", "regularized.py", "solvers.py", "oracle.py")
 MODULES = (
     "torch",
     "torch._dynamo",
@@ -72,7 +72,6 @@ MODULES = (
     "sqlite3",
     "pytest",
 )
-DATA = {"__all__", "VERBS", "TOPICS", "AGES", "MOODS", "ACTIONS", "IMAGES", "NUMBERS", "UNITS"}
 OPERATORS = {  # what becomes what
     ast.Add: "+-",
     ast.Sub: "-+",
@@ -252,7 +251,7 @@ class Generator:
                 filter(None, (self.name, name))
             )  # a field is used by what names it or its class
         match node:
-            case ast.Raise() | ast.JoinedStr() | ast.FunctionDef(name="agreement_figure"):
+            case ast.Raise() | ast.JoinedStr():
                 children = []
             case ast.ClassDef(bases=[ast.Name("Protocol")]):
                 children = []
@@ -260,8 +259,6 @@ class Generator:
                 ast.Expr(ast.Constant() | ast.Call(ast.Name("print")))
                 | ast.Assign(value=ast.Subscript(ast.Name("Callable")))
             ):
-                children = []
-            case ast.Assign() if self.name in DATA:
                 children = []
             case ast.FunctionDef():  # defaults and decorators concern the whole body
                 self.scope = set(range(node.body[0].lineno, node.end_lineno + 1))
@@ -325,7 +322,7 @@ class Tests:
     then holds compiled files."""
 
     def __init__(self, root: Path):
-        files = sorted([*root.glob("*.py"), *root.glob("tests/*.py"), root / "pyproject.toml"])
+        files = sorted([*root.glob("*.py"), *root.glob("*/*.py"), root / "pyproject.toml"])
         key = hashlib.sha256(
             b"".join(path.read_bytes() for path in files if path.name != Path(__file__).name)
         ).hexdigest()[:16]
@@ -348,8 +345,7 @@ class Tests:
                 "-q",
                 "-p",
                 "no:cacheprovider",
-                "--cov=dno",
-                "--cov=oracle",
+                *(f"--cov={file.removesuffix('.py')}" for file in FILES),
                 "--cov-context=test",
                 "--cov-report=",
                 f"--junitxml={CACHE / key / 'partial.xml'}",
@@ -405,11 +401,6 @@ class Tests:
                 found = set().union(
                     *(tests for (file, _), tests in self.of_line.items() if file == mutant.file)
                 )
-        if (
-            "\nif __name__ ==" in source
-            and mutant.line > source[: source.index("\nif __name__ ==")].count("\n") + 1
-        ):
-            found = {COMMAND}
         chosen: dict[str, float] = defaultdict(
             float
         )  # a function with all its parameters, if they are quick
@@ -489,7 +480,7 @@ def run(project: Path, tests: list[str], times: dict[str, float], *options: str)
 
 
 def preload() -> None:
-    """Import what the project imports, but not the project; with one thread, before any operation."""
+    """Import what the project imports, but not it; with one thread, before any operation."""
     for module in MODULES:
         importlib.import_module(module)
     sys.modules["matplotlib"].use("Agg")
@@ -500,7 +491,7 @@ def preload() -> None:
 def main() -> int:
     """Try the mutants; 1 if fewer than 90% of a file's are killed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", default=["dno.py", "oracle.py"])
+    parser.add_argument("files", nargs="*", default=FILES, help=", ".join(FILES))
     parser.add_argument("--sample", type=int, help="a random subset of so many")
     parser.add_argument("--only", help="FILE:LINE")
     parser.add_argument(
@@ -513,6 +504,8 @@ def main() -> int:
         "--budget", type=float, default=15.0, help="at most so many seconds of tests a mutant"
     )
     options = parser.parse_args()
+    if unknown := set(options.files) - set(FILES):
+        parser.error(f"{', '.join(unknown)}: it is measured only what executes {', '.join(FILES)}")
     tests, began = Tests(ROOT), time.time()
     sources = {file: (tests.project / file).read_text() for file in options.files}
     mutants = [
@@ -570,7 +563,8 @@ def main() -> int:
         share = (killed + late) / max(1, killed + late + survived)
         total = killed + late + survived
         print(
-            f"{file}: {total} mutants, {killed} killed, {late} timed out, {survived} survived: {share:.1%}"
+            f"{file}: {total} mutants, {killed} killed, {late} timed out, {survived} survived: "
+            f"{share:.1%}"
         )
         worst = min(worst, share)
     print(f"{ran} tried in {(time.time() - began) / 60:.1f} minutes; results in {results}")

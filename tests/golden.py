@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GAME = "game --iterations 3 --steps 6 --pairs 256 --num-prompts 2"
 TEXT = "text --sft-steps 30 --iterations 2 --prompts 8 --survey 4"
 LLM = (
-    "llm --model {model} --prompts {prompts} --max-new-tokens 8 --samples 3 --held-out 3 --judged 2 "
-    "--iterations 2 --batch-size 8 --lr 0.003 --margin 0.02"
+    "llm --model {model} --prompts {prompts} --max-new-tokens 8 --samples 3 --held-out 3 "
+    "--judged 2 --iterations 2 --batch-size 8 --lr 0.003 --margin 0.02"
 )
 RUNS = {
     "game-1": GAME,
@@ -41,8 +41,8 @@ RUNS = {
     "game-3-moving-reference": f"{GAME} --algorithm 3 --move-reference-every 2",
     "text-2-then-3": TEXT,
     "text-4-option-2": f"{TEXT} --algorithm 4 --option II",
-    "ablations": "ablations --sft-steps 30 --iterations 2 --tuning-iterations 1 --tuning-seeds 1 --seeds 2 "
-    "--prompts 6 --survey 4 --eta 4 --jobs 2",
+    "ablations": "ablations --sft-steps 30 --iterations 2 --tuning-iterations 1 --tuning-seeds 1 "
+    "--seeds 2 --prompts 6 --survey 4 --eta 4 --jobs 2",
     "llm-2": f"{LLM} --dtype float32",
     "llm-4": f"{LLM} --dtype float32 --algorithm 4 --tau 0.02",
     "llm-3": f"{LLM} --dtype float32 --algorithm 3 --tau 0.02",
@@ -98,8 +98,9 @@ def tiny_model(folder: Path) -> None:
     ).save_pretrained(folder / "model")
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
     template = (
-        "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+        "{% for message in messages %}<|start|>{{ message['role'] }}\n"
+        "{{ message['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
     )
     config = {"eos_token": "<|end|>", "chat_template": template}
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(config))

@@ -302,7 +302,8 @@ def test_C23_mixing_token_by_token_is_not_the_sequence_level_mixture():
         assert by_token.exp().sum(-1).tolist() == pytest.approx([1, 1], abs=EXACT)
         distances[L] = float(dno.total_variation(by_token.exp(), by_sequence.exp()).mean())
     print(
-        f"C23: TV between the mixtures, one token {distances[1]:.1e}, three tokens {distances[3]:.3f}"
+        f"C23: TV between the mixtures, one token {distances[1]:.1e}, "
+        f"three tokens {distances[3]:.3f}"
     )
     assert distances[1] < EXACT
     assert distances[3] > 0.02

@@ -459,7 +459,13 @@ def test_a_gradient_that_is_not_finite_stops_with_its_batch(directory):
         policy.model.norm.weight[0] = float("nan")
     with pytest.raises(dno.NotFinite, match="step 1") as caught:
         dno.fit_pairs(
-            policy, D, dno.hard_targets(1.0), dno.adam(policy), SamplingSettings(), 1e-3, torch.Generator()
+            policy,
+            D,
+            dno.hard_targets(1.0),
+            dno.adam(policy),
+            SamplingSettings(),
+            1e-3,
+            torch.Generator(),
         )
     assert caught.value.batch.prompts
 

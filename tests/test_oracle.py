@@ -1,4 +1,4 @@
-"""Oracles: the tables' constructors, and the conformance check that any oracle can be run through."""
+"""Oracles: the tables' constructors, and the conformance check that suits any oracle."""
 
 import math
 
@@ -181,7 +181,7 @@ def test_every_pair_of_a_random_game_is_uniform_on_0_to_1():
 
 
 def test_every_entry_above_the_diagonal_of_a_skew_symmetric_matrix_is_standard_normal():
-    """Over 4,000 matrices: 5 standard deviations, sqrt(1/n) of the mean, sqrt(2/n) of the variance."""
+    """Of 4,000 matrices, to 5 standard deviations: sqrt(1/n) for means, sqrt(2/n) for variances."""
     A, n = _skew(4000, 4, torch.Generator().manual_seed(0)), 4000
     i, j = torch.triu_indices(4, 4, 1)
     assert torch.equal(A, -A.mT)
@@ -220,7 +220,7 @@ def test_response_styles_are_the_mean_leanings_of_the_words():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_default_game_has_mixed_nash_policies_that_differ_by_prompt_and_a_far_off_uniform_policy(
+def test_the_default_game_has_mixed_nash_policies_that_differ_by_prompt_and_are_far_from_uniform(
     seed,
 ):
     P = style_game(8, 6, 3, seed).P
@@ -258,7 +258,7 @@ def test_the_strengths_of_the_default_games_cycle_are_log_normal_of_spread_0_8()
     assert more == pytest.approx(1 / 4, abs=5 * (3 / 16 / 4000) ** 0.5 + 0.01)
 
 
-def test_responses_of_the_same_words_in_another_order_differ_by_nothing_but_the_default_games_noise():
+def test_the_order_of_the_words_matters_by_nothing_but_the_default_games_noise():
     """0.3 times a sum of 56 products of normal features and entries of variance 1/64. 300 pairs of
     responses, 100 prompts."""
     orders = torch.tensor([(v * 6 + w, w * 6 + v) for v in range(6) for w in range(v)]).T

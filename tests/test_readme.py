@@ -53,7 +53,7 @@ def test_every_test_it_names_exists():
 
 
 def test_errata_are_one_list_E1_to_E8_and_cited_by_these_numbers_alone():
-    """ "7.4" would be the paper's section 7.4; and whoever reads a citation must have what is cited."""
+    """ "7.4" would be the paper's section 7.4, and whoever reads "E4" must have what is cited."""
     listed = README.split("## Where the paper cannot be taken as printed")[1].split("\n## ")[0]
     assert re.findall(r"^\| (E\d) \|", listed, re.M) == [f"E{k}" for k in range(1, 9)]
     kinds = ("*.py", "*/*.py", "*.md", "notebooks/*.ipynb")

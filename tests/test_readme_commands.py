@@ -218,7 +218,7 @@ def run_a_notebook(do, command, server, monkeypatch):
 
 
 def in_ci(do, command, server, monkeypatch):
-    """The gate takes the test command from the README; a test of test_train.py runs the main job."""
+    """The gate takes the test command from the README; test_train.py runs the main job."""
     assert "README.md" in (ROOT / ".ci/run").read_text()
     assert "requirements-dev.txt" in README
 

@@ -339,7 +339,7 @@ def started(*command, **options):
 
 
 def wait_for_import(pid, library="_multiarray_umath"):
-    """Until the process has loaded the library: numpy's is the first of several seconds of imports."""
+    """Until the process has loaded the library; numpy's is the first of seconds of imports."""
     deadline = time.monotonic() + 120
     while library not in Path(f"/proc/{pid}/maps").read_text():
         assert time.monotonic() < deadline
@@ -374,7 +374,9 @@ def test_a_process_that_was_started_deaf_to_ctrl_c_stays_so(monkeypatch):
 @LINUX
 def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp_path):
     """Ctrl-C reaches all of them, the workers in the middle of their imports."""
-    sizes = "--algorithm 4 --iterations 1 --tuning-iterations 1 --prompts 2 --survey 2 --sft-steps 1".split()
+    sizes = (
+        "--algorithm 4 --iterations 1 --tuning-iterations 1 --prompts 2 --survey 2 --sft-steps 1"
+    ).split()
     process, workers = (
         started(ROOT / "train.py", "ablations", *sizes, "--out", tmp_path / "run"),
         [],
@@ -406,7 +408,7 @@ def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp
 def test_a_program_whose_output_nobody_reads_ends_with_141_and_no_word(
     command, unbuffered, tmp_path
 ):
-    """As in `train.py ... | head -0`. One that prints little meets the closed pipe only at its end."""
+    """As in `train.py ... | head -0`. Who prints little meets the closed pipe only at the end."""
     (tmp_path / "labels.jsonl").write_text(AGREEMENT)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
     process = started(*command, cwd=tmp_path, env=environment)

@@ -183,7 +183,7 @@ def test_C2_the_nash_of_a_float32_table_and_of_a_single_response_is_a_float64_po
 
 @pytest.mark.parametrize("seed", range(3))
 def test_C2_the_lp_nash_of_nearly_equal_responses_keeps_its_promise_too(seed):
-    """Edges of up to 5e-7: at the solver's usual tolerance of 1e-7 it leaves gaps of 5e-8 and more."""
+    """Edges of up to 5e-7: the solver's usual tolerance of 1e-7 leaves gaps of 5e-8 and more."""
     P = 0.5 + 1e-6 * (random_game(1, 10, seed).P - 0.5)
     assert dno.duality_gap(P, dno.nash(P)) < LP
 
@@ -239,7 +239,7 @@ def test_C2_a_solver_that_fails_or_leaves_a_gap_in_any_prompt_is_an_error(monkey
 # --- Newton's method ---
 
 
-def test_newtons_method_halves_the_step_of_a_row_until_its_residual_is_no_longer_and_leaves_the_others_alone():
+def test_newtons_method_halves_the_step_of_a_row_until_its_residual_falls_and_of_no_other_row():
     """arctan u = 0 from 3: the step is 10 arctan 3 = 12.5; to -9.5 and -3.2 the residual grows, to
     -0.1 it falls. From 1/2 the first step is good, and no row's step is shortened for another's."""
     tried = []
@@ -283,7 +283,7 @@ def test_a_wrong_solution_of_linear_equations_is_an_error(monkeypatch):
             solvers.solve_linear(A, b)
 
 
-def test_newtons_method_is_done_once_the_residual_is_as_small_as_wanted_and_gives_up_after_200_steps():
+def test_newtons_method_ends_when_the_residual_is_as_small_as_wanted_or_after_200_steps():
     start, one, jacobians = (
         torch.zeros(1, 2, dtype=torch.float64),
         torch.ones(1, 2, dtype=torch.float64),
@@ -312,7 +312,7 @@ def test_C1_the_bradley_terry_fit_of_rock_paper_scissors_under_uniform_data_lear
     assert solvers.bradley_terry_fit(rock_paper_scissors().P).abs().max() < EXACT
 
 
-def test_C1_from_uneven_data_it_ranks_the_cycle_and_reward_maximisation_goes_to_one_response_of_gap_0_8():
+def test_C1_from_uneven_data_it_ranks_the_cycle_and_its_maximiser_is_one_response_of_gap_0_8():
     P, mu = rock_paper_scissors().P, torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     r = solvers.bradley_terry_fit(P, mu, mu)
     weight = (mu[0][:, None] * mu[0]).numpy()

@@ -77,7 +77,7 @@ def test_a_rare_response_to_the_last_of_100_000_prompts_is_drawn_as_rarely_as_it
 
 
 @pytest.mark.parametrize(("u", "drawn"), [(0.0, 1), (1 - 2**-53, 2)])
-def test_no_response_of_probability_0_and_none_that_is_not_there_is_drawn_by_an_extreme_random_number(
+def test_an_extreme_random_number_draws_a_response_that_is_there_and_has_a_probability(
     u, drawn, monkeypatch
 ):
     """u = 0 is where the first response's share, which is empty, begins and ends; x + u = 3 is
@@ -196,7 +196,7 @@ def test_the_learning_rate_falls_linearly_within_an_iteration_and_starts_anew():
 
 @pytest.mark.parametrize("longest", [1e-3, 1e-2])
 def test_a_step_of_line_4_is_no_longer_than_the_rate_times_the_longest_gradient(longest):
-    """Plain gradient descent; from uniform logits the gradient on these pairs is longer than both."""
+    """Plain gradient descent; from uniform logits these pairs' gradient is longer than both."""
     policy = TabularPolicy(1, 3)
     reference, r_t = dno.log_table(policy), torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
     D_t = torch.tensor([0, 0]), torch.tensor([0, 0]), torch.tensor([1, 2])

@@ -170,7 +170,7 @@ def every_group(P, pi, n, gold=()):
     return chance, members, dno.group_win_rates(outcomes)
 
 
-def test_C16_the_win_rate_within_a_group_is_unbiased_and_its_variance_at_most_a_quarter_of_one_over_K():
+def test_C16_the_win_rate_within_a_group_is_unbiased_and_its_variance_at_most_1_over_4_K():
     """By all groups and outcomes. The K opponents being independent, the variance is r(1 - r)/K
     exactly."""
     P, pi, K = random_game(1, 3, seed=0).P[0], random_policy(1, 3, 1)[0], 3
@@ -211,7 +211,7 @@ def test_C16_opponents_of_each_other_the_two_of_a_pair_lean_to_their_own_compari
         )
 
 
-def test_C16_the_win_rates_of_algorithm_2_are_unbiased_as_its_outcomes_do_not_depend_on_its_samples():
+def test_C16_the_win_rates_of_algorithm_2_are_unbiased_and_outcomes_independent_of_samples():
     """3,000 runs of one prompt, K = 3 and a gold response: for each place in the group and each y
     there, 5 standard deviations of the mean by the bound 1/(4K) on the variance."""
     oracle, policy, gold = rock_paper_scissors(), TabularPolicy(1, 3), 2
@@ -251,7 +251,7 @@ def test_every_iteration_and_every_seed_has_chance_of_its_own():
     assert runs[0] == runs[2]
 
 
-def test_an_outcome_is_one_sample_for_an_unordered_pair_of_its_frequency_and_independent_of_the_others():
+def test_an_outcome_is_one_sample_for_an_unordered_pair_and_independent_of_the_others():
     """20,000 draws; 5 standard deviations, at most 1/2 of an outcome, 1/4 of a product of two. 0
     and 1 are certain."""
     wins, n = random_game(1, 4, seed=1).P[0], 20_000
@@ -1169,7 +1169,7 @@ def test_the_reference_is_pi_1_until_it_moves_to_the_policy_after_the_iterations
         assert torch.equal(reference, states[max([0, *(m for m in moves if m <= t)])])
 
 
-def test_algorithms_4_and_3_told_nothing_else_sample_from_pi_t_keep_their_reference_and_have_seed_0():
+def test_algorithms_4_and_3_by_default_sample_from_pi_t_keep_their_reference_and_have_seed_0():
     """And Algorithm 3 has no pull; Algorithm 4 in option I, at a tau that would show."""
     given = (random_game(1, 3, seed=0), lambda t: ([0] * 20, [0] * 20), 1.0, 3)
     rule = gold_against_students
@@ -1218,7 +1218,7 @@ def test_algorithm_4_without_a_pull_is_algorithm_2():
 
 
 @pytest.mark.parametrize("option", ["I", "II"])
-def test_algorithm_4_samples_from_pi_t_or_the_normalised_mixture_and_refers_to_the_unnormalised_one_in_either(
+def test_algorithm_4_samples_from_pi_t_or_the_mixture_and_refers_to_the_unnormalised_mixture(
     option, fitted
 ):
     """12,000 samples of one prompt in iteration 3, to 5 standard deviations of a frequency. The
@@ -1274,7 +1274,7 @@ def test_one_iteration_of_algorithm_3_with_many_samples_is_soft_policy_iteration
     assert float((policy.log_probs().exp() - target).abs().sum().detach() / 2) < 0.01
 
 
-def test_on_a_cycle_the_last_iterate_of_algorithm_3_with_a_moving_reference_nears_nash_but_not_that_of_algorithm_2():
+def test_on_a_cycle_algorithm_3_with_a_moving_reference_nears_nash_but_algorithm_2_does_not():
     """Mean gap of the last ten of 60 iterations, over 8 seeds: 0.01 to 0.07 and 0.51 to 0.80 (a
     pure policy's is 0.8)."""
     oracle, late = PreferenceTable(COMAL), {}

@@ -22,7 +22,10 @@ from experiments.game import bound
 from oracle import random_feature_game, rock_paper_scissors, style_game
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 --width 16 --layers 1".split()
+SMALL = (
+    "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 "
+    "--width 16 --layers 1"
+).split()
 
 
 def start(*arguments):
@@ -486,7 +489,7 @@ def test_help_lists_the_presets(asked, capsys):
 
 
 def test_importing_the_modules_runs_nothing(tmp_path):
-    code = "import dno, model, oracle, regularized, solvers, text, train"
+    code = "import dno, model, oracle, pairs, regularized, solvers, text, train, world"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True

@@ -38,7 +38,10 @@ from world import CLASSES, HELD_OUT, classify, teacher_answer
 KEY = 'sk-seldom/2718"281828'  # to be found nowhere, with two letters that JSON may escape
 PRICES = (10, 30)  # dollars per million tokens of prompt and completion
 K, PROMPTS, JUDGED, MARGIN = 5, 8, 2, 0.4
-TINY = "text --sft-steps 100 --sft-lr 0.01 --iterations 3 --prompts 8 --survey 4 --width 32 --layers 1 --threads 1".split()
+TINY = (
+    "text --sft-steps 100 --sft-lr 0.01 --iterations 3 --prompts 8 --survey 4 --width 32 "
+    "--layers 1 --threads 1"
+).split()
 SHORT = [*TINY, "--iterations", "1"]
 ROUNDING = 1e-9  # .6 - .2 is below .4 in floating point, by far less than this
 CENT = 1e-9  # dollars: sums of the same charges in another order
@@ -510,7 +513,7 @@ def test_gold_responses_are_the_teachers_and_prompts_without_one_are_dropped_and
     assert 0 < sum(row["prompts_dropped"] for row in rows(out)) < 3 * PROMPTS
 
 
-def test_an_iteration_whose_prompts_have_no_gold_response_ends_the_run_in_one_line_or_is_passed_over(
+def test_prompts_without_a_gold_response_end_the_run_in_one_line_or_are_passed_over(
     server, capsys, tmp_path
 ):
     """The only prompt of iteration 1 is one that the teacher has no answer to."""
@@ -597,7 +600,8 @@ def test_a_dry_run_says_whom_it_would_ask_at_what_price_and_sends_and_writes_not
     ):
         assert part in said
     assert re.findall(
-        r"the whole run: [\d,]+ requests, about [\d,]+ tokens of prompts and at most [\d,]+ of completions",
+        r"the whole run: [\d,]+ requests, about [\d,]+ tokens of prompts "
+        r"and at most [\d,]+ of completions",
         said,
     )
     assert server.stats()["requests"] == 0
@@ -736,7 +740,7 @@ def run(death):
     sys.exit(train.main(arguments))
 
 codes = []
-for death in deaths:  # each run in a process of its own, which has imported everything and done nothing
+for death in deaths:  # each run in a process of its own, all imported and nothing done
     child = os.fork()
     if child == 0:
         run(death)
@@ -750,7 +754,7 @@ DEATHS = {  # the call of the ledger at which it dies, which one, before or afte
 }
 
 
-def test_killed_while_it_asks_and_resumed_it_is_bit_for_bit_the_uninterrupted_run_and_pays_nothing_twice(
+def test_killed_while_it_asks_and_resumed_it_is_the_uninterrupted_run_and_pays_nothing_twice(
     finished, server, tmp_path
 ):
     whole, stats = finished("scored")
@@ -926,7 +930,7 @@ def test_a_response_of_which_no_judgment_can_be_had_is_in_no_pair_even_if_it_was
         assert [0, 0, 5] in chosen.tolist()
 
 
-def test_with_more_failures_than_allowed_it_exits_with_1_and_one_line_and_goes_on_once_the_server_is_well(
+def test_with_too_many_failures_it_exits_with_1_and_goes_on_once_the_server_is_well(
     server, capsys, tmp_path
 ):
     server.control(faults=["refusal"], mode="always")
@@ -944,7 +948,7 @@ def test_with_more_failures_than_allowed_it_exits_with_1_and_one_line_and_goes_o
 
 
 def test_an_iteration_of_which_nothing_was_judged_is_written_as_valid_json(server, tmp_path):
-    """Its only prompt's questions are filtered; validation goes on with the prompts of other verbs."""
+    """Its only prompt's questions are filtered; validation goes on with prompts of other verbs."""
     (prompt,), _ = demonstrations(0, 1)(1)
     server.control(filters=prompt.split()[0])
     options = ["--prompts", 1, "--max-failed", 1, "--out", tmp_path / "run"]

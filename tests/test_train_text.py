@@ -55,7 +55,10 @@ from world import CLASSES, HELD_OUT, TRAINING, classify, prompt_class, topic
 # A transformer this small still writes a quarter of its answers malformed after 100 steps: all four
 # classes are there to count.
 SHAPE = {"layers": 1, "width": 32}
-TINY = "text --iterations 3 --sft-steps 100 --sft-lr 0.01 --prompts 14 --survey 4 --width 32 --layers 1 --threads 1".split()
+TINY = (
+    "text --iterations 3 --sft-steps 100 --sft-lr 0.01 --prompts 14 --survey 4 --width 32 "
+    "--layers 1 --threads 1"
+).split()
 JUDGE, K, MARGIN = RegisterJudge(), 5, 0.4
 CONCISE, VIVID, PRECISE, MALFORMED = range(4)
 STAGES = {
@@ -134,7 +137,10 @@ def test_a_run_writes_the_files_and_columns_it_promises(finished):
         (5, 3, 2),
         (6, 3, 3),
     ]
-    required = "seconds loss win_rate_vs_previous gap_last gap_average gap_nash win_rate_vs_teacher mean_length".split()
+    required = (
+        "seconds loss win_rate_vs_previous gap_last gap_average gap_nash win_rate_vs_teacher "
+        "mean_length"
+    ).split()
     hard = {"pairs_teacher_student", "pairs_student_teacher", "pairs_student_student"}
     for row in rows(finished):
         assert set(required) <= set(row)
@@ -176,7 +182,7 @@ def gap_by_hand(shares):
 
 @pytest.mark.parametrize("algorithm", STAGES)
 def test_gaps_and_win_rates_are_those_of_the_saved_policies(finished, algorithm):
-    """Each policy is loaded, surveyed with the run's k and seed, and its classes are counted anew."""
+    """Each policy is loaded, surveyed with the run's k and seed, and its classes counted anew."""
     shares = [shares_by_hand(finished, name) for name in STAGES[algorithm]]
     teacher = [[0, 1, 0, 0] for _ in HELD_OUT]
     scores = [rate_by_hand(f, teacher) for f in shares]
@@ -320,7 +326,7 @@ def run(number, arguments, name, when, before):
     Run.keep = deadly
     sys.exit(train.main(arguments))
 
-for number, leg in enumerate(legs):  # each in a process of its own, which has imported everything and run nothing
+for number, leg in enumerate(legs):  # each in a process of its own, all imported and nothing run
     child = os.fork()
     if child == 0:
         run(number, *leg)
@@ -369,7 +375,8 @@ def on_disk(out):
     )
     policies = " ".join(sorted(path.stem for path in (out / "policies").iterdir()))
     parts = " ".join(path.name for path in out.rglob("*.part"))
-    reached = f"{' '.join(str(part) for part in phases if part not in ('key', 'mark'))} of {phases.get('key')}"
+    phase = " ".join(str(part) for part in phases if part not in ("key", "mark"))
+    reached = f"{phase} of {phases.get('key')}"
     lines = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
     return f"{at} | {reached} | {lines} | {policies} | {parts}"
 
@@ -848,9 +855,7 @@ def test_the_t_interval_by_hand():
 
 
 @pytest.mark.slow
-def test_after_24_iterations_algorithm_2_is_level_with_its_teacher_and_algorithm_3_has_halved_the_gap(
-    tmp_path,
-):
+def test_after_24_iterations_2_is_level_with_its_teacher_and_3_has_halved_the_gap(tmp_path):
     """`python train.py text` with fewer iterations (about 60 s). Measured with seeds 0 to 6, lest
     this be luck: well-formed .986 to .997, first gap .467 to .494, P(> teacher) at first .25 to
     .27, at its most .50 to .69 in Algorithm 2; gap of the last third .31 to .52 in Algorithm 2, in
@@ -1083,7 +1088,10 @@ def test_each_method_may_try_equally_many_settings():
 @pytest.mark.slow
 def test_the_ablations_write_what_they_promise_and_do_not_repeat_finished_runs(capsys, tmp_path):
     out = tmp_path / "run"
-    sizes = "--iterations 2 --seeds 2 --tuning-iterations 1 --tuning-seeds 1 --prompts 3 --survey 2 --sft-steps 1"
+    sizes = (
+        "--iterations 2 --seeds 2 --tuning-iterations 1 --tuning-seeds 1 --prompts 3 --survey 2 "
+        "--sft-steps 1"
+    )
     arguments = ["ablations", "--algorithm", "4", *sizes.split(), "--out", str(out)]
     assert train.main(arguments) == 0
     names = {
