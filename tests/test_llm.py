@@ -775,7 +775,7 @@ def test_some_gold_responses_and_not_all_are_refused(directory, tmp_path, capsys
             ]
         ),
         ("--model x --top-p nan", "top_p is nan"),
-        ("--model x --top-p 1.5", "top_p 1.5"),
+        ("--model x --top-p 1.5", "top_p is 1.5"),
         ("--model x --max-usd nan --oracle openai:x", "max_usd is nan"),
         ("--model x --oracle openai:x --max-failed nan", "max_failed is nan"),
         ("--model x --oracle openai:x --judge-timeout nan", "judge_timeout is nan"),
