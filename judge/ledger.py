@@ -33,18 +33,23 @@ def for_terminal(text: str) -> str:
     )
 
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS requests (
-    id INTEGER PRIMARY KEY, key TEXT NOT NULL, run TEXT NOT NULL, model TEXT NOT NULL, url TEXT NOT NULL,
-    question TEXT NOT NULL,      -- version, messages and sampling settings, as JSON
-    pid INTEGER NOT NULL, sent REAL NOT NULL,
-    bound REAL NOT NULL,         -- dollars that it may cost at most, counted as spent until it is known better
-    outcome TEXT,                -- NULL: in flight, or killed there; complete; unreadable; lost: no reply; not charged:
-                                 -- refused, filtered (the question will never be answered)
-    reply TEXT, parsed TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL, seconds REAL);
-CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);
-CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);
-"""
+SCHEMA = (
+    "\n"
+    "CREATE TABLE IF NOT EXISTS requests (\n"
+    "    id INTEGER PRIMARY KEY, key TEXT NOT NULL, run TEXT NOT NULL, model TEXT NOT NULL, url "
+    "TEXT NOT NULL,\n"
+    "    question TEXT NOT NULL,      -- version, messages and sampling settings, as JSON\n"
+    "    pid INTEGER NOT NULL, sent REAL NOT NULL,\n"
+    "    bound REAL NOT NULL,         -- dollars that it may cost at most, counted as spent until "
+    "it is known better\n"
+    "    outcome TEXT,                -- NULL: in flight, or killed there; complete; unreadable; "
+    "lost: no reply; not charged:\n"
+    "                                 -- refused, filtered (the question will never be answered)\n"
+    "    reply TEXT, parsed TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL, "
+    "seconds REAL);\n"
+    "CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);\n"
+    "CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);\n"
+)
 COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed,
 prompt_tokens, completion_tokens, dollars, seconds"""
 

@@ -25,7 +25,7 @@ from judge.questions import (
     scored_question,
     teacher_question,
 )
-from judge.replies import _score, objects, read_answer, read_scores, read_verdict
+from judge.replies import objects, read_answer, read_score, read_scores, read_verdict
 from oracle import OpenAIJudge, OpenAITeacher, check_oracle
 
 SPREAD = 5  # standard deviations a count of many draws may lie off
@@ -457,8 +457,8 @@ def test_a_score_that_is_not_there_is_missing_and_the_others_stand():
     ids=lambda value: repr(value)[:12],
 )
 def test_a_score_is_a_whole_number_from_0_to_6(value, score):
-    assert _score(value) == score
-    assert type(_score(value)) is type(score)
+    assert read_score(value) == score
+    assert type(read_score(value)) is type(score)
 
 
 NONE_OF_IT = {
