@@ -11,7 +11,6 @@ import math
 import re
 from typing import Any
 
-
 LONGEST = 50_000  # a text of more characters is not read
 
 

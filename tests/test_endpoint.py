@@ -988,9 +988,9 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    judge.prices._encoding.cache_clear()
+    judge.prices.encoding_of.cache_clear()
     yield
-    judge.prices._encoding.cache_clear()
+    judge.prices.encoding_of.cache_clear()
 
 
 def test_without_the_file_of_an_encoding_a_token_is_taken_for_four_bytes(
@@ -999,7 +999,7 @@ def test_without_the_file_of_an_encoding_a_token_is_taken_for_four_bytes(
     assert count_tokens("four by four bytes!!", "gpt-4o") == 5
     assert count_tokens("éé", "some-local-model") == 1
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # empty
-    judge.prices._encoding.cache_clear()
+    judge.prices.encoding_of.cache_clear()
     assert count_tokens("four by four bytes!!", "gpt-4o") == 5
 
 
@@ -1022,7 +1022,7 @@ def test_with_the_file_of_an_encoding_tokens_are_counted(no_network, tmp_path, m
     monkeypatch.setitem(judge.prices.ENCODINGS, "o200k_base", hashlib.sha256(b"").hexdigest())
     cached_encoding(tmp_path).write_bytes(b"")
     assert count_tokens("abab c<|endoftext|>", "gpt-4o") == 19 / 4
-    judge.prices._encoding.cache_clear()
+    judge.prices.encoding_of.cache_clear()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     assert count_tokens("abab c", "gpt-4o") == 4
     assert count_tokens("<|endoftext|>", "gpt-4o") == 13
