@@ -10,8 +10,10 @@ from typing import Any
 
 import dno
 from experiments.settings import BadInput, prices
-from judge.endpoint import Endpoint, make_client, only, only_model, recorded_models
+from judge.client import make_client
+from judge.endpoint import Endpoint
 from judge.ledger import Ledger, Stopped
+from judge.models import only, only_model, recorded_models
 from oracle import OpenAIJudge, OpenAITeacher, Oracle, RegisterJudge
 from world import TRAINING, teacher_answer
 

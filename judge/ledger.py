@@ -10,62 +10,65 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 class Stopped(Exception):
-    """Asking ended before its time, for a reason in one line. What was paid for is in the ledger;
-    to ask again is to go on."""
+    """Asking ended early, for a reason in one line. What was paid for is in the ledger, so asking
+    again continues where it stopped."""
 
 
 class Refused(Stopped):
-    """The endpoint will never answer this: a wrong key, model or setting. The user can mend it."""
+    """Asking again would not help before the user has corrected a key, model, setting or file."""
 
 
 class TooDear(Stopped):
-    """The next request could pass the limit on dollars."""
+    """The next request could exceed the limit on dollars."""
 
 
 def for_terminal(text: str) -> str:
-    """A text of others on one line, with U+FFFD for what could move the cursor or do worse."""
-    return "".join(
-        letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split())
-    )
+    """A text that others wrote, on one line, with U+FFFD for each character that is not printable,
+    since such characters can control the terminal."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in line)
 
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS requests (
-    id INTEGER PRIMARY KEY, key TEXT NOT NULL, run TEXT NOT NULL, model TEXT NOT NULL, url TEXT NOT NULL,
-    question TEXT NOT NULL,      -- version, messages and sampling settings, as JSON
-    pid INTEGER NOT NULL, sent REAL NOT NULL,
-    bound REAL NOT NULL,         -- dollars that it may cost at most, counted as spent until it is known better
-    outcome TEXT,                -- NULL: in flight, or killed there; complete; unreadable; lost: no reply; not charged:
-                                 -- refused, filtered (the question will never be answered)
-    reply TEXT, parsed TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL, seconds REAL);
-CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);
-CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);
-"""
+SCHEMA = (  # SQLite keeps the text, comments too, in the file
+    "\n"
+    "CREATE TABLE IF NOT EXISTS requests (\n"
+    "    id INTEGER PRIMARY KEY, key TEXT NOT NULL, run TEXT NOT NULL, model TEXT NOT NULL, "
+    "url TEXT NOT NULL,\n"
+    "    question TEXT NOT NULL,      -- version, messages and sampling settings, as JSON\n"
+    "    pid INTEGER NOT NULL, sent REAL NOT NULL,\n"
+    "    bound REAL NOT NULL,         -- dollars that it may cost at most, counted as spent until "
+    "it is known better\n"
+    "    outcome TEXT,                -- NULL: in flight, or killed there; complete; "
+    "unreadable; lost: no reply; not charged:\n"
+    "                                 -- refused, filtered (the question will never be answered)\n"
+    "    reply TEXT, parsed TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, "
+    "dollars REAL, seconds REAL);\n"
+    "CREATE INDEX IF NOT EXISTS requests_by_key ON requests (key);\n"
+    "CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, dollars REAL NOT NULL);\n"
+)
 COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed,
 prompt_tokens, completion_tokens, dollars, seconds"""
 
 
 class Ledger:
-    """All requests ever sent, in an SQLite file: a row is written before its request is sent and
-    completed by its reply. Threads and processes may share it. It survives the death of a process
-    at any moment; that of the machine may cost the last few replies."""
+    """All requests ever sent, in an SQLite file. A row is written before its request is sent, and
+    completed when the reply comes. Threads and processes may share the file. It survives the death
+    of a process at any moment; if the machine dies, the last few replies may be lost.
+
+    path: the file, made when it is first needed; None for memory. run: whose requests `spent` and
+    `totals` count. read_only: the file must exist, and is not changed. Every method raises Refused
+    if the file cannot be used."""
 
     def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
-        self.path, self.run, self.read_only, self.lock = (
-            path or "memory",
-            run,
-            read_only,
-            threading.RLock(),
-        )
+        self.path = path or "memory"
+        self.run, self.read_only, self.lock = run, read_only, threading.RLock()
         with self.lock, self.refusing():
-            above = next(
-                (folder for folder in Path(path or ".").absolute().parents if folder.exists()),
-                Path("/"),
-            )
+            folders = Path(path or ".").absolute().parents
+            above = next((folder for folder in folders if folder.exists()), Path("/"))
             if not above.is_dir():
                 raise Refused(
                     f"{path} cannot be used as a cache of judgments: {above} is no folder; "
@@ -73,13 +76,12 @@ class Ledger:
                 )
             there = read_only or (path and Path(path).exists())
         if there:
-            _ = self.db  # Refused at once if it is none
+            _ = self.db  # opened now, so that a file that is no ledger is refused at once
 
     @cached_property
     def db(self) -> sqlite3.Connection:
-        """The connection; made, with the file, when it is first needed. Refused if there can be
-        none."""
-        with self.lock, self.refusing():  # another thread may be faster
+        """The connection, which is opened when it is first needed."""
+        with self.lock, self.refusing():  # another thread may have opened it meanwhile
             return self.__dict__["db"] if "db" in self.__dict__ else self._open()
 
     def _open(self) -> sqlite3.Connection:
@@ -94,14 +96,13 @@ class Ledger:
         return _prepare(_connect(path.resolve().as_uri()))
 
     def _examined(self, path: Path) -> sqlite3.Connection:
-        """A connection that cannot write, to a sound ledger, or to an empty file if it is to be
-        written; errors of SQLite if it is something else or damaged. The file stays as it is, and
-        nothing is left beside it."""
+        """A connection that cannot write. The file must be a sound ledger; it may be empty unless
+        the ledger is read-only. Raises SQLite's errors if it is damaged or something else. The file
+        stays as it is, and nothing is left beside it."""
         while True:
             logged = _has_log(path)
-            db = _connect(
-                path.resolve().as_uri() + ("?mode=ro" if logged else "?mode=ro&immutable=1")
-            )
+            mode = "?mode=ro" if logged else "?mode=ro&immutable=1"
+            db = _connect(path.resolve().as_uri() + mode)
             try:
                 if self.read_only or db.execute("SELECT 1 FROM sqlite_master").fetchone():
                     db.execute(f"SELECT {COLUMNS} FROM requests LIMIT 1")
@@ -111,14 +112,15 @@ class Ledger:
                 return db
             except BaseException as error:
                 db.close()
-                changed = logged != _has_log(path)  # its last user just left, or the first one came
+                changed = logged != _has_log(path)  # a process began to write, or the last ended
                 if not (changed and isinstance(error, sqlite3.DatabaseError)):
                     raise
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """Around every use of the file: Refused, in a line, if it cannot be read or written. It
-        takes no lock: Control-C between this function and its caller would leave it locked."""
+        """Stands around every use of the file. Raises Refused, with a reason in one line, if the
+        file cannot be read or written. It takes no lock, since Control-C between this function and
+        its caller would leave it locked."""
         try:
             yield
         except (sqlite3.DatabaseError, OSError) as error:
@@ -132,23 +134,25 @@ class Ledger:
     def replies(
         self, keys: Iterable[str]
     ) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
-        """(outcome, parsed, reply) of every reply there is, complete, unreadable or filtered,
-        oldest first, by key; a complete one's raw text only if its parsed form is NULL."""
+        """(outcome, parsed, reply) of each reply that is complete, unreadable or filtered, by key,
+        the oldest first. The raw text of a complete one is read only if its parsed form is NULL."""
         found: dict[str, list[tuple[str, str | None, str | bytes | None]]] = {}
         keys = list(keys)
         for at in range(0, len(keys), 500):
             part = keys[at : at + 500]
-            query = f"""SELECT key, outcome, parsed, CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
+            query = f"""SELECT key, outcome, parsed,
+                               CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
                         FROM requests WHERE key IN ({",".join("?" * len(part))})
                         AND outcome IN ('complete', 'unreadable', 'filtered') ORDER BY id"""
             with self.lock, self.refusing():
                 rows = self.db.execute(query, part).fetchall()
-            for key, *reply in rows:
-                found.setdefault(key, []).append(tuple(reply))
+            for key, outcome, parsed, reply in rows:
+                found.setdefault(key, []).append((outcome, parsed, reply))
         return found
 
     def spent(self) -> float:
-        """Dollars of this run, requests of unknown cost counted with the most they can have cost."""
+        """Dollars that this run has spent. A request whose cost is not known counts with the most
+        that it can have cost."""
         with self.lock, self.refusing():
             (dollars,) = self.db.execute(
                 "SELECT TOTAL(dollars) FROM spending WHERE run = ?", (self.run,)
@@ -156,7 +160,7 @@ class Ledger:
         return max(0.0, dollars)  # up to rounding
 
     def models(self, teacher: bool) -> list[str]:
-        """The models whose replies to a teacher's, or else to a judge's, questions are here."""
+        """The models that were asked a teacher's questions, or else a judge's."""
         sql = """SELECT DISTINCT model FROM requests
                  WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"""
         with self.lock, self.refusing():
@@ -165,9 +169,11 @@ class Ledger:
     def totals(self) -> dict[str, float]:
         """Requests sent in this run, how many of them were never answered, tokens, dollars known to
         be paid, and the most that the others can have cost."""
-        query = """SELECT COUNT(*), COALESCE(SUM(outcome IS NULL OR outcome = 'lost'), 0), COALESCE(SUM(prompt_tokens), 0),
-                   COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(dollars), 0),
-                   COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0) FROM requests WHERE run = ?"""
+        query = """SELECT COUNT(*), COALESCE(SUM(outcome IS NULL OR outcome = 'lost'), 0),
+                   COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0),
+                   COALESCE(SUM(dollars), 0),
+                   COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0)
+                   FROM requests WHERE run = ?"""
         names = (
             "requests",
             "unanswered",
@@ -179,38 +185,38 @@ class Ledger:
         with self.lock, self.refusing():
             return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
 
-    def reserve(self, row: dict[str, Any], known: int, limit: float, patience: float) -> int | str:
-        """The id of a new row for a request about to be sent; or "too dear" if its bound could take
-        this run past the limit, "answered" if there are more replies than the `known` ones, "busy"
-        if another living process has sent it less than `patience` seconds ago."""
+    def reserve(
+        self, row: dict[str, Any], known: int, limit: float, patience: float
+    ) -> int | Literal["answered", "busy", "too dear"]:
+        """The id of a new row for a request that is about to be sent. No row is written, and the
+        result is "answered", if there are more replies than the `known` ones; "busy", if another
+        living process sent the same request less than `patience` seconds ago; "too dear", if the
+        row's bound could take this run past the limit in dollars."""
         with self._transaction():
             others = self.db.execute(
                 "SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)
             ).fetchall()
-            if (
-                sum(outcome in ("complete", "unreadable", "filtered") for outcome, _, _ in others)
-                > known
-            ):
+            replied = [
+                outcome in ("complete", "unreadable", "filtered") for outcome, _, _ in others
+            ]
+            if sum(replied) > known:
                 return "answered"
-            if any(
-                outcome is None
-                and pid != os.getpid()
-                and row["sent"] - sent < patience
-                and _alive(pid)
-                for outcome, pid, sent in others
-            ):
-                return "busy"
+            for outcome, pid, sent in others:
+                recent = outcome is None and row["sent"] - sent < patience
+                if recent and pid != os.getpid() and _alive(pid):
+                    return "busy"
             if self.spent() + row["bound"] > limit:
                 return "too dear"
             row = {**row, "run": self.run, "pid": os.getpid()}
             sql = f"INSERT INTO requests ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
             number = self.db.execute(sql, list(row.values())).lastrowid
+            assert number is not None, "every INSERT has a row"
             self._spend(row["bound"])
             return number
 
     def complete(self, number: int, bound: float, **columns: Any) -> None:
-        """Write what became of a request; where its dollars are known they take the place of its
-        bound."""
+        """Write what became of a request. If its dollars are known, they replace its bound in what
+        is spent."""
         assignments = ", ".join(f"{name} = ?" for name in columns)
         with self._transaction():
             self.db.execute(
@@ -232,13 +238,14 @@ class Ledger:
             self.db.execute("COMMIT")
 
     def _spend(self, dollars: float) -> None:
-        sql = "INSERT INTO spending VALUES (?, ?) ON CONFLICT (run) DO UPDATE SET dollars = dollars + excluded.dollars"
+        sql = """INSERT INTO spending VALUES (?, ?)
+                 ON CONFLICT (run) DO UPDATE SET dollars = dollars + excluded.dollars"""
         self.db.execute(sql, (self.run, dollars))
 
 
 def _remedy(error: Exception) -> str:
-    """How to mend what SQLite, or the system, met. What Python finds in a text has no code:
-    damage."""
+    """What the user can do about an error of SQLite or of the system."""
+    # SQLite's errors that come without a code are raised by Python, which found a damaged text
     damage = sqlite3.SQLITE_CORRUPT if isinstance(error, sqlite3.Error) else 0
     return {
         sqlite3.SQLITE_FULL: "make room for it, and go on",
@@ -250,7 +257,7 @@ def _remedy(error: Exception) -> str:
 
 
 def _has_log(path: Path) -> bool:
-    """Whether what was written is in SQLite's log: somebody is writing, or was killed there."""
+    """Whether SQLite's log holds something: a process is writing, or was killed while it did."""
     try:
         return Path(f"{path}-wal").stat().st_size > 0
     except FileNotFoundError:
@@ -262,25 +269,29 @@ def _connect(uri: str) -> sqlite3.Connection:
 
 
 def _prepare(db: sqlite3.Connection) -> sqlite3.Connection:
-    """Make the tables. Another process may be about to, and SQLite does not wait by itself to
-    change the journal's mode."""
-    for wait in (0.01, 0.1, 0.5, 1.0, 2.0, None):
+    """The connection, with the tables made. Another process may be making them, and SQLite does not
+    wait by itself when it changes the mode of the journal."""
+    for wait in (0.01, 0.1, 0.5, 1.0, 2.0):
         try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            db.executescript(SCHEMA)
-            return db
+            return _with_tables(db)
         except sqlite3.OperationalError as error:
-            if wait is None or "locked" not in str(error):
+            if "locked" not in str(error):
                 raise
             time.sleep(wait)
+    return _with_tables(db)
+
+
+def _with_tables(db: sqlite3.Connection) -> sqlite3.Connection:
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.executescript(SCHEMA)
+    return db
 
 
 def _alive(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie, which sends nothing."""
     try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        )  # a zombie sends nothing
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         pass  # no such process, or no such file system
     try:

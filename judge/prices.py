@@ -1,4 +1,4 @@
-"""What requests cost: prices, tokens, plans."""
+"""What requests cost: prices, tokens, and the plan of what will be asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tiktoken
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,17 @@ class Price:
     def __post_init__(self) -> None:
         if not (0 <= self.prompt < math.inf and 0 <= self.completion < math.inf):
             raise ValueError(
-                f"prices are {self.prompt} and {self.completion}; expected dollars per million tokens, at least 0"
+                f"prices are {self.prompt} and {self.completion}; "
+                "expected dollars per million tokens, at least 0"
             )
 
     def dollars(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """What so many tokens cost."""
+        """The dollars that so many tokens cost."""
         return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
 
-PRICES = {  # OpenAI's list prices as last seen by us; they change: give your own where it matters
+# OpenAI's list prices as we last saw them. They change: give your own where it matters.
+PRICES = {
     "gpt-4-32k": Price(60, 120),
     "gpt-4": Price(30, 60),
     "gpt-4-turbo": Price(10, 30),
@@ -47,23 +52,22 @@ PRICES = {  # OpenAI's list prices as last seen by us; they change: give your ow
 
 
 def price_of(model: str) -> Price | None:
-    """The list price of a model, dated versions included; None if it is not in the table."""
+    """The list price of a model, or of the model of which it is a dated version. None if it is not
+    in the table."""
     return PRICES.get(model) or PRICES.get(re.sub(r"-\d{4}(-\d{2}-\d{2})?$", "", model))
 
 
-ENCODINGS_AT = (
-    "https://openaipublic.blob.core.windows.net/encodings"  # names the files: tiktoken hashes it
-)
-# files of tiktoken's encodings, by SHA-256: one that is damaged would be downloaded anew
-ENCODINGS = {
+# tiktoken names its files after a hash of this address
+ENCODINGS_AT = "https://openaipublic.blob.core.windows.net/encodings"
+ENCODINGS = {  # SHA-256 of tiktoken's files: it would download a damaged one again
     "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
     "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
 }
 
 
 @lru_cache
-def _encoding(model: str) -> Any:
-    """tiktoken's encoding for the model if its file is on this machine, else None; nothing is
+def encoding_of(model: str) -> tiktoken.Encoding | None:
+    """tiktoken's encoding for the model, or None if its file is not on this machine. Nothing is
     downloaded."""
     import tiktoken
 
@@ -75,26 +79,24 @@ def _encoding(model: str) -> Any:
         "TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", f"{gettempdir()}/data-gym-cache")
     )
     file = Path(folder) / hashlib.sha1(f"{ENCODINGS_AT}/{name}.tiktoken".encode()).hexdigest()
-    whole = (
-        folder
-        and file.exists()
-        and hashlib.sha256(file.read_bytes()).hexdigest() == ENCODINGS.get(name)
-    )
-    return tiktoken.get_encoding(name) if whole else None
+    if not (folder and file.exists()):
+        return None
+    sound = hashlib.sha256(file.read_bytes()).hexdigest() == ENCODINGS.get(name)
+    return tiktoken.get_encoding(name) if sound else None
 
 
 def count_tokens(text: str, model: str) -> float:
-    """How many tokens a text is: by tiktoken where the model's encoding is on this machine already,
-    else estimated as a quarter of its UTF-8 bytes."""
-    encoding = _encoding(model)
+    """The number of tokens in a text. tiktoken counts them if the model's encoding is already on
+    this machine; if not, a quarter of the text's UTF-8 bytes is the estimate."""
+    encoding = encoding_of(model)
     return len(encoding.encode(text, disallowed_special=())) if encoding else len(text.encode()) / 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What questions will cost: requests not in the ledger yet, tokens of their prompts, most
-    tokens of their completions, and dollars if every completion is that long (None where the price
-    is not known)."""
+    """What questions will cost: the requests that are not in the ledger yet, the tokens of their
+    prompts, the most tokens of their completions, and the dollars if every completion is that long
+    (None if the price is not known)."""
 
     requests: int
     prompt_tokens: float
@@ -102,20 +104,18 @@ class Plan:
     dollars: float | None
 
     def __str__(self) -> str:
-        dollars = (
-            "dollars not known"
-            if self.dollars is None
-            else f"${self.dollars:.2f} at most if none is asked twice"
-        )
+        dollars = "dollars not known"
+        if self.dollars is not None:
+            dollars = f"${self.dollars:.2f} at most if none is asked twice"
         return (
-            f"{self.requests:,} requests, about {self.prompt_tokens:,.0f} tokens of prompts and at most "
-            f"{self.completion_tokens:,.0f} of completions, {dollars}"
+            f"{self.requests:,} requests, about {self.prompt_tokens:,.0f} tokens of prompts "
+            f"and at most {self.completion_tokens:,.0f} of completions, {dollars}"
         )
 
     def __add__(self, other: Plan) -> Plan:
-        dollars = (
-            None if self.dollars is None or other.dollars is None else self.dollars + other.dollars
-        )
+        dollars = None
+        if self.dollars is not None and other.dollars is not None:
+            dollars = self.dollars + other.dollars
         return Plan(
             self.requests + other.requests,
             self.prompt_tokens + other.prompt_tokens,

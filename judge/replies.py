@@ -1,6 +1,7 @@
 """How replies are read.
 
-Replies are data. Whatever is not exactly what was asked for is no result; nothing is guessed.
+Replies are data. A reply that is not exactly what was asked for gives no result; nothing is
+guessed.
 """
 
 from __future__ import annotations
@@ -10,25 +11,48 @@ import math
 import re
 from typing import Any
 
+LONGEST = 50_000  # a text of more characters is not read
+
 
 def dig(body: Any, *path: str | int) -> Any:
-    """body[path[0]][path[1]]..., or None where there is nothing of that kind."""
+    """body[path[0]][path[1]]..., or None where there is no such entry. A string is a key of a
+    dictionary, an integer (at least 0) a place in a list."""
     for step in path:
-        if not isinstance(body, dict if isinstance(step, str) else list):
-            return None
-        body = (
-            body.get(step) if isinstance(body, dict) else body[step] if step < len(body) else None
-        )
+        if isinstance(step, str):
+            body = body.get(step) if isinstance(body, dict) else None
+        else:
+            body = body[step] if isinstance(body, list) and step < len(body) else None
     return body
 
 
-# Replies are data. Whatever is not exactly what was asked for is no result; nothing is guessed.
-LONGEST = 50_000  # characters of a reply that are looked at
+def decoded(body: bytes) -> str | bytes:
+    """The text of a reply's body, or its bytes if they are not UTF-8."""
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError:
+        return body
+
+
+def from_json(body: bytes) -> Any:
+    """The value of a reply's body, or None if it is not JSON in UTF-8."""
+    try:
+        return json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def usage(body: bytes) -> tuple[int, int] | None:
+    """(prompt, completion) tokens that the endpoint says it charges for. None if it does not say so
+    in whole numbers from 0 to 2^40."""
+    told = dig(from_json(body), "usage")
+    prompt, completion = dig(told, "prompt_tokens"), dig(told, "completion_tokens")
+    known = all(type(count) is int and 0 <= count < 1 << 40 for count in (prompt, completion))
+    return (prompt, completion) if known else None
 
 
 def said(choice: dict[str, Any]) -> str | None:
-    """The text of a choice; None if it is a refusal, empty, filtered, or too long to be an answer
-    to our questions."""
+    """The text of a choice. None if it is empty, a refusal, filtered, or longer than any answer to
+    our questions."""
     content, refusal = dig(choice, "message", "content"), dig(choice, "message", "refusal")
     filtered = dig(choice, "finish_reason") == "content_filter"
     readable = isinstance(content, str) and content.strip() and len(content) <= LONGEST
@@ -47,15 +71,13 @@ LITERAL = re.compile(STRING + r"|\bNone\b", re.DOTALL)
 
 
 def _dictionary(text: str) -> dict[str, Any] | None:
-    """A JSON object, or a dictionary as Python writes it, which is made into JSON first; None if it
-    is neither."""
+    """The value of a JSON object, or of a dictionary as Python writes it. None if the text is
+    neither."""
 
     def as_json(found: re.Match[str]) -> str:
-        return (
-            json.dumps(re.sub(r"\\([\\'\"])", r"\1", found[0][1:-1]))
-            if found[0] != "None"
-            else "null"
-        )
+        if found[0] == "None":
+            return "null"
+        return json.dumps(re.sub(r"\\([\\'\"])", r"\1", found[0][1:-1]))
 
     for candidate in (text, LITERAL.sub(as_json, text)):
         try:
@@ -66,55 +88,64 @@ def _dictionary(text: str) -> dict[str, Any] | None:
 
 
 def objects(text: str) -> list[dict[str, Any]]:
-    """The outermost dictionaries in a text, prose around them or not, braces in the prose or not.
-    None at all if one is cut off, or if something looks like one and is none: then we do not know
-    what the text says."""
+    """The outermost dictionaries in a text, which may have prose around them, with braces or
+    without. An empty list if one is cut off, or if something looks like one and cannot be read:
+    then we do not know what the text says."""
     found, start = [], text.find("{")
     while start >= 0:
-        depth, end = 0, None
-        for mark in BRACE.finditer(text, start):
-            depth += {"{": 1, "}": -1}.get(mark[0], 0)
-            if depth == 0:
-                end = mark.end()
-                break
-        inside = _dictionary(text[start:end]) if end else None
+        end = _closing(text, start)
+        if end is None:
+            return []
+        inside = _dictionary(text[start:end])
         if inside is not None:
             found.append(inside)
-        elif end is None or set("\"':") & set(text[start:end]):
+        elif set("\"':") & set(text[start:end]):
             return []
         start = text.find("{", end)
     return found
 
 
-def _score(value: Any) -> int | None:
-    """A whole number from 0 to 6, also as 5.0 or "5"; None if it is anything else."""
+def _closing(text: str, start: int) -> int | None:
+    """The place after the brace that closes the one at `start`; None if there is none."""
+    depth = 0
+    for mark in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return mark.end()
+    return None
+
+
+def read_score(value: Any) -> int | None:
+    """A whole number from 0 to 6, which may be written as 5.0 or "5". None for anything else."""
     if isinstance(value, str) and re.fullmatch(r"\s*[0-6]\s*", value):
         return int(value)
     return int(value) if type(value) in (int, float) and value in range(7) else None
 
 
 def read_scores(choice: dict[str, Any], n: int) -> tuple[dict[str, list[Any]] | None, bool]:
-    """{"scores": [n], "reasons": [n]} from a dictionary of id1_score .. idn_score and
-    justifications, a score that is missing or out of range being None; complete if none is. No
-    result unless exactly one dictionary in the reply has scores, or if it has some of ids that
-    there are not: then no id can be trusted."""
-    text = said(choice)
+    """({"scores": [n], "reasons": [n]}, whether it is complete) from a dictionary with the keys
+    id1_score .. idn_score and id1_justification .. idn_justification.
+
+    A score that is missing or out of range is None, and then the result is not complete. There is
+    no result unless exactly one dictionary in the reply has scores, nor if it names an id that was
+    not shown: then no id can be trusted."""
     graded = [
         found
-        for found in objects(text or "")
+        for found in objects(said(choice) or "")
         if any(re.fullmatch(r"id\d+_score", str(key)) for key in found)
     ]
-    if len(graded) != 1 or {str(key).rpartition("_")[0] for key in graded[0]} - {
-        f"id{i}" for i in range(1, n + 1)
-    }:
+    if len(graded) != 1:
         return None, False
-    scores = [_score(graded[0].get(f"id{i}_score")) for i in range(1, n + 1)]
-    reasons = [graded[0].get(f"id{i}_justification") for i in range(1, n + 1)]
+    ids = [f"id{i}" for i in range(1, n + 1)]
+    if not {str(key).rpartition("_")[0] for key in graded[0]} <= set(ids):
+        return None, False
+    scores = [read_score(graded[0].get(f"{name}_score")) for name in ids]
+    reasons = [graded[0].get(f"{name}_justification") for name in ids]
     reasons = [reason if isinstance(reason, str) else "" for reason in reasons]
     return {"scores": scores, "reasons": reasons}, None not in scores
 
 
-# with a word or two before it, but not as part of a sentence or of a choice between the two
+# A or B, with a word or two before it, but not in a sentence or in a choice between the two
 LETTER = re.compile(
     r"\W*(?i:(?:the |final |better |my )*(?:response|answer|verdict|choice)\W+(?:is\W+)?)?"
     r"([AB])\b(?!'|\u2019|\s*[/&,|-]|\s+[a-z]|\s+[AB]\b)"
@@ -122,9 +153,9 @@ LETTER = re.compile(
 
 
 def _letter(text: str) -> str | None:
-    """A or B: the verdict of a dictionary that is the only one to have one; or, without any
-    dictionary, the letter that the text begins with, unless it is part of a sentence ("A good deal
-    speaks for B") or the other one occurs too."""
+    """The verdict A or B, or None. If the text has dictionaries, it is the verdict of the only one
+    that gives one. If not, it is the letter with which the text begins, unless that is part of a
+    sentence ("A good deal speaks for B") or the other letter occurs too."""
     if "{" in text:
         verdicts = [value["verdict"] for value in objects(text) if "verdict" in value]
         return verdicts[0] if len(verdicts) == 1 and verdicts[0] in ("A", "B") else None
@@ -133,36 +164,39 @@ def _letter(text: str) -> str | None:
 
 
 def read_verdict(choice: dict[str, Any]) -> tuple[float | None, bool]:
-    """P(A is better) of a reply that gives a verdict: the probability of A over that of A and B,
-    where the endpoint tells them of the verdict's token (the first that is that letter); else 1 or
-    0."""
+    """(P(A is better), True), or (None, False) if the reply gives no verdict.
+
+    P is the probability of A over that of A and B together, if the endpoint tells those of the
+    verdict's token, the first that is the verdict's letter. If not, it is 1 or 0."""
     text = said(choice)
     verdict = _letter(text) if text else None
     if verdict is None:
         return None, False
-    tokens = dig(choice, "logprobs", "content")
-    chosen = (
-        [token for token in tokens if _bare(dig(token, "token")) == verdict]
-        if isinstance(tokens, list)
-        else []
-    )
-    others, chance = dig(chosen, 0, "top_logprobs"), {"A": 0.0, "B": 0.0}
-    for other in others if isinstance(others, list) else []:
-        name, logprob = _bare(dig(other, "token")), dig(other, "logprob")
+    chance = {"A": 0.0, "B": 0.0}
+    spoken = [token for token in _listed(choice, "logprobs", "content") if _bare(token) == verdict]
+    for token in _listed(spoken, 0, "top_logprobs"):
+        name, logprob = _bare(token), dig(token, "logprob")
         if name in chance and type(logprob) in (int, float) and -1000 <= logprob <= 0:
             chance[name] += math.exp(logprob)
     total = sum(chance.values())
-    return (
-        chance["A"] / total if chance[verdict] > 0 and total <= 1.01 else float(verdict == "A")
-    ), True
+    if chance[verdict] > 0 and total <= 1.01:
+        return chance["A"] / total, True
+    return float(verdict == "A"), True
+
+
+def _listed(body: Any, *path: str | int) -> list[Any]:
+    """The list at body[path[0]][path[1]]..., or an empty one if there is none."""
+    found = dig(body, *path)
+    return found if isinstance(found, list) else []
 
 
 def _bare(token: Any) -> str:
-    """A token without the blanks, quotes and colons that tokenizers join to it."""
-    return token.strip(' \n":*') if isinstance(token, str) else ""
+    """The text of a token, without the blanks, quotes and colons that tokenizers join to it."""
+    text = dig(token, "token")
+    return text.strip(' \n":*') if isinstance(text, str) else ""
 
 
 def read_answer(choice: dict[str, Any]) -> tuple[str | None, bool]:
-    """A teacher's answer; none if it was cut off."""
+    """(a teacher's answer, True), or (None, False) if it was cut off or there is none."""
     text = said(choice) if dig(choice, "finish_reason") != "length" else None
     return (text.strip().encode("utf-8", "replace").decode(), True) if text else (None, False)

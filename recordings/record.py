@@ -18,7 +18,8 @@ import random
 from itertools import combinations
 from pathlib import Path
 
-from judge.endpoint import Endpoint, make_client
+from judge.client import make_client
+from judge.endpoint import Endpoint
 from oracle import OpenAIJudge, OpenAITeacher, RegisterJudge
 from world import PROMPTS, REGISTERS, TOPICS, topic
 

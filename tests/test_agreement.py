@@ -159,8 +159,8 @@ def test_where_length_plays_no_part_it_is_about_the_win_rate():
     assert length_controlled(wins, 0 * lead) == pytest.approx(wins.mean(), abs=1e-4)
 
 
-def test_of_a_judge_that_rewards_nothing_but_length_it_is_a_half_though_the_longer_wins_four_times_in_five():
-    """P = sigma(3 tanh(d / std d)), leads mostly positive."""
+def test_of_a_judge_that_rewards_nothing_but_length_it_is_a_half():
+    """The longer wins four times in five: P = sigma(3 tanh(d / std d)), leads mostly positive."""
     lead = np.random.default_rng(0).normal(15.0, 10.0, 4000)
     wins = 1 / (1 + np.exp(-3 * np.tanh(lead / lead.std())))
     assert wins.mean() > 0.8
@@ -562,10 +562,10 @@ def test_where_the_price_is_not_known_no_dollars_are_told(server, capsys, tmp_pa
     assert "None" not in line
 
 
-def test_the_agreement_with_labels_drawn_from_the_judge_itself_is_the_mean_of_the_larger_probability(
+def test_the_agreement_with_labels_drawn_from_the_judge_is_the_mean_larger_probability(
     capsys, tmp_path
 ):
-    """E max(p, 1 - p), and for people who always take the likelier one, 1."""
+    """E max(p, 1 - p); it is 1 for people who always take the likelier response."""
     draw, judge = random.Random(0), RegisterJudge()
     prompts = draw.choices(PROMPTS, k=1500)
     texts = [

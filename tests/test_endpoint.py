@@ -29,10 +29,12 @@ import torch
 from endpoint_server import BROKEN, DRIPS, FAULTS, HARMLESS, LOST, quality, serving
 from tqdm import tqdm
 
-import judge.endpoint
+import judge.models
 import judge.prices
-from judge.endpoint import Endpoint, only_model
+from judge.client import retry_after
+from judge.endpoint import Endpoint
 from judge.ledger import Ledger, Refused, Stopped, TooDear
+from judge.models import only_model
 from judge.prices import Plan, Price, count_tokens, price_of
 from judge.questions import Question, pairwise_question, teacher_question
 from oracle import OpenAIJudge
@@ -314,7 +316,7 @@ def test_no_redirect_is_followed_and_one_line_names_its_target(status, ones_own,
         ("/elsewhere/x", "ROOT/elsewhere/x"),
         ("//other/x", "http://other/x"),
         ("", "ROOT/v1/chat/completions"),
-        ("http://[::1/x", "an address that is none"),
+        ("http://[::1/x", "an invalid address"),
         ("http://h/\x1b[2J", "http://h/"),
     ],
 )
@@ -418,12 +420,12 @@ def http_date(seconds):
     ],
 )
 def test_how_long_a_server_asks_to_be_left_alone(headers, seconds):
-    assert judge.endpoint._retry_after(headers) == seconds
+    assert retry_after(headers) == seconds
 
 
 def test_a_date_to_come_back_at_is_understood():
     """To the second, as dates are."""
-    assert judge.endpoint._retry_after({"retry-after": http_date(60)}) == pytest.approx(60, abs=5)
+    assert retry_after({"retry-after": http_date(60)}) == pytest.approx(60, abs=5)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +481,7 @@ def test_a_server_is_never_asked_again_sooner_than_it_said(server, asking, monke
 def test_a_setting_that_the_endpoint_refuses_is_left_out_and_we_say_so_once(
     form, refuses, lines, server, asking, capsys
 ):
-    """Where there is another form of it, that is sent; to refuse that as well takes a second line."""
+    """If it has another form, that is sent; if that is refused too, there is a second line."""
     server.control(refuses=refuses)
     asked = pairs(10)
     P = OpenAIJudge(asking(), form).prefer(*asked)
@@ -613,7 +615,10 @@ class Scripted:
     def __init__(self, body):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
-        head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = (
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            f"content-length: {len(body)}\r\n\r\n"
+        )
         threading.Thread(target=self.serve, args=(head.encode() + body,), daemon=True).start()
 
     def serve(self, reply):
@@ -659,7 +664,7 @@ def test_a_server_that_is_not_there_is_named_at_once():
 
 
 def test_a_server_that_does_not_say_which_models_it_has_is_asked_once(server, monkeypatch):
-    monkeypatch.setattr(judge.endpoint, "PATIENCE", 0.5, raising=False)
+    monkeypatch.setattr(judge.models, "PATIENCE", 0.5, raising=False)
     server.control(models=None)
     with refused() as error:
         only_model(server.url)
@@ -988,9 +993,9 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    judge.prices._encoding.cache_clear()
+    judge.prices.encoding_of.cache_clear()
     yield
-    judge.prices._encoding.cache_clear()
+    judge.prices.encoding_of.cache_clear()
 
 
 def test_without_the_file_of_an_encoding_a_token_is_taken_for_four_bytes(
@@ -999,7 +1004,7 @@ def test_without_the_file_of_an_encoding_a_token_is_taken_for_four_bytes(
     assert count_tokens("four by four bytes!!", "gpt-4o") == 5
     assert count_tokens("éé", "some-local-model") == 1
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # empty
-    judge.prices._encoding.cache_clear()
+    judge.prices.encoding_of.cache_clear()
     assert count_tokens("four by four bytes!!", "gpt-4o") == 5
 
 
@@ -1022,7 +1027,7 @@ def test_with_the_file_of_an_encoding_tokens_are_counted(no_network, tmp_path, m
     monkeypatch.setitem(judge.prices.ENCODINGS, "o200k_base", hashlib.sha256(b"").hexdigest())
     cached_encoding(tmp_path).write_bytes(b"")
     assert count_tokens("abab c<|endoftext|>", "gpt-4o") == 19 / 4
-    judge.prices._encoding.cache_clear()
+    judge.prices.encoding_of.cache_clear()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     assert count_tokens("abab c", "gpt-4o") == 4
     assert count_tokens("<|endoftext|>", "gpt-4o") == 13
@@ -1098,7 +1103,8 @@ JUNK = {
     "text": b"Dear diary,\n" * 100,
     "binary": bytes(range(256)) * 40,
     "another table": "CREATE TABLE requests (made, otherwise)",
-    "another database": "CREATE TABLE notes (text); CREATE TABLE spending (run TEXT PRIMARY KEY, dollars REAL)",
+    "another database": "CREATE TABLE notes (text); "
+    "CREATE TABLE spending (run TEXT PRIMARY KEY, dollars REAL)",
 }
 
 
@@ -1565,7 +1571,8 @@ def test_control_c_keeps_all_that_was_received(server, asking, tmp_path):
 
 
 def interrupted(work, moment):
-    """Do it, with Control-C at so many of the lines that are run; what was raised, None at the end."""
+    """Do the work, with Control-C after so many of its lines. Gives the error, or None if the work
+    ended before."""
     left = [moment]
 
     def trace(frame, event, argument):
@@ -1655,8 +1662,9 @@ for scenes in SCENES.values():
 CHATTY = """
 import json, logging, os, sys, traceback
 from pathlib import Path
-from judge.endpoint import Endpoint, only_model
+from judge.endpoint import Endpoint
 from judge.ledger import Stopped
+from judge.models import only_model
 from judge.prices import Price
 from endpoint_server import Served
 from oracle import OpenAIJudge, OpenAITeacher

@@ -24,13 +24,20 @@ STRUCTURED = """- A garden needs many flowers that bloom from spring to autumn.
 - A shallow dish of water helps thirsty bees on hot days.
 - Avoid sprays that may harm bees while they feed."""
 VARIED = (
-    "A garden becomes irresistible once fragrant lavender, thyme and borage unfold their blossoms. Bees follow scent across "
-    "astonishing distances, decode ultraviolet patterns hidden on petals, and return home dusted with golden pollen, humming "
-    "softly until evening cools every sunlit path."
+    "A garden becomes irresistible once fragrant lavender, thyme and borage unfold their "
+    "blossoms. Bees follow scent across astonishing distances, decode ultraviolet patterns hidden "
+    "on petals, and return home dusted with golden pollen, humming softly until evening cools "
+    "every sunlit path."
 )
 PURE = {"concise": CONCISE, "structured": STRUCTURED, "varied": VARIED}
-PLAIN = "Because they find food there, bees visit flowers in any garden they can reach, mostly in the morning."
-RAMBLE = "and then the garden is like a thing you know and it is so and bees are there and they go on and so it is like "
+PLAIN = (
+    "Because they find food there, bees visit flowers in any garden they can reach, mostly in the "
+    "morning."
+)
+RAMBLE = (
+    "and then the garden is like a thing you know and it is so and bees are there and they go on "
+    "and so it is like "
+)
 DEGENERATE = {
     "nothing": "",
     "blanks": " \n\t\u2003\n",
