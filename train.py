@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import dno
 import solvers
-from experiments.ablations import AblationsConfig, run_ablations
+from experiments.ablations import run_ablations
+from experiments.ablations_settings import AblationsConfig
 from experiments.figures import STYLE, draw_simplex, on_simplex
 from experiments.folder import Run, claimed
 from experiments.llm import LlmConfig, run_llm
@@ -48,7 +49,8 @@ from experiments.settings import (
     parse,
     setting,
 )
-from experiments.text import TextConfig, run_text
+from experiments.text import run_text
+from experiments.text_settings import TextConfig
 from judge.ledger import Stopped
 from model import Config, TabularPolicy, Transformer, TransformerPolicy
 from oracle import response_styles, style_game
