@@ -34,7 +34,8 @@ from experiments.ablations import run_ablations
 from experiments.ablations_settings import AblationsConfig
 from experiments.figures import STYLE, draw_simplex, on_simplex
 from experiments.folder import Run, claimed
-from experiments.llm import LlmConfig, run_llm
+from experiments.llm import run_llm
+from experiments.llm_settings import LlmConfig
 from experiments.rounds import like
 from experiments.settings import (
     DTYPES,

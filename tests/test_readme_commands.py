@@ -16,7 +16,7 @@ from test_notebooks import run as run_notebook
 import train
 from benchmarks import game, text, theorem_1
 from experiments.agreement import main
-from experiments.llm import LlmConfig
+from experiments.llm_settings import LlmConfig
 from experiments.settings import parse
 from experiments.text_settings import TextConfig
 
