@@ -192,7 +192,7 @@ class MixablePolicy(SampledPolicy, Protocol):
 def mixed_reference(
     D: Pairs, policy: SampledPolicy, pi_ref: SampledPolicy, tau: float, eta: float
 ) -> Pairs:
-    """D with the unnormalised log pi_t^(1 - tau/eta) pi_ref^(tau/eta) as the reference of the loss."""
+    """D with log pi_t^(1 - tau/eta) pi_ref^(tau/eta), unnormalised, as the loss's reference."""
     D = with_reference(D, policy)
     if tau == 0 or not D.responses:
         return D

@@ -312,7 +312,7 @@ def solve(
 
 
 def summarised(policies: Tensor, rewards: Tensor, rho: Tensor | None) -> Solution:
-    """The `Solution` of policies pi_1..pi_{T+1} whose expected win rates are rewards, [T+1, X, Y]."""
+    """The `Solution` of pi_1..pi_{T+1}, [T+1, X, Y], whose expected win rates are rewards."""
     count = torch.arange(1, len(policies)).to(rewards)[:, None, None]
     average_rewards = rewards[:-1].cumsum(0) / count
     gaps = gap_of_rewards(average_rewards, rho), gap_of_rewards(rewards[1:], rho)

@@ -50,7 +50,7 @@ from benchmarks.game import seconds
 from chat.checkpoints import read_transformer, write_transformer
 from chat.policy import ChatPolicy
 from chat.template import Chat
-from experiments.llm import read_prompts
+from experiments.prompts import read_prompts
 from judge.synthetic import TasteJudge
 from pairs import SamplingSettings, form_pairs
 

@@ -22,10 +22,11 @@ import torch
 import dno
 from benchmarks.game import seconds, show
 from experiments.figures import STYLE
+from experiments.fine_tuning import fine_tuned
 from experiments.folder import Run
 from experiments.judging import demonstrations
 from experiments.rounds import recalling
-from experiments.text import TextConfig, fine_tuned
+from experiments.text_settings import TextConfig
 from oracle import RegisterJudge
 from pairs import SamplingSettings, large_margin_pairs
 from text import TextPolicy

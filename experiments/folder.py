@@ -15,14 +15,6 @@ from pathlib import Path
 from types import UnionType
 from typing import IO, TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
 import torch
 import torch.distributed as dist
 
@@ -30,57 +22,43 @@ from chat.team import Team
 from experiments.settings import BadInput
 from judge.ledger import Refused
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]  # a module is optional in no other way
+
 MAY_DIFFER = (  # between the start of a run and its resumption
-    "out",
-    "resume",
-    "device",
-    "threads",
-    "jobs",
-    "fsdp",
-    "checkpointing",
-    "compile",
-    "judge_url",
-    "judge_prices",
-    "judge_cache",
-    "judge_concurrency",
-    "judge_timeout",
-    "max_failed",
-    "max_usd",
-    "dry_run",
-    "teacher_url",
-    "teacher_prices",
-)
-BESIDE = (
-    ".part",
-    ".lock",
-    ".sqlite",
-    ".sqlite-wal",
-    ".sqlite-shm",
-)  # may lie in the folder before a run starts
-FULL = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-)  # why a file cannot grow, though it could be made
+    "out resume device threads jobs fsdp checkpointing compile dry_run "
+    "judge_url judge_prices judge_cache judge_concurrency judge_timeout max_failed max_usd "
+    "teacher_url teacher_prices"
+).split()
+# may lie in the folder before a run starts
+BESIDE = (".part", ".lock", ".sqlite", ".sqlite-wal", ".sqlite-shm")
+# why a file cannot grow, though it could be made
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+# --- The folder is one process's alone ------------------------------------------------------------
 
 
 @contextmanager
 def claimed(out: str, resume: bool | None) -> Iterator[None]:
-    """Around all that a run does: its folder, made if need be, which is this process's alone until
-    it ends. resume: whether it goes on with a run; None if it never does.
+    """Around all that a run does: its folder, made if need be, is this process's alone.
 
-    BadInput, before anything is loaded, if the folder cannot be written to, if another living
-    process has it, or if it is to be resumed and is not there; later, if its disk is full."""
+    resume: whether the run goes on with an earlier one; None if it never does. BadInput, before
+    anything is loaded, if the folder cannot be written to, if another living process has it, or if
+    it is to be resumed and does not exist; later, if its disk is full."""
     folder, begun = Path(out), False
     if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
         yield  # the first of torchrun's processes has it for all
         return
     try:
         if resume and not folder.exists():
-            raise BadInput(
-                f"there is no run in {out} to go on with; leave --resume out to start one"
-            )
+            fault = f"there is no run in {out} to go on with"
+            raise BadInput(f"{fault}; leave --resume out to start one")
         with made(folder), locked(folder):
             begun = True
             yield
@@ -97,7 +75,7 @@ def claimed(out: str, resume: bool | None) -> Iterator[None]:
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """The folder, made if need be; if the work in it fails on bad input, it goes again if empty."""
+    """The folder, made if need be. If the work in it fails on bad input, it is removed if empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -112,9 +90,10 @@ def made(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """run.lock in the folder, which one process at a time can have: the kernel takes it back from
-    one that ends, however it does. BadInput if another process has it. Where there are no such
-    locks, as on Windows, that is said and nothing is locked."""
+    """run.lock in the folder, which one process at a time can have.
+
+    The kernel releases it when its process ends, however it ends. BadInput if another process has
+    it. Where there are no such locks, as on Windows, that is said and nothing is locked."""
     path = folder / "run.lock"
     file = None if fcntl is None else lock(path)
     try:
@@ -147,45 +126,42 @@ def lock(path: Path) -> IO[str] | None:
             return None
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # whoever had it has removed it since: there may be a new one
+        file.close()  # its owner has removed it since: there may be a new one
+
+
+# --- What a run keeps there -----------------------------------------------------------------------
 
 
 class Run:
     """The folder of one run: config.json, metrics.jsonl, checkpoint/state.pt, and what the preset
     adds.
 
-    Raises BadInput, before anything is written, if `out` holds anything but a run of the same
-    config, or one without --resume. `state` is the last checkpoint, or None at the start. classes:
-    what it may hold beside tensors and plain values. device: for its tensors. Of several processes,
-    which must share the folder, all read and the first one writes."""
+    `state` is the last checkpoint, or None at the start. classes: what it may hold besides tensors
+    and plain values. device: for its tensors. Of several processes, which must share the folder,
+    all read and the first one writes. Raises BadInput, before anything is written, if `out` holds
+    anything but a run of the same config, or a run without --resume."""
 
     def __init__(
         self, preset: str, config: Any, classes: tuple[type, ...] = (), device: str | None = None
     ):
-        self.out, self.classes, self.device, team = (
-            Path(config.out),
-            list(classes),
-            device or config.device,
-            Team(),
-        )
+        team = Team()
+        self.out, self.device, self.classes = Path(config.out), device or config.device, classes
         settings = {"preset": preset, **dataclasses.asdict(config)}
         fixed = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
-        self.mark = hashlib.sha256(
-            json.dumps(fixed, sort_keys=True).encode()
-        ).hexdigest()  # of what it writes to go on from
+        # marks what this run writes to go on from
+        self.mark = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         started = self.out.exists() and any(
             path.suffix not in BESIDE for path in self.out.iterdir()
         )
         self.state = self._earlier(settings) if started else None
         self.phases = (self._own("checkpoint/phases.pt", key=list) if started else None) or {}
-        self.metrics, self.writes = self.state["metrics"] if self.state else [], team.rank == 0
-        seen = team.together(
-            [(started, len(self.metrics), sorted(map(str, self.phases)))]
-        )  # after which it may be written to
+        self.metrics = self.state["metrics"] if self.state else []
+        self.writes = team.rank == 0
+        # all processes look before the first one writes
+        seen = team.together([(started, len(self.metrics), sorted(map(str, self.phases)))])
         if any(other != seen[0] for other in seen):
-            raise BadInput(
-                f"the processes see different content in {self.out}; expected --out to be a folder that all share"
-            )
+            fault = f"the processes see different content in {self.out}"
+            raise BadInput(f"{fault}; expected --out to be a folder that all share")
         if self.writes:
             (self.out / "checkpoint").mkdir(parents=True, exist_ok=True)
         if not started:
@@ -196,70 +172,64 @@ class Run:
             earlier = json.loads((self.out / "config.json").read_text())
             check_like(earlier, dict, "it")
         except (OSError, ValueError) as error:
-            raise BadInput(
-                f"{self.out} holds something, but no readable config.json; choose another --out"
-            ) from error
+            fault = f"{self.out} holds something, but no readable config.json"
+            raise another_out(fault) from error
         for name in sorted(settings.keys() | earlier.keys()):
-            if name not in MAY_DIFFER and settings.get(name) != earlier.get(name):
-                difference = (
-                    f"{name} is {earlier.get(name)!r} there and {settings.get(name)!r} here"
-                )
-                raise BadInput(f"{self.out} holds another run: {difference}; choose another --out")
+            there, here = earlier.get(name), settings.get(name)
+            if name not in MAY_DIFFER and here != there:
+                difference = f"{name} is {there!r} there and {here!r} here"
+                raise another_out(f"{self.out} holds another run: {difference}")
         if not settings["resume"]:
-            raise BadInput(
-                f"{self.out} holds this run already; add --resume to go on with it, or choose another --out"
-            )
+            fault = f"{self.out} holds this run already; add --resume to go on with it"
+            raise BadInput(f"{fault}, or choose another --out")
         return self._own("checkpoint/state.pt", metrics=list)
 
     def _own(self, name: str, **kinds: type) -> dict[str, Any] | None:
+        """The content of a file that this run wrote, with keys of these kinds; None if there is no
+        such file."""
         content = self.load(name)
         if content is None:
             return None
-        if any(
-            not isinstance(content.get(key), kind) for key, kind in {"mark": str, **kinds}.items()
-        ):
-            raise BadInput(f"{self.out}/{name} is not a checkpoint of a run; choose another --out")
+        wanted = {"mark": str, **kinds}.items()
+        if any(not isinstance(content.get(key), kind) for key, kind in wanted):
+            raise another_out(f"{self.out}/{name} is not a checkpoint of a run")
         if content.pop("mark") != self.mark:
-            raise BadInput(
-                f"{self.out}/{name} is not of this run, but of one with other settings; choose another --out"
-            )
+            fault = f"{self.out}/{name} is not of this run, but of one with other settings"
+            raise another_out(fault)
         return content
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """What `keep` wrote, or None if it wrote nothing of that name. BadInput if it is not that."""
+        """What `keep` wrote, or None if it wrote nothing of that name. BadInput if it is anything
+        else."""
         path = self.out / name
         if not path.exists():
             return None
         try:
-            with torch.serialization.safe_globals(self.classes):
+            with torch.serialization.safe_globals([*self.classes]):
                 content = torch.load(path, weights_only=True, map_location=self.device)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-            raise BadInput(
-                f"{path} is not a readable checkpoint ({type(error).__name__}); choose another --out"
-            ) from error
+            fault = f"{path} is not a readable checkpoint ({type(error).__name__})"
+            raise another_out(fault) from error
         if not isinstance(content, dict):
-            raise BadInput(f"{path} is not a checkpoint of a run; choose another --out")
+            raise another_out(f"{path} is not a checkpoint of a run")
         return content
 
     def expect(self, content: dict[str, Any], like: dict[str, Any]) -> None:
         """BadInput unless a checkpoint's content has what `like` has, as `check_like` compares the
         two."""
+        known = {name: content[name] for name in like if name in content}
         try:
-            check_like(
-                {name: content[name] for name in like if name in content}, like, "its content"
-            )
+            check_like(known, like, "its content")
         except ValueError as error:
             raise self.foreign(str(error)) from error
 
     def foreign(self, reason: str) -> BadInput:
         """The error to raise if the checkpoint is not one of this run."""
-        return BadInput(
-            f"the checkpoint in {self.out} is not of this run ({reason}); choose another --out"
-        )
+        return another_out(f"the checkpoint in {self.out} is not of this run ({reason})")
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file of the folder in one piece: whoever looks sees the old content or the new,
-        also after a crash."""
+        """Write a file of the folder in one piece: a reader sees the old content or the new, also
+        after a crash."""
         if not self.writes:
             return
         part = self.out / f".{Path(name).name}.part"
@@ -296,8 +266,10 @@ class Run:
     def remember(
         self, key: list[int], phase: str, function: Callable[..., Any], *arguments: Any
     ) -> Any:
-        """function(*arguments), or what it was when this phase of the key (an iteration) was last
-        reached: a run killed between phases does not repeat them. Only the last key's phases are
+        """function(*arguments), or what it returned when this phase of the key (an iteration) was
+        last reached.
+
+        A run that is killed between phases does not repeat them. Only the last key's phases are
         kept."""
         if self.phases.get("key") != key:
             self.phases = {"key": key}
@@ -319,36 +291,34 @@ def like(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"state": dict, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
+def another_out(fault: str) -> BadInput:
+    """The error to raise about what is in a folder."""
+    return BadInput(f"{fault}; choose another --out")
+
+
 def check_like(found: Any, like: Any, name: str) -> None:
     """ValueError unless found is like: a type, of which it must be one; a tensor, whose shape and
     type it must have; a dict or list of such, whose keys or length it must have; or another value,
     to which it is not compared."""
+    fits = True
+    parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(like, type | UnionType):
         fits = isinstance(found, like)
     elif isinstance(like, torch.Tensor):
-        fits = isinstance(found, torch.Tensor) and (found.shape, found.dtype) == (
-            like.shape,
-            like.dtype,
-        )
+        fits = isinstance(found, torch.Tensor)
+        fits = fits and (found.shape, found.dtype) == (like.shape, like.dtype)
     elif isinstance(like, dict):
-        fits = isinstance(found, dict) and found.keys() == like.keys()
-    else:
-        fits = not isinstance(like, list) or (isinstance(found, list) and len(found) == len(like))
+        fits, parts = isinstance(found, dict) and found.keys() == like.keys(), like.items()
+    elif isinstance(like, list):
+        fits, parts = isinstance(found, list) and len(found) == len(like), enumerate(like)
     if not fits:
         raise ValueError(f"{name} is {outline(found)}; expected {outline(like)}")
-    parts = (
-        like.items()
-        if isinstance(like, dict)
-        else enumerate(like)
-        if isinstance(like, list)
-        else ()
-    )
     for key, part in parts:
         check_like(found[key], part, f"{name}[{key!r}]")
 
 
 def outline(thing: Any) -> str:
-    """What sort of thing it is, in a few words."""
+    """What kind of thing it is, in a few words."""
     if isinstance(thing, torch.Tensor):
         return f"{thing.dtype} of shape {list(thing.shape)}"
     if isinstance(thing, dict | list):

@@ -14,36 +14,34 @@ from judge.client import make_client
 from judge.endpoint import Endpoint
 from judge.ledger import Ledger, Stopped
 from judge.models import only, only_model, recorded_models
-from oracle import OpenAIJudge, OpenAITeacher, Oracle, RegisterJudge
+from oracle import OpenAIJudge, OpenAITeacher, RegisterJudge
 from world import TRAINING, teacher_answer
 
 
 def open_judge(options: Any) -> Endpoint:
     """The endpoint of `JudgeOptions`. Refused if there can be none."""
-    return open_endpoint(
-        options,
-        options.oracle,
-        options.judge_model,
-        options.judge_url,
-        options.judge_prices,
-        "judge",
-    )
+    model, url, price = options.judge_model, options.judge_url, options.judge_prices
+    return open_endpoint(options, options.oracle, model, url, price, "judge")
 
 
 def open_endpoint(
     options: Any, source: str, model: str | None, url: str | None, price: str | None, kind: str
 ) -> Endpoint:
-    """The endpoint that a source such as openai:MODEL names; kind: judge or teacher, whose price is
-    the judge's if it is the same model and has none of its own. Refused if there can be none."""
+    """The endpoint that a source such as openai:MODEL names.
+
+    kind: judge or teacher. A teacher without a price has the judge's if it is the same model.
+    Refused if there can be none."""
     how, _, rest = source.partition(":")
-    common = {"max_failed": options.max_failed, "run": str(Path(options.out).resolve())}
+    run = str(Path(options.out).resolve())
+    common: dict[str, Any] = {"max_failed": options.max_failed, "run": run}
     if how == "replay":
         how = "name one: --judge-model NAME" if kind == "judge" else "give a cache of one teacher"
         name = model or only(recorded_models(rest, kind), rest, how)
         return Endpoint(name, cache=rest, live=False, **common)
-    cache: Any = options.judge_cache or f"{options.out}/judgments.sqlite"
+    path = options.judge_cache or f"{options.out}/judgments.sqlite"
+    cache: str | Ledger | None = path
     if options.dry_run:
-        cache = Ledger(cache, common["run"], read_only=True) if os.path.exists(cache) else None
+        cache = Ledger(path, run, read_only=True) if os.path.exists(path) else None
     try:
         name = rest or model or only_model(url)
         price = price or (options.judge_prices if name == options.judge_model else None)
@@ -59,15 +57,15 @@ def open_endpoint(
             **common,
         )
     except ValueError as error:
-        raise BadInput(
-            f"{kind}: {error} (--{kind}-prices 2.5,10, in dollars per million tokens)"
-        ) from error
+        remedy = f"(--{kind}-prices 2.5,10, in dollars per million tokens)"
+        raise BadInput(f"{kind}: {error} {remedy}") from error
 
 
 def demonstrations(seed: int, count: int, teacher: OpenAITeacher | None = None) -> dno.Data:
-    """Alg. 2, line 3: for iteration t some training prompts, drawn anew, with the teacher's
-    answers: those of a language model, always the same to a prompt (prompts that it has none to are
-    left out), or of `teacher_answer`."""
+    """Alg. 2, line 3: for each iteration t some training prompts, drawn anew, with gold responses.
+
+    A language model's are always the same to a prompt, and prompts without one are left out. If
+    `teacher` is None, they are those of `teacher_answer`."""
 
     def data(t: int) -> tuple[list[str], list[str]]:
         draw = random.Random(seed * 1_000_003 + t)
@@ -84,9 +82,8 @@ def demonstrations(seed: int, count: int, teacher: OpenAITeacher | None = None) 
 
 def answered(teacher: OpenAITeacher, prompts: list[str]) -> tuple[list[str], list[str]]:
     """The prompts that the teacher has an answer to, and the answers."""
-    answers = [
-        (x, y) for x, y in zip(prompts, teacher.answers(prompts), strict=True) if y is not None
-    ]
+    both = zip(prompts, teacher.answers(prompts), strict=True)
+    answers = [(x, y) for x, y in both if y is not None]
     return [x for x, _ in answers], [y for _, y in answers]
 
 
@@ -94,43 +91,40 @@ def answered(teacher: OpenAITeacher, prompts: list[str]) -> tuple[list[str], lis
 class Judging:
     """Who judges a run and writes its gold responses; None for the synthetic teacher."""
 
-    judge: Oracle
+    judge: dno.Preferences
     teacher: OpenAITeacher | None
 
     def data(self, config: Any, hard: bool) -> dno.Data:
-        """What the algorithms are given; those with soft targets do not look at gold responses, so
+        """What the algorithms are given. Those with soft targets do not look at gold responses, so
         that none are paid for."""
         return demonstrations(config.seed, config.prompts, self.teacher if hard else None)
 
     def spending(self) -> dict[str, float | None]:
-        """Requests of judge and teacher so far and dollars that they can have cost (None: a price
+        """Requests of judge and teacher so far, and dollars that they can have cost (None: a price
         is not known)."""
-        endpoints = [
-            part.endpoint
+        asked = [
+            part
             for part in (self.judge, self.teacher)
-            if hasattr(part, "endpoint") and part.endpoint.live
+            if isinstance(part, OpenAIJudge | OpenAITeacher)
         ]
+        endpoints = [part.endpoint for part in asked if part.endpoint.live]
         ledgers = {str(endpoint.ledger.path): endpoint.ledger for endpoint in endpoints}.values()
-        dollars = (
-            None
-            if any(endpoint.price is None for endpoint in endpoints)
-            else sum(ledger.spent() for ledger in ledgers)
-        )
+        known = all(endpoint.price is not None for endpoint in endpoints)
         return {
             "requests": sum(ledger.totals()["requests"] for ledger in ledgers),
-            "dollars": dollars,
+            "dollars": sum(ledger.spent() for ledger in ledgers) if known else None,
         }
 
 
 def judging(config: Any) -> Judging:
     """Judge and teacher as the config has them. Refused if an endpoint cannot be asked."""
-    judge, teacher = RegisterJudge(), None
+    judge: dno.Preferences = RegisterJudge()
+    teacher = None
     if config.oracle != "synthetic":
-        judge = OpenAIJudge(open_judge(config), config.judge_form, seed=config.seed)
-        config.judge_model = judge.endpoint.model
+        endpoint = open_judge(config)
+        judge = OpenAIJudge(endpoint, config.judge_form, seed=config.seed)
+        config.judge_model = endpoint.model
     if config.teacher != "synthetic":
-        url = config.teacher_url or config.judge_url
-        teacher = OpenAITeacher(
-            open_endpoint(config, config.teacher, None, url, config.teacher_prices, "teacher")
-        )
+        url, price = config.teacher_url or config.judge_url, config.teacher_prices
+        teacher = OpenAITeacher(open_endpoint(config, config.teacher, None, url, price, "teacher"))
     return Judging(judge, teacher)

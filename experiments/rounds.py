@@ -28,34 +28,43 @@ from pairs import (
 from text import Response
 from world import CLASSES, classify
 
-RULES = {
+# of line 6, given the margin
+RULES: dict[str, Callable[[float], dno.Rule]] = {
     "large-margin": lambda margin: partial(large_margin_pairs, margin=margin),
     "best-worst": lambda margin: best_against_worst,
     "teacher": lambda margin: partial(teacher_pairs, margin=margin),
     "spin": lambda margin: gold_against_students,
     "scored": lambda margin: scored_pairs,
 }
-CLASSES_KEPT = (
-    dno.SampledIteration,
-    Groups,
-    Pairs,
-    dno.Best,
-    Response,
-)  # what checkpoints of text runs hold beside tensors
+# what checkpoints of runs with sampled responses hold besides tensors and plain values
+CLASSES_KEPT = (dno.SampledIteration, Groups, Pairs, dno.Best, Response)
+
+
+def check_scored(config: Any) -> None:
+    """ValueError unless rule scored, judgments scores and a judge that scores come together."""
+    scored = config.rule == "scored"
+    if scored != (config.judgments == "scores") or (scored and config.oracle == "synthetic"):
+        needed = "rule scored, judgments scores and a language model that scores"
+        raise ValueError(f"{needed} belong together; give all three")
+
+
+# --- Columns of an iteration ----------------------------------------------------------------------
 
 
 def round_numbers(it: dno.SampledIteration, hard: bool) -> dict[str, float]:
-    """What Table 2 reports of an iteration: new pairs by kind; of the K samples, their mean length
-    in words, how many beat the gold response on average, and the share of prompts at which the best
-    of them does. Of judged ones, where some are not."""
+    """What Table 2 reports of an iteration.
+
+    The samples' mean length in words. With hard targets also the new pairs by kind, how many of the
+    K samples beat the gold response on average, and the share of prompts at which the best of them
+    does. Comparisons without an answer are left out."""
     row = {"loss": it.loss, "steps": it.steps}
     n = len(it.groups.responses[0])
     samples = [y for ys in it.groups.responses for y in (ys[:-1] if hard else ys)]
     row["mean_length"] = sum(len(y.split()) for y in samples) / len(samples)
     if hard:
         row |= {f"pairs_{kind}": count for kind, count in pair_kinds(it.pairs, n - 1).items()}
-        wins = it.preferences[:, :-1, -1]
-        beaten = (wins > 0.5).double().masked_fill(wins.isnan(), float("nan"))
+        against_gold = it.preferences[:, :-1, -1]
+        beaten = (against_gold > 0.5).double().masked_fill(against_gold.isnan(), math.nan)
         best = beaten.nan_to_num(-1).amax(1)
         row |= {
             "student_wins": (n - 1) * beaten.nanmean(1).nanmean().item(),
@@ -64,17 +73,25 @@ def round_numbers(it: dno.SampledIteration, hard: bool) -> dict[str, float]:
     return row
 
 
+def judgments_failed(it: dno.SampledIteration) -> float:
+    """The share of the iteration's judgments that are not available."""
+    n = it.preferences.shape[1]
+    i, j = torch.triu_indices(n, n, 1)
+    return it.preferences[:, i, j].isnan().double().mean().item()
+
+
 def judged_numbers(
     it: dno.SampledIteration, config: Any, judging: Judging, hard: bool
 ) -> dict[str, float | None]:
-    """What a judge that must be asked adds: the share of judgments of the iteration that could not
-    be had; prompts left out for want of a gold response; how often a verdict changes with the
-    order; Table 2's scores; requests, dollars of the run."""
+    """What a judge that must be asked adds.
+
+    The share of judgments that are not available; how often a verdict changes with the order; Table
+    2's scores; how many prompts were left out because they have no gold response; requests and
+    dollars of the run."""
     row: dict[str, float | None] = {}
     if isinstance(judging.judge, OpenAIJudge):
-        i, j = torch.triu_indices(*it.preferences.shape[1:], 1)
         row = {
-            "judgments_failed": it.preferences[:, i, j].isnan().double().mean().item(),
+            "judgments_failed": judgments_failed(it),
             "flip_rate": judging.judge.flip_rate(it.groups.prompts, it.groups.responses),
         }
     if hard and config.judgments == "scores":
@@ -87,10 +104,18 @@ def judged_numbers(
     return row
 
 
+def without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with None in place of every NaN, which JSON does not have."""
+    return {name: None if isinstance(x, float) and math.isnan(x) else x for name, x in row.items()}
+
+
+# --- Files of an iteration ------------------------------------------------------------------------
+
+
 def write_round(run: Run, iteration: int, it: dno.SampledIteration, hard: bool, rated: str) -> None:
     """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration; rated: what r_t is, win_rate or
     score, null if not judged."""
-    n = len(it.groups.responses[0])
+    groups, n = it.groups, len(it.groups.responses[0])
     responses = [
         {
             "prompt": x,
@@ -99,54 +124,63 @@ def write_round(run: Run, iteration: int, it: dno.SampledIteration, hard: bool, 
             rated: None if math.isnan(r) else r,
             "class": CLASSES[classify(y)],
         }
-        for x, ys, rs in zip(it.groups.prompts, it.groups.responses, it.r_t.tolist(), strict=True)
+        for x, ys, rs in zip(groups.prompts, groups.responses, it.r_t.tolist(), strict=True)
         for i, (y, r) in enumerate(zip(ys, rs, strict=True))
     ]
     pairs = []
     for x, i, j in it.pairs.tolist():
-        first, second = it.groups.responses[x][i], it.groups.responses[x][j]
+        first, second = groups.responses[x][i], groups.responses[x][j]
         label = 1.0 if hard else torch.sigmoid(it.r_t[x, i] - it.r_t[x, j]).item()
-        pairs.append(
-            {"prompt": it.groups.prompts[x], "first": first, "second": second, "label": label}
-        )
-    for name, lines in (("responses", responses), ("pairs", pairs)):
-        run.write_lines(f"{name}-{iteration:03d}.jsonl", lines)
+        pair = {"prompt": groups.prompts[x], "first": first, "second": second, "label": label}
+        pairs.append(pair)
+    run.write_lines(f"responses-{iteration:03d}.jsonl", responses)
+    run.write_lines(f"pairs-{iteration:03d}.jsonl", pairs)
 
 
 def written(prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, str]]:
-    """Each response with its prompt, as files have them."""
+    """A line of a file for each response, with its prompt."""
     return [{"prompt": x, "response": y} for x, y in zip(prompts, responses, strict=True)]
 
+
+# --- What a killed run does not repeat ------------------------------------------------------------
 
 Recall = Callable[..., Any]  # (phase, function, *arguments) -> function(*arguments), then or now
 Remember = Callable[..., Any]  # the same with the iteration t before the phase
 
 
 class RecallingPolicy:
-    """A policy whose samples are kept: a run that is killed and resumed does not sample again."""
+    """A policy whose samples are kept: a run that is killed and resumed does not repeat them."""
 
     def __init__(self, policy: Any, recall: Recall):
         self.policy, self.recall = policy, recall
 
-    def sample(self, prompts: list[Any], *settings: Any) -> tuple[Any, Tensor]:
+    def sample(
+        self,
+        prompts: list[Any],
+        k: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> tuple[Any, Tensor]:
         """The policy's samples, or those of this iteration before the run was killed."""
-        return self.recall("sampled", self.policy.sample, prompts, *settings)
+        sample = self.policy.sample
+        return self.recall("sampled", sample, prompts, k, temperature, top_p, seed)
 
     def log_prob(self, prompts: list[Any], responses: list[Any]) -> Tensor:
-        """As the policy's."""
+        """The policy's own."""
         return self.policy.log_prob(prompts, responses)
 
     def parameters(self) -> Iterable[Tensor]:
-        """As the policy's."""
+        """The policy's own."""
         return self.policy.parameters()
 
     def mixed_with(self, reference: Any, weight: float) -> RecallingPolicy:
-        """The mixture of the policy and a reference, whose samples are kept as well."""
+        """The mixture of the policy and a reference; its samples are kept as well."""
         return RecallingPolicy(self.policy.mixed_with(bare(reference), weight), self.recall)
 
 
 class RecallingOracle:
-    """An oracle whose answers are kept: a run that is killed and resumed does not ask again."""
+    """An oracle whose answers are kept: a run that is killed and resumed does not ask twice."""
 
     def __init__(self, oracle: Any, recall: Recall):
         self.oracle, self.recall = oracle, recall
@@ -156,7 +190,7 @@ class RecallingOracle:
         return self.recall("judged", self.oracle.prefer, prompts, a, b)
 
     def scores(self, prompts: Sequence[Any], responses: Sequence[Sequence[Any]]) -> Tensor:
-        """As the oracle's."""
+        """The oracle's own."""
         return self.oracle.scores(prompts, responses)
 
 
@@ -183,14 +217,15 @@ def recalling(
 
 
 def followed(run: Run, progress: tqdm, optimizer: torch.optim.Optimizer) -> Remember:
-    """`run.remember` for the phases of iterations; the bar names the phase, and counts the steps of
-    training."""
+    """`run.remember` for the phases of iterations. The progress bar names the phase, and counts the
+    steps of training."""
     steps = 0
 
     def remember(t: int, phase: str, *call: Any) -> Any:
         nonlocal steps
         progress.set_description({"sampled": "sampling", "judged": "judging"}[phase])
-        found, steps = run.remember([t], phase, *call), 0
+        found = run.remember([t], phase, *call)
+        steps = 0
         progress.set_description("scoring pi_t")
         return found
 

@@ -19,22 +19,34 @@ from torch.distributed.device_mesh import DeviceMesh
 from judge.ledger import Refused, Stopped, TooDear
 from judge.prices import Price
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of real models
+MOST = 10**9  # of counts and seeds: what torch and the machine take ends below it
+TEMPERATURES = (0.01, 100)  # of sampling
+THREADS = (1, 1024)  # with many more the OpenMP library ends the process
+
 
 class BadInput(Exception):
-    """The user can mend it: one line, exit code 2, nothing overwritten."""
+    """The user can correct it: one line, exit code 2, nothing overwritten."""
 
 
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+# --- Options from dataclasses ---------------------------------------------------------------------
+
+
+def setting(
+    default: Any, help: str, choices: tuple[str, ...] | tuple[int, ...] | None = None
+) -> Any:
     """A field of a preset's dataclass: its default, and help that gives unit, range and the paper's
-    value if it has one."""
+    value if it has one.
+
+    A field that is None by default and whose type is not optional is filled in by __post_init__."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise BadInput(
-            f"{message}; `python {self.prog.partition(' ')[0]} --help` lists what there is"
-        )
+        program = self.prog.partition(" ")[0]
+        raise BadInput(f"{message}; `python {program} --help` lists what there is")
 
 
 def options_parser(name: str, config: type) -> argparse.ArgumentParser:
@@ -42,29 +54,25 @@ def options_parser(name: str, config: type) -> argparse.ArgumentParser:
     what it does not know."""
     summary = (config.__doc__ or "").strip().splitlines()[0]
     parser = _Parser(name, description=summary, allow_abbrev=False, add_help=False)
-    for field in sorted(
-        dataclasses.fields(config), key=lambda field: field.name not in config.__annotations__
-    ):
-        kind = typing.get_type_hints(config)[field.name]
-        kind = next(part for part in typing.get_args(kind) or (kind,) if part is not type(None))
-        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if kind is bool:
-            parser.add_argument(flag, action="store_true", help=help)
-        else:
-            shown = "" if field.default is None else f" (default: {field.default})"
-            choices, metavar = (
-                field.metadata["choices"],
-                None if field.metadata["choices"] else kind.__name__.upper(),
-            )
-            parser.add_argument(
-                flag,
-                type=kind,
-                default=field.default,
-                choices=choices,
-                metavar=metavar,
-                help=help + shown,
-            )
+    hints, own = typing.get_type_hints(config), config.__annotations__
+    for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
+        add_option(parser, field, hints[field.name])
     return parser
+
+
+def add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+    """Add the --option of a field, whose type is `hint`, with or without None."""
+    kind = next(part for part in typing.get_args(hint) or (hint,) if part is not type(None))
+    flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    if kind is bool:
+        parser.add_argument(flag, action="store_true", help=help)
+        return
+    default, choices = field.default, field.metadata["choices"]
+    shown = "" if default is None else f" (default: {default})"
+    metavar = None if choices else kind.__name__.upper()
+    parser.add_argument(
+        flag, type=kind, default=default, choices=choices, metavar=metavar, help=help + shown
+    )
 
 
 def parse(argv: list[str], presets: dict[str, type], default: str) -> tuple[str, Any]:
@@ -77,13 +85,12 @@ def parse(argv: list[str], presets: dict[str, type], default: str) -> tuple[str,
         print(f"usage: python train.py {preset} [--field value ...]\n")
         print(options_parser(f"train.py {preset}", presets[preset]).format_help())
         sys.exit(0)
-    return preset, presets[preset](
-        **vars(options_parser(f"train.py {preset}", presets[preset]).parse_args(rest))
-    )
+    parser = options_parser(f"train.py {preset}", presets[preset])
+    return preset, presets[preset](**vars(parser.parse_args(rest)))
 
 
 def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
-    """ValueError naming the first field that is given and not within its range, as no NaN is."""
+    """ValueError naming the first field that is given and not within its range; NaN never is."""
     for name, (least, most) in ranges.items():
         value = getattr(config, name)
         if value is not None and not least <= value <= most:
@@ -91,20 +98,23 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
 
 
 def changed(config: Any, *names: str) -> str:
-    """Those of the fields that are not as they are by default, as the command line has them."""
+    """Those of the fields that differ from their defaults, spelt as on the command line."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     found = [name for name in names if getattr(config, name, None) != defaults.get(name)]
     return ", ".join(name.replace("_", "-") for name in found)
+
+
+# --- Options of judges ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class JudgeOptions:
     """Who judges, and what it may cost."""
 
-    oracle: str | None = setting(
+    oracle: str = setting(
         None,
-        "synthetic, openai:MODEL, or replay:CACHE (recorded replies, no network); when left out openai if --judge-url or "
-        "--judge-model is given, else synthetic",
+        "synthetic, openai:MODEL, or replay:CACHE (recorded replies, no network); when left out "
+        "openai if --judge-url or --judge-model is given, else synthetic",
     )
     judge_url: str | None = setting(
         None, "of an OpenAI-compatible endpoint, http://localhost:8000/v1 say (default: OpenAI's)"
@@ -137,34 +147,16 @@ class JudgeOptions:
 
     def check_judge(self) -> None:
         """Settle who judges, and check the judge's options. ValueError naming the field."""
-        self.oracle = self.oracle or (
-            "openai" if self.judge_url or self.judge_model else "synthetic"
-        )
+        named = self.judge_url or self.judge_model
+        self.oracle = self.oracle or ("openai" if named else "synthetic")
         check_source("oracle", self.oracle)
-        teacher = getattr(self, "teacher", "synthetic")
-        check_source("teacher", teacher)
+        check_source("teacher", getattr(self, "teacher", "synthetic"))
         for name in ("judge_prices", "teacher_prices"):
             prices(getattr(self, name, None) or "0,0")
-        judge, asked = self.oracle != "synthetic", {self.oracle, teacher} != {"synthetic"}
-        live = "openai" in (self.oracle.partition(":")[0], teacher.partition(":")[0])
-        of_use = {
-            "judge_concurrency": asked,
-            "judge_timeout": asked,
-            "max_failed": asked,
-            "judge_form": judge,
-            "judge_model": judge,
-            "judge_cache": live,
-            "judge_prices": live,
-            "judge_url": live,
-            "max_usd": live,
-        }
-        if self.oracle.startswith("openai:"):  # which names the model already
-            of_use["judge_model"] = self.judge_model == self.oracle.partition(":")[2]
-        idle = changed(self, *(name for name, use in of_use.items() if not use))
+        idle = changed(self, *self.unused())
         if idle:
-            raise ValueError(
-                f"{idle} belong to a language model, and oracle is {self.oracle}; add --oracle openai:MODEL"
-            )
+            fault = f"{idle} belong to a language model, and oracle is {self.oracle}"
+            raise ValueError(f"{fault}; add --oracle openai:MODEL")
         check_ranges(
             self,
             judge_concurrency=(1, 1000),
@@ -173,14 +165,30 @@ class JudgeOptions:
             max_usd=(0, 10**9),
         )
 
+    def unused(self) -> list[str]:
+        """The options that have no effect with this judge and teacher."""
+        teacher = getattr(self, "teacher", "synthetic")
+        sources = (self.oracle, teacher)
+        names = []
+        if sources == ("synthetic", "synthetic"):
+            names += ["judge_concurrency", "judge_timeout", "max_failed"]
+        if self.oracle == "synthetic":
+            names += ["judge_form"]
+        how, _, model = self.oracle.partition(":")
+        stated = how == "openai" and model  # the source itself names the model
+        if self.judge_model != model if stated else self.oracle == "synthetic":
+            names += ["judge_model"]
+        if "openai" not in [source.partition(":")[0] for source in sources]:
+            names += ["judge_cache", "judge_prices", "judge_url", "max_usd"]
+        return names
+
 
 def check_source(name: str, source: str) -> None:
     """ValueError unless it is synthetic, openai[:MODEL] or replay:CACHE."""
     kind, colon, rest = source.partition(":")
     if kind == "openai" and colon and not rest.strip():
-        raise ValueError(
-            f"{name} is {source!r}; the model's name is missing: expected openai:MODEL"
-        )
+        fault = f"{name} is {source!r}; the model's name is missing"
+        raise ValueError(f"{fault}: expected openai:MODEL")
     if not (source == "synthetic" or kind == "openai" or (kind == "replay" and rest)):
         raise ValueError(f"{name} is {source!r}; expected synthetic, openai:MODEL or replay:CACHE")
 
@@ -190,23 +198,28 @@ def prices(text: str) -> Price:
     try:
         prompt, completion = map(float, text.split(","))
     except ValueError:
-        raise ValueError(
-            f"prices are {text!r}; expected dollars per million tokens of prompt and completion: 2.5,10"
-        ) from None
+        expected = "expected dollars per million tokens of prompt and completion: 2.5,10"
+        raise ValueError(f"prices are {text!r}; {expected}") from None
     return Price(prompt, completion)
 
 
+# --- Exit codes -----------------------------------------------------------------------------------
+
+
 def hear_ctrl_c() -> None:
-    """Have Ctrl-C raise KeyboardInterrupt, unless this process was started deaf to it, as a shell's
-    background jobs are. For a program whose imports are done: while they last, it ends at once."""
+    """Have Ctrl-C raise KeyboardInterrupt, unless this process was started to ignore it, as a
+    shell's background jobs are. For a program whose imports are done: while they last, it ends at
+    once."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def guarded(program: str, work: Callable[[], Any]) -> int:
-    """Do the work; the exit code: 0 done, 1 too many failures of a judge or another process lost, 2
-    bad input, 130 interrupted or at the limit of dollars, to go on with, 141 nobody reads the
-    output any more (as in `... | head`)."""
+    """Do the work and return the exit code.
+
+    0: done. 1: a judge failed too often, or another process is lost. 2: bad input. 130: interrupted
+    or at the limit of dollars; the run can go on. 141: nobody reads the output any more, as in
+    `... | head`."""
     try:
         try:
             work()
@@ -219,11 +232,7 @@ def guarded(program: str, work: Callable[[], Any]) -> int:
         say(f"{program}: {error}".replace("\n", " "))
         return 2
     except (TooDear, KeyboardInterrupt) as error:
-        more = [
-            *["--resume"] * (program == "train.py"),
-            *["a higher --max-usd"] * isinstance(error, TooDear),
-        ]
-        command = " with ".join(["the same command", *([" and ".join(more)] if more else [])])
+        command = command_to_go_on(program, isinstance(error, TooDear))
         say(f"\n{program}: {str(error) or 'interrupted'}; {command} goes on from there")
         return 130
     except Stopped as error:
@@ -232,25 +241,34 @@ def guarded(program: str, work: Callable[[], Any]) -> int:
     except RuntimeError as error:
         if not (dist.is_initialized() and any(name in str(error) for name in ("gloo", "NCCL"))):
             raise
-        reason = str(error).splitlines()[0]
-        say(
-            f"{program}: another process of the run is gone ({reason}); the same command with --resume goes on from there"
-        )
+        reason = f"another process of the run is gone ({str(error).splitlines()[0]})"
+        say(f"{program}: {reason}; {command_to_go_on('train.py', False)} goes on from there")
         return 1
     return 0
 
 
+def command_to_go_on(program: str, too_dear: bool) -> str:
+    """What to run after an interruption, in words."""
+    more = ["--resume"] if program == "train.py" else []
+    more += ["a higher --max-usd"] if too_dear else []
+    return " with ".join(["the same command", " and ".join(more)] if more else ["the same command"])
+
+
 def say(line: str) -> None:
-    """Print an error; of torchrun's processes on a machine, which all meet the same, only the first
-    does."""
+    """Print an error. Of torchrun's processes on a machine, which all meet the same, only the first
+    prints it."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(line, file=sys.stderr)
 
 
+# --- Processes and devices ------------------------------------------------------------------------
+
+
 def join_team(device: str, threads: int) -> str:
-    """Under torchrun, join the other processes: each takes its own GPU, or its part of the CPU
-    threads; only the first prints. The device that this process has. BadInput if a machine has
-    fewer GPUs than processes."""
+    """Under torchrun, join the other processes; returns the device that this process has.
+
+    Each takes its own GPU, or its part of the CPU threads. Only the first prints. BadInput if a
+    machine has fewer GPUs than processes."""
     if not dist.is_torchelastic_launched():
         torch.set_num_threads(threads)
         return device
@@ -258,21 +276,23 @@ def join_team(device: str, threads: int) -> str:
     torch.set_num_threads(max(1, threads // here))
     cuda = device.startswith("cuda")
     if cuda:
-        if torch.cuda.device_count() < here:
-            raise BadInput(
-                f"{here} processes and {torch.cuda.device_count()} GPUs; expected --nproc-per-node of one a GPU"
-            )
+        gpus = torch.cuda.device_count()
+        if gpus < here:
+            expected = "expected --nproc-per-node of one a GPU"
+            raise BadInput(f"{here} processes and {gpus} GPUs; {expected}")
         device = f"cuda:{place}"
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     return device
 
 
 def leave_team() -> None:
-    """Close what `join_team` opened. A group's threads end with the last reference to it; one that
-    outlived the interpreter would abort the process when it let go of a tensor."""
+    """Close what `join_team` opened.
+
+    A group's threads end with the last reference to it. One that outlived the interpreter would
+    abort the process when it let go of a tensor."""
     if not dist.is_initialized():
         return
     gc.collect()  # modules and their hooks, which refer to each other
@@ -287,15 +307,6 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device, dtype=torch.float64).item()  # exact quantities need float64
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(
-            f"device {name!r} cannot be used ({reason}); expected cpu, cuda or cuda:N with float64"
-        ) from error
+        fault = f"device {name!r} cannot be used ({str(error).splitlines()[0]})"
+        raise BadInput(f"{fault}; expected cpu, cuda or cuda:N with float64") from error
     return device
-
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of real models
-MOST = 10**9  # of counts and seeds: what torch and the machine take ends below it
-TEMPERATURES = (0.01, 100)  # of sampling
-THREADS = (1, 1024)  # of many more the OpenMP library ends the process

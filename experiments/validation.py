@@ -17,7 +17,7 @@ from experiments.judging import Judging, answered
 from judge.ledger import Stopped
 from judge.statistics import win_rate_report
 from model import choose
-from oracle import OpenAITeacher, Oracle, RegisterJudge
+from oracle import OpenAITeacher, RegisterJudge
 from pairs import repeats_ngrams
 from text import Response, TextPolicy
 from world import CLASSES, HELD_OUT, classify, prompt_class, teacher_answer
@@ -26,9 +26,10 @@ KINDS = ("teacher_student", "student_teacher", "student_student")
 
 
 class Validation:
-    """Measures a policy on held-out prompts, by a survey of its samples, classified: `shares` [T+1,
-    X, 4], of pi_1 first. The class probabilities being the judge's, win rates and gaps follow
-    without a further judgment."""
+    """Measures a policy on held-out prompts, by a survey of its samples.
+
+    `shares` [T+1, X, 4]: how often each class occurs among them, pi_1's first. The synthetic judge
+    looks at the class only, so that win rates and gaps follow without a further judgment."""
 
     HEADER = "P(> teacher) | gap: last        average    | P(new > old)"
 
@@ -40,26 +41,26 @@ class Validation:
         seed: int,
         teacher: OpenAITeacher | None = None,
     ):
-        self.policy, self.k, self.seed, draw = policy, k, seed, random.Random(seed)
+        self.policy, self.k, self.seed = policy, k, seed
+        draw = random.Random(seed)
         self.prompts, self.gold = list(HELD_OUT), [teacher_answer(x, draw) for x in HELD_OUT]
         if teacher:
             self.prompts, self.gold = answered(teacher, self.prompts)
             if not self.prompts:
                 raise Stopped("the teacher has no answer to any held-out prompt")
         self.P = judge.P[[prompt_class(x) for x in self.prompts]]
-        self.teacher = F.one_hot(
-            torch.tensor([classify(y) for y in self.gold]), len(CLASSES)
-        ).double()
+        classes = torch.tensor([classify(y) for y in self.gold])
+        self.teacher = F.one_hot(classes, len(CLASSES)).double()
         self.shares = torch.empty(0, len(self.prompts), len(CLASSES), dtype=torch.float64)
         self.responses: list[list[Response]] = []
 
     def __call__(self) -> float:
-        """Survey the policy as it is; its win rate over the teacher, the score of Alg. 2, line 9."""
+        """Survey the policy as it is. Returns its win rate over the teacher, the score of Alg. 2,
+        line 9."""
         return dno.win_rate(self.P, self.survey(), self.teacher)
 
     def survey(self) -> Tensor:
-        """How often each class occurs among the policy's samples, [X, 4]; kept with what was found
-        before."""
+        """How often each class occurs among the policy's samples, [X, 4]; joins `shares`."""
         self.responses = self.policy.survey(self.prompts, self.k, self.seed)
         classes = torch.tensor([[classify(y) for y in ys] for ys in self.responses])
         shares = F.one_hot(classes, len(CLASSES)).double().mean(1)
@@ -80,43 +81,44 @@ class Validation:
         self.shares = state["shares"] if state else self.shares[:0]
 
     def first(self) -> dict[str, Any]:
-        """The numbers of pi_1, printed; with the exact Nash policy's and the noise floor."""
-        nash, (gap, interval) = self.nash, self.gap(self.shares[0])
-        shares, floor = self.shares[0].mean(0).tolist(), self.floor(nash)
+        """The numbers of pi_1; prints them, with the exact Nash policy's and the noise floor."""
+        gap, interval = self.gap(self.shares[0])
         won = dno.win_rate(self.P, self.shares[0], self.teacher)
+        well_formed = 1 - self.shares[0].mean(0)[-1].item()
         print(
-            f"pi_1: gap {gap:.3f} +- {interval:.3f}, P(> teacher) {won:.3f}, well-formed {1 - shares[-1]:.3f}"
+            f"pi_1: gap {gap:.3f} +- {interval:.3f}, "
+            f"P(> teacher) {won:.3f}, well-formed {well_formed:.3f}"
         )
+        floor, exact = self.floor(self.nash), dno.duality_gap(self.P, self.nash)
+        nash_won = dno.win_rate(self.P, self.nash, self.teacher)
+        teacher_gap = dno.duality_gap(self.P, self.teacher)
         print(
-            f"Exact Nash: gap {dno.duality_gap(self.P, nash):.0e}, measured as here {floor:.3f} (the noise floor); "
-            f"P(Nash > teacher) {dno.win_rate(self.P, nash, self.teacher):.3f}, "
-            f"gap of the teacher {dno.duality_gap(self.P, self.teacher):.3f}"
+            f"Exact Nash: gap {exact:.0e}, measured as here {floor:.3f} (the noise floor); "
+            f"P(Nash > teacher) {nash_won:.3f}, gap of the teacher {teacher_gap:.3f}"
         )
         return {
             "gap_first": gap,
             "gap_first_interval": interval,
             "win_rate_vs_teacher_first": won,
-            "well_formed_first": 1 - shares[-1],
+            "well_formed_first": well_formed,
             "gap_floor": floor,
         }
 
     def gap(self, shares: Tensor) -> tuple[float, float]:
-        """Duality gap and the half width of its 95% interval, prompts being the clusters (normal
-        approximation)."""
+        """Duality gap, and half of its 95% interval, over prompts (normal approximation)."""
         by_prompt = 2 * dno.expected_win_rate(self.P, shares).amax(-1) - 1
         return by_prompt.mean().item(), 1.96 * by_prompt.std().item() / len(by_prompt) ** 0.5
 
     def floor(self, nash: Tensor) -> float:
         """The gap that would be measured of the Nash policy itself, by chance: the mean of 200
         surveys of it."""
+        X, k = len(nash), self.k
         generator = torch.Generator().manual_seed(self.seed)
-        rows, gaps = nash.log().repeat_interleave(self.k, dim=0), []
+        rows, gaps = nash.log().repeat_interleave(k, dim=0), []
         for _ in range(200):
-            u = (
-                torch.arange(self.k)
-                + torch.rand(len(nash), self.k, generator=generator, dtype=torch.float64)
-            ) / self.k
-            drawn = choose(rows, u.flatten(), 1.0, 1.0).view(len(nash), self.k)
+            u = torch.rand(X, k, generator=generator, dtype=torch.float64)
+            u = (torch.arange(k) + u) / k  # stratified, as in `TextPolicy.survey`
+            drawn = choose(rows, u.flatten(), 1.0, 1.0).view(X, k)
             gaps.append(self.gap(F.one_hot(drawn, len(CLASSES)).double().mean(1))[0])
         return sum(gaps) / len(gaps)
 
@@ -153,9 +155,10 @@ class Validation:
 
 
 class JudgedValidation(Validation):
-    """Measures a policy by a judge that must be asked: some samples of each held-out prompt against
-    the teacher's answer and against as many samples of the policy before. Gaps, for which one would
-    have to know P, are not defined."""
+    """Measures a policy by a judge that must be asked.
+
+    Some samples of each held-out prompt compete with the teacher's answer, and with as many samples
+    of the policy before. There are no gaps: they need P itself."""
 
     HEADER = "P(> teacher)  at equal length | answers | P(new > old)"
 
@@ -166,21 +169,18 @@ class JudgedValidation(Validation):
         self.numbers: dict[str, float] = {}
 
     def __call__(self) -> float:
-        """Have the policy as it is judged, all in one go; its win rate over the teacher. Stopped if
-        there is no answer."""
+        """Have the policy as it is judged, all in one go. Returns its win rate over the teacher.
+        Stopped if there is no answer."""
         self.survey()
         before, k = self.samples, self.count
-        self.samples = [
-            str(y) for ys in self.policy.survey(self.prompts, k, self.seed + 1) for y in ys
-        ]
-        prompts, gold = (
-            [item for item in items for _ in range(k)] for items in (self.prompts, self.gold)
-        )
-        wins = self.judge.prefer(
-            prompts * (1 + bool(before)), self.samples * (1 + bool(before)), gold + before
-        )
+        survey = self.policy.survey(self.prompts, k, self.seed + 1)
+        self.samples = [str(y) for ys in survey for y in ys]
+        prompts = [x for x in self.prompts for _ in range(k)]
+        gold = [y for y in self.gold for _ in range(k)]
+        both = 2 if before else 1
+        preferences = self.judge.prefer(prompts * both, self.samples * both, gold + before)
         lead = [len(y) - len(z) for y, z in zip(self.samples, gold, strict=True)]
-        report = win_rate_report(wins[: len(gold)], prompts, lead)
+        report = win_rate_report(preferences[: len(gold)], prompts, lead)
         if report["n_parsed"] == 0:
             raise Stopped("the judge has no answer to any question of the validation")
         self.numbers = {
@@ -191,7 +191,7 @@ class JudgedValidation(Validation):
             "n_parsed": report["n_parsed"],
         }
         if before:
-            self.numbers["win_rate_vs_previous"] = wins[len(gold) :].nanmean().item()
+            self.numbers["win_rate_vs_previous"] = preferences[len(gold) :].nanmean().item()
         return report["win_rate"]
 
     def state(self) -> dict[str, Any]:
@@ -204,17 +204,16 @@ class JudgedValidation(Validation):
         self.samples, self.numbers = (state["samples"], state["numbers"]) if state else ([], {})
 
     def first(self) -> dict[str, Any]:
-        """The numbers of pi_1, printed."""
-        well_formed, found = 1 - self.shares[0].mean(0)[-1].item(), self.numbers
+        """The numbers of pi_1; prints them."""
+        found, well_formed = self.numbers, 1 - self.shares[0].mean(0)[-1].item()
+        won, interval = found["win_rate_vs_teacher"], found["win_rate_vs_teacher_interval"]
+        controlled = found["win_rate_vs_teacher_length_controlled"]
         print(
-            f"pi_1: P(> teacher) {found['win_rate_vs_teacher']:.3f} +- {found['win_rate_vs_teacher_interval']:.3f}, at equal "
-            f"length {found['win_rate_vs_teacher_length_controlled']:.3f}, {found['n_parsed']} of {found['n']} judged; "
-            f"well-formed {well_formed:.3f}"
+            f"pi_1: P(> teacher) {won:.3f} +- {interval:.3f}, at equal length {controlled:.3f}, "
+            f"{found['n_parsed']} of {found['n']} judged; well-formed {well_formed:.3f}"
         )
-        return {
-            **{f"{name}_first": value for name, value in found.items()},
-            "well_formed_first": well_formed,
-        }
+        first = {f"{name}_first": value for name, value in found.items()}
+        return {**first, "well_formed_first": well_formed}
 
     def row(self) -> dict[str, float]:
         """The numbers of pi_{t+1}, the last policy judged."""
@@ -223,21 +222,21 @@ class JudgedValidation(Validation):
     @staticmethod
     def line(row: dict[str, float]) -> str:
         """The columns under `HEADER`."""
-        return (
-            f"{row['win_rate_vs_teacher']:.3f} +- {row['win_rate_vs_teacher_interval']:.3f}  "
-            f"{row['win_rate_vs_teacher_length_controlled']:11.3f}    | {row['n_parsed']:3d}/{row['n']:3d} | "
-            f"{row['win_rate_vs_previous']:12.3f}"
-        )
+        won, interval = row["win_rate_vs_teacher"], row["win_rate_vs_teacher_interval"]
+        controlled = row["win_rate_vs_teacher_length_controlled"]
+        answers = f"{row['n_parsed']:3d}/{row['n']:3d}"
+        previous = f"{row['win_rate_vs_previous']:12.3f}"
+        return f"{won:.3f} +- {interval:.3f}  {controlled:11.3f}    | {answers} | {previous}"
 
 
 class ChatValidation:
-    """Measures a policy on held-out prompts: samples of it against as many of pi_1's and of its
-    predecessor's, drawn with the same random numbers; and what users of such methods watch."""
+    """Measures a policy on held-out prompts: its samples against as many of pi_1 and of the policy
+    before, drawn with the same random numbers; and what users of such methods watch."""
 
     def __init__(
         self,
         policy: ChatPolicy,
-        judge: Oracle,
+        judge: dno.Preferences,
         prompts: list[str],
         config: Any,
         first: list[Tensor],
@@ -249,21 +248,20 @@ class ChatValidation:
         self.numbers: list[dict[str, float]] = []
 
     def __call__(self) -> float:
-        """Sample from the policy as it is, have it judged; its win rate over pi_1. Stopped if there
-        is no answer."""
+        """Sample from the policy as it is and have it judged. Returns its win rate over pi_1.
+        Stopped if there is no answer."""
         survey = self.policy.survey(self.distinct, self.config.judged, self.config.seed)
-        self.samples.append(new := [y for ys in survey for y in ys])
+        new = [y for ys in survey for y in ys]
+        self.samples.append(new)
         if len(self.samples) == 1:
             self.numbers.append(self.watched(new))
             return 0.5
         first, old = self.samples[0], self.samples[-2]
-        both = 1 + (len(self.samples) > 2)  # else they are the same
-        wins = self.judge.prefer(self.prompts * both, new * both, (first + old)[: both * len(new)])
-        report = win_rate_report(
-            wins[: len(new)],
-            self.prompts,
-            [len(y) - len(z) for y, z in zip(new, first, strict=True)],
-        )
+        both = 2 if len(self.samples) > 2 else 1  # at first the old samples are pi_1's
+        others = (first + old)[: both * len(new)]
+        preferences = self.judge.prefer(self.prompts * both, new * both, others)
+        lead = [len(y) - len(z) for y, z in zip(new, first, strict=True)]
+        report = win_rate_report(preferences[: len(new)], self.prompts, lead)
         if report["n_parsed"] == 0:
             raise Stopped("the judge has no answer to any question of the validation")
         self.numbers.append(
@@ -271,7 +269,7 @@ class ChatValidation:
                 "win_rate_vs_first": report["win_rate"],
                 "win_rate_vs_first_interval": report["interval"],
                 "win_rate_vs_first_length_controlled": report["length_controlled"],
-                "win_rate_vs_previous": wins[-len(new) :].nanmean().item(),
+                "win_rate_vs_previous": preferences[-len(new) :].nanmean().item(),
                 **self.watched(new),
             }
         )
@@ -279,9 +277,11 @@ class ChatValidation:
 
     @torch.no_grad()
     def watched(self, samples: list[Response]) -> dict[str, float]:
-        """Of samples of the policy as it is: mean length in words; shares cut off, with a run of
-        three words twice, and empty; the KL divergence from pi_1, estimated on them, nats a
-        response; and their perplexity under pi_1, a token."""
+        """What users watch, of samples of the policy as it is.
+
+        Their mean length in words; which shares of them are cut off, repeat a run of three words,
+        or are empty; the KL divergence from pi_1 estimated on them, nats a response; and their
+        perplexity under pi_1, a token."""
         own = self.policy.log_prob(self.prompts, samples)
         weights = self.policy.weights()
         self.policy.load(self.first_weights)
@@ -299,27 +299,25 @@ class ChatValidation:
 
 
 def alarms(row: dict[str, float], first: dict[str, float]) -> list[str]:
-    """What in an iteration's row should worry: texts longer by half than pi_1's, more of them cut
-    off, repetitive or empty, far from pi_1, a chosen response that has become less probable, or no
-    pair at all. A NaN is as bad as any."""
+    """Warnings about an iteration's row, given the numbers of pi_1.
+
+    Responses are longer by half than pi_1's; more of them are cut off, repetitive or empty; the
+    policy is far from pi_1; chosen responses have become less probable; or there is no pair. A NaN
+    counts as a warning."""
     found = []
-    if not row["mean_length"] <= 1.5 * first["mean_length"]:
-        found.append(
-            f"responses have {row['mean_length']:.1f} words on average, pi_1's {first['mean_length']:.1f}"
-        )
+    words, first_words = row["mean_length"], first["mean_length"]
+    if not words <= 1.5 * first_words:
+        found.append(f"responses have {words:.1f} words on average, pi_1's {first_words:.1f}")
     for name, what in (("truncated", "cut off"), ("repeated", "repetitive"), ("empty", "empty")):
         if not row[name] <= first[name] + 0.15:
-            found.append(
-                f"{row[name]:.0%} of the responses are {what}, {first[name]:.0%} of pi_1's"
-            )
+            share = f"{row[name]:.0%} of the responses are {what}"
+            found.append(f"{share}, {first[name]:.0%} of pi_1's")
     if not row["kl_to_first"] <= 30:
         found.append(f"the policy is {row['kl_to_first']:.0f} nats from pi_1")
     if not any(row[f"pairs_{kind}"] for kind in KINDS):
-        found.append(
-            "no pair: the samples are too alike for the margin, or the judge gave no answer"
-        )
+        reason = "the samples are too alike for the margin, or the judge gave no answer"
+        found.append(f"no pair: {reason}")
     elif not row["chosen_log_ratio"] >= -1:
-        found.append(
-            f"log pi of the chosen responses has fallen by {-row['chosen_log_ratio']:.1f} nats in the iteration"
-        )
+        fall = f"{-row['chosen_log_ratio']:.1f} nats in the iteration"
+        found.append(f"log pi of the chosen responses has fallen by {fall}")
     return found

@@ -21,7 +21,8 @@ from chat.policy import ChatPolicy
 from chat.scoring import TokenLogProbs, shared_log_prob
 from chat.template import Chat
 from experiments.folder import Run
-from experiments.llm import LlmConfig, check_lengths, read_prompts, split_prompts
+from experiments.llm_settings import LlmConfig
+from experiments.prompts import check_lengths, read_prompts, split_prompts
 from experiments.settings import BadInput
 from experiments.validation import KINDS, ChatValidation, alarms
 from judge.ledger import for_terminal

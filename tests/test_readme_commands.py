@@ -16,9 +16,9 @@ from test_notebooks import run as run_notebook
 import train
 from benchmarks import game, text, theorem_1
 from experiments.agreement import main
-from experiments.llm import LlmConfig
+from experiments.llm_settings import LlmConfig
 from experiments.settings import parse
-from experiments.text import TextConfig
+from experiments.text_settings import TextConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -17,8 +17,10 @@ LAYERS = (  # each may import from those above it, and from what stands before i
     "chat.processes chat.policy chat.checkpoints",
     "experiments.settings experiments.folder experiments.figures experiments.judging "
     "experiments.validation experiments.rounds experiments.game experiments.game_figures "
-    "experiments.text experiments.ablations "
-    "experiments.llm experiments.agreement",
+    "experiments.text_settings experiments.fine_tuning experiments.text_costs "
+    "experiments.text_summary experiments.text experiments.ablation_methods "
+    "experiments.ablations_settings experiments.ablations_summary experiments.ablations "
+    "experiments.llm_settings experiments.prompts experiments.llm experiments.agreement",
     "train",
 )
 ORDER = {
@@ -75,7 +77,7 @@ def test_a_module_imports_only_what_is_above_it(name):
         ("model", "from chat.formats import NAMES"),
         ("judge.ledger", "from judge import endpoint"),
         ("oracle", "from chat.policy import ChatPolicy"),
-        ("experiments.rounds", "from experiments.llm import LlmConfig"),
+        ("experiments.rounds", "from experiments.llm import run_llm"),
         ("solvers", "from dno import _maximin"),
     ],
 )

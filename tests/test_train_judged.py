@@ -28,8 +28,8 @@ from test_train_text import jsonl, policy_of, repeats
 
 import dno
 import train
+from experiments.fine_tuning import fine_tune
 from experiments.judging import demonstrations
-from experiments.text import fine_tune
 from judge.endpoint import Endpoint
 from oracle import OpenAIJudge
 from pairs import Groups, large_margin_pairs
@@ -61,7 +61,7 @@ def environment(monkeypatch):
     runs of these settings."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("experiments.text.fine_tune", tuned_once)
+    monkeypatch.setattr("experiments.fine_tuning.fine_tune", tuned_once)
 
 
 TUNED, FINE_TUNE = {}, fine_tune
@@ -87,7 +87,7 @@ def finished(server, tmp_path_factory):
             server.control(**behaviour)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("OPENAI_API_KEY", KEY)
-                patch.setattr("experiments.text.fine_tune", tuned_once)
+                patch.setattr("experiments.fine_tuning.fine_tune", tuned_once)
                 assert train.main([*judged(server), *arguments.split(), "--out", str(out)]) == 0
             done[name] = out, server.stats()
         return done[name]

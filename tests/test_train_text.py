@@ -24,28 +24,26 @@ from test_train import ROOT, everything_in, refused, rows, timeless
 import dno
 import regularized
 import train
-from experiments.ablations import (
+from experiments.ablation_methods import (
     METHODS,
-    AblationsConfig,
     Start,
     dno_lookahead,
     dno_practical,
     dno_restrictive,
     dno_without_margin,
-    interval,
     offline_dpo,
     regularized_dno,
-    run_method,
-    settings_to_try,
     sft_on_positives,
     soft_targets_moving_reference,
     spin,
-    summarise_ablations,
 )
+from experiments.ablations import run_method
+from experiments.ablations_settings import AblationsConfig, settings_to_try
+from experiments.ablations_summary import interval, summarise_ablations
 from experiments.judging import demonstrations
 from experiments.rounds import CLASSES_KEPT, round_numbers
 from experiments.settings import parse
-from experiments.text import TextConfig
+from experiments.text_settings import TextConfig
 from experiments.validation import KINDS, Validation
 from oracle import RegisterJudge
 from pairs import SamplingSettings
