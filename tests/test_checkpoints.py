@@ -110,8 +110,7 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-# --- Hugging Face directories
-# -----------------------------------------------------------------------------------------------
+# --- Hugging Face directories ---
 
 
 @families
@@ -359,8 +358,7 @@ def test_saving_over_an_older_checkpoint_leaves_none_of_it(tmp_path):
         assert torch.equal(back.lm_head.weight, ours.head.weight)
 
 
-# --- GGUF files
-# -------------------------------------------------------------------------------------------------------------
+# --- GGUF files ---
 
 
 def side_by_side(weight, heads):
@@ -612,8 +610,7 @@ def test_smollm2s_tokens_are_those_of_tiktoken(smollm2_chat):
             assert smollm2_chat.decode(smollm2_chat.encode(text)) == text
 
 
-# --- Files that cannot be read
-# ----------------------------------------------------------------------------------------------
+# --- Files that cannot be read ---
 
 
 def refused(path, *said, by=read_transformer):
@@ -921,23 +918,28 @@ def test_a_gguf_without_its_embedding_or_another_tensor_is_refused(small_llama, 
         refused(write_gguf(tmp_path / "model.gguf", model), "model.gguf", said)
 
 
-# --- Tokenizers and chat templates
-# ------------------------------------------------------------------------------------------
+# --- Tokenizers and chat templates ---
 
-CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
+CHATML = """{% for message in messages %}{% if loop.first
+and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 Be brief.<|im_end|>
-' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}
+' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'
++ '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 TRIMMING = """{{ bos_token }}{% for message in messages %}
 {{- '<|im_start|>' + message['role'] + '<|sep|>' + message['content'] | trim + eos_token }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant<|sep|>' }}{% endif %}"""
 SYSTEM_INSIDE = """{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}
-{%- set rest = messages[1:] %}{%- else %}{% set system = false %}{% set rest = messages %}{% endif %}{% for message in rest %}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
-{%- if loop.index0 == 0 and system %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}
+{%- set rest = messages[1:] %}{%- else %}{% set system = false %}{% set rest = messages %}
+{%- endif %}{% for message in rest %}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Roles must alternate') }}{% endif %}
+{%- if loop.index0 == 0 and system %}
+{%- set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}
 {%- else %}{% set content = message['content'] %}{% endif %}
 {{- bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% endfor %}"""
-BREAKING = """{%- for message in messages | reverse %}{% if message.role == 'user' %}{% set ns = namespace(x=message.content) %}
+BREAKING = """{%- for message in messages | reverse %}{% if message.role == 'user' %}
+{%- set ns = namespace(x=message.content) %}
 {{- '<|im_start|>' + ns.x + '<|im_end|>' }}{% break %}{% endif %}{% endfor %}
   {% if tools is defined %}{{ tools | tojson }}{% endif %}"""
 TEMPLATES = {
@@ -1111,7 +1113,8 @@ def test_an_answer_is_decoded_without_special_tokens(tmp_path):
         "{{ raise_exception('no such role') }}{{ messages[0].content }}",
         "{{ messages[0].content }}{{ ''.__class__.__mro__ }}",
         "{{ messages[0].content }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages[0].content }}{{ raise_exception.__globals__ }}{{ raise_exception.__globals__.x }}",
+        "{{ messages[0].content }}{{ raise_exception.__globals__ }}"
+        "{{ raise_exception.__globals__.x }}",
         "{{ messages[0].content }}{{ messages.append(1) }}",
         "{{ messages[0].content }}{{ 1 / 0 }}",
         "{{ messages[0].content }}{{ messages[0].content + 1 }}",
@@ -1150,7 +1153,8 @@ def test_a_template_that_asks_for_the_date_gets_none(tmp_path):
 def test_a_template_that_refuses_some_messages_answers_others(tmp_path):
     write_chat(
         tmp_path,
-        "{% if messages[0].role == 'system' %}{{ raise_exception('No system,\nplease') }}{% endif %}"
+        "{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('No system,\nplease') }}{% endif %}"
         "{{ messages[0].content }}",
     )
     chat = Chat.from_pretrained(tmp_path)

@@ -36,13 +36,14 @@ PROMPTS = [
     for what in "rain snow wind fire sea star cloud storm moon river hill ice fog dew hail".split()
 ]
 TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 FLOAT32 = 2e-5  # nats: sums of some ten float32 log-probabilities by another order of operations
 SHORT = (
-    "--max-new-tokens 8 --samples 3 --held-out 3 --judged 2 --iterations 2 --batch-size 8 --lr 0.003 --threads 1 "
-    "--margin 0.02"
+    "--max-new-tokens 8 --samples 3 --held-out 3 --judged 2 --iterations 2 --batch-size 8 "
+    "--lr 0.003 --threads 1 --margin 0.02"
 )
 
 
@@ -107,7 +108,7 @@ def tokens_of(*lengths, seed=0):
 
 
 def test_responses_that_share_a_prompt_are_scored_as_if_each_stood_alone():
-    """float64, so that only a wrong mask, position or place could make a difference; gradients too."""
+    """float64, so that only a wrong mask, position or place could differ; gradients too."""
     torch.manual_seed(0)
     model = Transformer(Config(41, tied=True)).double()
     x1, x2, *ys = tokens_of(5, 9, 1, 4, 7, 3, 2)
@@ -493,8 +494,8 @@ def lines(path):
 
 
 def test_a_run_writes_its_folder_and_the_readme_explains_its_columns(finished):
-    names = "config.json metrics.jsonl summary.json checkpoint best responses-001.jsonl responses-002.jsonl pairs-001.jsonl"
-    names += " pairs-002.jsonl validation-001.jsonl validation-002.jsonl validation-003.jsonl"
+    names = "config.json metrics.jsonl summary.json checkpoint best responses-001.jsonl"
+    names += " responses-002.jsonl pairs-001.jsonl pairs-002.jsonl validation-001.jsonl validation-002.jsonl validation-003.jsonl"
     assert {path.name for path in finished.iterdir()} == set(names.split())
     table = (
         (Path(train.__file__).parent / "README.md")
@@ -817,7 +818,7 @@ def test_what_a_model_or_a_file_has_not_is_refused_before_weights_are_read(
 
 @pytest.mark.parametrize("where", ["context", "window", "gold"])
 def test_a_prompt_and_its_response_must_fit_what_the_model_reads(where, tmp_path, capsys):
-    """The longest prompt of 15 has n tokens and 8 more are sampled: n + 8 tokens do, n + 7 do not."""
+    """The longest prompt of 15 has n tokens, and 8 more are sampled: n + 8 do, n + 7 do not."""
     model, path = make_model(tmp_path / "model"), tmp_path / "prompts.jsonl"
     chat = Chat.from_pretrained(model)
     longest, gold = max(len(chat.prompt(x)) for x in PROMPTS) + 8, {}
@@ -1055,7 +1056,7 @@ def test_the_kl_divergence_of_pi_1_from_itself_is_0_and_grows_when_the_policy_mo
 
 
 def test_in_bfloat16_heads_that_share_keys_read_a_new_token_as_the_full_sequence_does(directory):
-    """A cached step against the forward pass of all tokens, in bfloat16: equal up to its rounding."""
+    """A cached step against the forward pass of all tokens, in bfloat16, up to rounding."""
     model = read_transformer(directory, torch.bfloat16)
     torch.manual_seed(0)
     tokens = torch.randint(0, 300, (3, 12))

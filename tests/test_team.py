@@ -46,7 +46,8 @@ NOTHING_LEFT = """# the run, then: is the process group closed, down to its thre
 import os, sys
 import train
 code = train.main()
-names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+tasks = "/proc/self/task"
+names = [open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)]
 left = [name for name in names if "gloo" in name]
 sys.exit(code or (f"threads left: {left}" if left else 0))
 """

@@ -298,7 +298,7 @@ def test_the_judge_conforms_to_the_oracle_protocol():
     check_oracle(RegisterJudge(), [f"{verb} the sea." for verb in VERBS], [*GOOD, "", "?"])
 
 
-def test_the_judge_promises_to_be_complementary_and_deterministic_and_of_no_questions_has_no_answers():
+def test_the_judge_is_complementary_and_deterministic_and_of_no_questions_has_no_answers():
     judge = RegisterJudge()
     assert judge.complementary is judge.deterministic is True
     assert judge.prefer([], [], []).shape == (0,)
