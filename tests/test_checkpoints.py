@@ -923,8 +923,8 @@ def test_a_gguf_without_its_embedding_or_another_tensor_is_refused(small_llama, 
 CHATML = """{% for message in messages %}{% if loop.first
 and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 Be brief.<|im_end|>
-' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'
-+ '\n' }}{% endfor %}
+' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']
++ '<|im_end|>' + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 TRIMMING = """{{ bos_token }}{% for message in messages %}
 {{- '<|im_start|>' + message['role'] + '<|sep|>' + message['content'] | trim + eos_token }}{% endfor %}

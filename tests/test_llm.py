@@ -495,7 +495,8 @@ def lines(path):
 
 def test_a_run_writes_its_folder_and_the_readme_explains_its_columns(finished):
     names = "config.json metrics.jsonl summary.json checkpoint best responses-001.jsonl"
-    names += " responses-002.jsonl pairs-001.jsonl pairs-002.jsonl validation-001.jsonl validation-002.jsonl validation-003.jsonl"
+    names += " responses-002.jsonl pairs-001.jsonl pairs-002.jsonl"
+    names += " validation-001.jsonl validation-002.jsonl validation-003.jsonl"
     assert {path.name for path in finished.iterdir()} == set(names.split())
     table = (
         (Path(train.__file__).parent / "README.md")
