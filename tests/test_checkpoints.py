@@ -927,7 +927,8 @@ Be brief.<|im_end|>
 + '<|im_end|>' + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 TRIMMING = """{{ bos_token }}{% for message in messages %}
-{{- '<|im_start|>' + message['role'] + '<|sep|>' + message['content'] | trim + eos_token }}{% endfor %}
+{{- '<|im_start|>' + message['role'] + '<|sep|>' + message['content'] | trim + eos_token }}
+{%- endfor %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant<|sep|>' }}{% endif %}"""
 SYSTEM_INSIDE = """{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}
 {%- set rest = messages[1:] %}{%- else %}{% set system = false %}{% set rest = messages %}
