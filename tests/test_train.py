@@ -157,14 +157,14 @@ def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
 def test_with_two_threads_the_exact_numbers_are_those_of_one(tmp_path):
     """The default game, where what is solved is large. Only the transformer's gaps may differ, by
     how float32 is rounded: little after two steps of training."""
-    gaps = {}
-    for count in (1, 2):
-        out = tmp_path / str(count)
-        run = start(
-            "--iterations", 2, "--steps", 1, "--pairs", 64, "--threads", count, "--out", out
-        )
-        assert run.wait(timeout=300) == 0, run.stderr.read()
-        gaps[count] = json.loads((out / "summary.json").read_text())["gaps"]
+    arguments = "--iterations 2 --steps 1 --pairs 64".split()
+    assert train.main([*arguments, "--threads", "1", "--out", str(tmp_path / "1")]) == 0
+    run = start(*arguments, "--threads", 2, "--out", tmp_path / "2")
+    assert run.wait(timeout=300) == 0, run.stderr.read()
+    gaps = {
+        count: json.loads((tmp_path / str(count) / "summary.json").read_text())["gaps"]
+        for count in (1, 2)
+    }
     for row, gap in gaps[1].items():
         bound = 1e-4 if row.startswith("trained") else LP
         assert gaps[2][row] == pytest.approx(gap, abs=bound), row
@@ -176,6 +176,43 @@ def test_the_bound_is_that_of_C12_by_hand():
     )  # 2 ln 216 / 100 = 0.10751
 
 
+KILLER = """
+import json, os, signal, sys, time
+root, out, rows, arguments = sys.argv[1], *map(json.loads, sys.argv[2:])
+sys.path.insert(0, root)
+import train
+import torch._dynamo  # making an optimizer does that
+
+def written():
+    return open(out).read().count("\\n") if os.path.exists(out) else 0
+
+def ended(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+for number, due in enumerate([*rows, None]):  # each run in a process of its own, all imported
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(train.main(arguments + ["--resume"] * (number > 0)))
+    while due and written() < due and not ended(child):
+        time.sleep(0.01)
+    if due:
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def killed_and_resumed(arguments, rows):
+    """The exit codes of a run that is killed from outside when it has written so many rows, then
+    resumed and killed again, and in the end resumed and left alone."""
+    metrics = Path(arguments[-1]) / "metrics.jsonl"
+    given = [json.dumps(item) for item in (str(metrics), rows, arguments)]
+    command = [sys.executable, "-c", KILLER, str(ROOT), *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [int(code) for code in done.stdout.split()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm", [["--algorithm", "1"], ["--algorithm", "3", "--move-reference-every", "2"]]
@@ -185,17 +222,7 @@ def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm
     arguments = [*SMALL, *algorithm, "--iterations", "40", "--steps", "12"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*arguments, "--out", str(whole)]) == 0
-    for lines, more in ((3, []), (25, ["--resume"])):
-        run = start(*arguments, "--out", cut, *more)
-        while run.poll() is None and (
-            not (cut / "metrics.jsonl").exists() or len(rows_so_far(cut)) < lines
-        ):
-            time.sleep(0.01)
-        assert run.poll() is None, run.stderr.read()
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-    run = start(*arguments, "--out", cut, "--resume")
-    assert run.wait(timeout=300) == 0, run.stderr.read()
+    assert killed_and_resumed([*arguments, "--out", str(cut)], rows=(3, 25)) == [-9, -9, 0]
     assert timeless(cut) == timeless(whole)
     for name, table in np.load(whole / "tables.npz").items():
         assert np.array_equal(table, np.load(cut / "tables.npz")[name])
