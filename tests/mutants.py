@@ -1,7 +1,7 @@
 """Does every formula have a test that fails when it is broken? One-line mutants of the modules, one
 test run each.
 
-    python tests/mutants.py [--jobs 2] [--files dno.py judge.py ...]          (about 40 minutes)
+    python tests/mutants.py [--jobs 2] [--files dno.py judge/ledger.py ...]          (about 40 minutes)
 
 Prints which test caught each mutant, exits 1 if one survives. Not part of the test suite: for after
 a change of formula."""
@@ -312,49 +312,61 @@ MUTANTS = [  # (file, text that occurs in it once, what it becomes)
         "return replace(D, log_reference=geometric_mixture(D.log_reference, log_pi_ref, tau, eta))",
         "return replace(D, log_reference=geometric_mixture(D.log_reference, log_pi_ref, tau / 2, eta))",
     ),
-    ("judge.py", 'random.Random(f"{self.seed} {x} {order}").shuffle(order)', "pass"),
+    ("oracle.py", 'random.Random(f"{self.seed} {x} {order}").shuffle(order)', "pass"),
     (
-        "judge.py",
+        "oracle.py",
         "P[x, y, z], P[x, z, y] = (there + 1 - back) / 2, (back + 1 - there) / 2",
         "P[x, y, z], P[x, z, y] = (there + back) / 2, 1 - (there + back) / 2",
     ),
-    ("judge.py", "(first > second) - (first < second)", "(first > second)"),
-    ("judge.py", "there = back = math.nan", "there = back = 0.5"),
+    ("oracle.py", "(first > second) - (first < second)", "(first > second)"),
+    ("oracle.py", "there = back = math.nan", "there = back = 0.5"),
     (
-        "judge.py",
+        "oracle.py",
         "points[x, y] = math.nan if score is None else float(score)",
         "points[x, y] = 0.0 if score is None else float(score)",
     ),
-    ("judge.py", "if len(graded) != 1 or {", "if len(graded) < 1 or {"),
-    ("judge.py", "return text if len(text) <= most else", "return text if True else"),
-    ("judge.py", "(there - 0.5) * (back - 0.5) > 0", "(there - 0.5) * (back - 0.5) < 0"),
-    ("judge.py", 'if dig(choice, "finish_reason") != "length" else None', "if choice else None"),
-    ("judge.py", 'if self.spent() + row["bound"] > limit:', "if self.spent() > limit:"),
-    ("judge.py", 'return "busy"', "pass"),
-    ("judge.py", 'self._spend(columns["dollars"] - bound)', 'self._spend(columns["dollars"])'),
-    ("judge.py", 'FROM spending WHERE run = ?", (self.run,)', 'FROM spending"'),
-    ("judge.py", "result = self._hidden(result)", "pass"),
-    ("judge.py", "range(0, len(keys), 500)", "range(0, min(len(keys), 500), 500)"),
-    ("judge.py", '"follow_redirects": False', '"follow_redirects": True'),
-    ("judge.py", 'if found != "ok":', "if False:"),
-    ("judge.py", "if failed > self.max_failed * total:", "if failed > total:"),
+    ("judge/replies.py", "if len(graded) != 1:", "if len(graded) < 1:"),
+    ("judge/questions.py", "return text if len(text) <= most else", "return text if True else"),
+    ("oracle.py", "back - 0.5\n                ) > 0", "back - 0.5\n                ) < 0"),
     (
-        "judge.py",
-        "again, wait = status in (408, 409, 425, 429) or status >= 500,",
-        "again, wait = status >= 400,",
+        "judge/replies.py",
+        'if dig(choice, "finish_reason") != "length" else None',
+        "if choice else None",
+    ),
+    ("judge/ledger.py", 'if self.spent() + row["bound"] > limit:', "if self.spent() > limit:"),
+    ("judge/ledger.py", 'return "busy"', "pass"),
+    (
+        "judge/ledger.py",
+        'self._spend(columns["dollars"] - bound)',
+        'self._spend(columns["dollars"])',
+    ),
+    ("judge/ledger.py", 'FROM spending WHERE run = ?", (self.run,)', 'FROM spending"'),
+    (
+        "judge/endpoint.py",
+        "result = self.connection.hidden(answer.result)",
+        "result = answer.result",
+    ),
+    ("judge/ledger.py", "range(0, len(keys), 500)", "range(0, min(len(keys), 500), 500)"),
+    ("judge/client.py", '"follow_redirects": False', '"follow_redirects": True'),
+    ("judge/ledger.py", 'if found != "ok":', "if False:"),
+    ("judge/endpoint.py", "if failed > self.max_failed * total:", "if failed > total:"),
+    (
+        "judge/client.py",
+        "again = status in (408, 409, 425, 429) or status >= 500",
+        "again = status >= 400",
     ),
     (
-        "judge.py",
-        '"temperature": self.temperature, "max_tokens": question.max_tokens, "number"',
-        '"max_tokens": 0, "number"',
+        "judge/endpoint.py",
+        '"temperature": self.temperature,\n            "max_tokens": question.max_tokens,',
+        '"max_tokens": 0,',
     ),
-    ("oracle.py", "G / (G - 1) * (sums**2).sum()", "(sums**2).sum()"),
+    ("judge/statistics.py", "G / (G - 1) * (sums**2).sum()", "(sums**2).sum()"),
     (
-        "oracle.py",
+        "judge/statistics.py",
         "return (observed - chance) / (1 - chance) if chance < 1",
         "return observed if chance < 1",
     ),
-    ("oracle.py", "for y in triple}) == 1  # each wins once", "for y in triple}) == 3"),
+    ("judge/statistics.py", "cyclic += wins == [1, 1, 1]", "cyclic += len(set(wins)) == 3"),
     ("model.py", "positions = torch.arange(past, past + T,", "positions = torch.arange(0, T,"),
     (
         "model.py",
@@ -418,9 +430,8 @@ def main() -> int:
     """Try all mutants; 1 if any survives."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument(
-        "--files", nargs="+", default=["dno.py", "judge.py", "oracle.py", "model.py", "train.py"]
-    )
+    files = sorted({file for file, _, _ in MUTANTS})
+    parser.add_argument("--files", nargs="+", choices=files, default=files)
     options = parser.parse_args()
     mutants = [mutant for mutant in MUTANTS if mutant[0] in options.files]
     survivors, ignored = 0, shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
