@@ -17,13 +17,13 @@ Tables are float64. Policies are rows on the simplex.
 | pi_bar           | `pi_bar`        | [X, Y]                | unif(pi_1..pi_t), average iterate   |
 | pi_ref, tau      | `pi_ref`, `tau` | [X, Y]; tau >= 0      | reference policy, pull towards it   |
 | r_t(x, y)        | `r_t`           | [X, Y] in [0, 1]      | expected win rate of y against pi_t |
-| eta              | `eta`           | > 0                   | divides r_t: LARGER is SLOWER       |
+| eta              | `eta`           | > 0                   | divides r_t: LARGER, SMALLER steps  |
 | mu_1, mu_2       | `mu1`, `mu2`    | [X, Y]                | where y1, y2 of a pair come from    |
-| Delta_{pi,t}, z^ | `margin`        | [B], its sigmoid      | eta times difference of log ratios  |
+| Delta_{pi,t}, z^ | `logit`         | [B], its sigmoid      | eta times difference of log ratios  |
 | Delta*_t, z      | `r1 - r2`       | [B], its sigmoid      | difference of r_t, soft label       |
-| eta~             | `eta`           | > 0                   | of Algorithms 2 and 4: DPO's beta   |
+| eta~             | `eta`           | > 0                   | DPO's beta: LARGER, SMALLER steps   |
 | P(y_i > y_j)     | `preferences`   | [X, n, n] in [0, 1]   | among the responses to a prompt     |
-| (x, y+, y-)      | `pairs`         | [B, 3] int64          | prompt, better, worse; by number    |
+| (x, y+, y-)      | `pairs`         | [B, 3] int64          | numbers of prompt and two responses |
 
 `log_pi_t` is log pi_t; a log ratio is log(pi/pi_t) of a whole response, a sum over its tokens.
 
@@ -194,16 +194,16 @@ def self_play(P: Tensor, log_pi_t: Tensor, eta: float) -> Tensor:
     """log pi_{t+1}, [X, Y], of SPO (Swamy et al. 2024): Eq. (4).
 
     It is soft policy iteration on the expected win rates against pi_t. Algorithm 1 has the same
-    target, and reaches it by a regression that needs no table."""
+    target, and reaches it by a regression on samples, with a policy of any kind."""
     return soft_policy_iteration(log_pi_t, expected_win_rate(P, log_pi_t.exp()), eta)
 
 
-def cross_entropy(z: Tensor, margin: Tensor) -> Tensor:
-    """-z log sigma(margin) - (1 - z) log sigma(-margin), elementwise, in nats.
+def cross_entropy(z: Tensor, logit: Tensor) -> Tensor:
+    """-z log sigma(logit) - (1 - z) log sigma(-logit), elementwise, in nats.
 
-    It is Eq. (11), and Eq. (1) where the margin is a difference of rewards. Its minimum over the
-    margin is the entropy of z, at sigma(margin) = z."""
-    return -z * F.logsigmoid(margin) - (1 - z) * F.logsigmoid(-margin)
+    It is Eq. (11), and Eq. (1) where the logit is a difference of rewards. Its minimum over the
+    logit is the entropy of z, at sigma(logit) = z."""
+    return -z * F.logsigmoid(logit) - (1 - z) * F.logsigmoid(-logit)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -292,14 +292,16 @@ class ExactIteration:
     r_t: Tensor
     log_pi_next: Tensor  # pi_{t+1}: what line 4 reached
     pi_bar: Tensor  # unif(pi_1..pi_t)
-    loss: float  # Eq. (8) on the last batch, nats
+    loss: float  # Eq. (8) on the last batch, before its step, nats
     excess_loss: float  # that minus the mean entropy of z; >= 0
     steps: int  # Adam steps taken
     log_pi_ref: Tensor | None = None  # Algorithm 3's reference policy in iteration t + 1
 
     @property
     def log_pi_star(self) -> Tensor:
-        """log pi*_{t+1}, Eq. (9) (in Algorithm 3 Eq. (7)): the exact minimiser of line 4."""
+        """log pi*_{t+1}, Eq. (9); in Algorithm 3 Eq. (7).
+
+        A table that line 4 fits to all pairs reaches it exactly (C9)."""
         return soft_policy_iteration(self.log_reference, self.r_t, self.eta)
 
 
@@ -417,7 +419,8 @@ def algorithm1(
     """Algorithm 1, DNO: yields an `ExactIteration` for each t = 1..T and returns pi_bar [X, Y].
 
     policy: trained in place. pi_1 is the policy as it comes; the paper wants it uniform, as new
-    ones of model.py are. P: [X, Y, Y]. ValueError on a bad P, rho, mu, eta or T."""
+    ones of model.py are. P: [X, Y, Y]. ValueError on a bad P, rho, mu, eta or T, at the first
+    iteration."""
     check_positive(eta=eta)
     check_whole(1, iterations=iterations)
     start = start or ExactStart.of(policy)
@@ -426,7 +429,7 @@ def algorithm1(
     pi_bar = after.pi_bar if after else torch.zeros_like(log_pi_t)
     for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 1, line 2
         r_t = expected_win_rate(P, log_pi_t.exp())  # Alg. 1, line 3
-        log_pi_star = soft_policy_iteration(log_pi_t, r_t, eta)  # Eq. (9): where line 4 leads
+        log_pi_star = soft_policy_iteration(log_pi_t, r_t, eta)  # Eq. (9), for mu "target"
         D_t = draw_data(settings, rho, log_pi_t, log_pi_star, start.generator)
         fit = regress(policy, log_pi_t, r_t, D_t, eta, start.optimizer, settings)  # Alg. 1, line 4
         log_pi_next = log_table(policy)
@@ -508,9 +511,10 @@ def sample_groups(
 def judge_groups(oracle: Preferences, groups: Groups) -> Tensor:
     """P(y_i > y_j | x) of every two responses of a group, [X, n, n], float64 on the CPU.
 
-    One question for each unordered pair, all asked together; the answer the other way round is
-    taken to be 1 - P. NaN where the oracle has no answer. ValueError on an answer that is no
-    probability."""
+    One question for each unordered pair, all asked together, the gold response always second; the
+    answer the other way round is taken to be 1 - P. An oracle that may prefer a place asks in both
+    orders by itself, as oracle.OpenAIJudge does. NaN where the oracle has no answer. ValueError on
+    an answer that is no probability."""
     X, n = len(groups.prompts), len(groups.responses[0])
     i, j = torch.triu_indices(n, n, 1).tolist()
     prompts = [x for x in groups.prompts for _ in i]
@@ -541,9 +545,10 @@ def draw_outcomes(preferences: Tensor, generator: torch.Generator) -> Tensor:
 def group_win_rates(preferences: Tensor) -> Tensor:
     """r_t(x, y_i) = mean over the n - 1 others of preferences(y_i, y_j), [X, n] in [0, 1]: line 5.
 
-    Where the others are samples of pi_t, it is an unbiased estimate of P(y_i > pi_t) of variance at
-    most 1/(4 (n - 1)). A gold response among them has weight 1/(n - 1). Pairs without an answer are
-    left out of the mean; a response without any answer has NaN."""
+    Where the others are samples of pi_t (at temperature 1, nothing cut off), it is an unbiased
+    estimate of P(y_i > pi_t) of variance at most 1/(4 (n - 1)). A gold response among them has
+    weight 1/(n - 1). Pairs without an answer are left out of the mean; a response without any
+    answer has NaN."""
     itself = torch.eye(preferences.shape[-1], dtype=torch.bool)
     return preferences.masked_fill(itself, math.nan).nanmean(-1)
 
@@ -570,10 +575,10 @@ def rate_groups(
 
 @torch.no_grad()
 def with_reference(D: Pairs, policy: SampledPolicy) -> Pairs:
-    """D with log pi_t in place of every NaN: the reference is frozen here, while the policy is
-    pi_t.
+    """D with log pi_t in place of every NaN, computed now, while the policy still is pi_t.
 
-    What was recorded when sampling stays. Gold responses and replayed pairs are scored now."""
+    From here on the reference is fixed numbers. What was recorded while sampling stays as it is;
+    gold responses and replayed pairs are scored here."""
     missing = D.log_reference.isnan().nonzero()[:, 0].tolist()
     if not missing:
         return D
@@ -678,7 +683,7 @@ class SampledIteration:
     best: Best  # of pi_1..pi_{t+1}
     loss: float  # mean over the epoch, nats
     steps: int
-    chosen_log_ratio: float = math.nan  # mean of log pi(y+)/pi_t(y+) on the last batch
+    chosen_log_ratio: float = math.nan  # mean of log pi(y+)/pi_t(y+), before the last step
     pi_ref: Any = None  # Algorithm 4's reference policy in iteration t + 1
 
 
@@ -700,7 +705,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]  # (r [X, n], may_be_positive [X, n]) 
 def random_numbers(seed: int, t: int) -> tuple[int, torch.Generator]:
     """All the chance of iteration t: the seed of its samples, and the generator of everything else.
 
-    They are apart, so that who wins a comparison does not depend on what was sampled."""
+    The two are independent: {0, 1} outcomes are not drawn by the numbers that drew the samples."""
     number = 2 * (seed * 1_000_003 + t)
     return number, torch.Generator().manual_seed(number + 1)
 
@@ -720,8 +725,9 @@ def algorithm2(
     """Algorithm 2, DNO-Prct: `algorithm1` for responses that can only be sampled.
 
     What changes: r_t is estimated within groups of K samples and a gold response; D_t holds pairs
-    of large margin; the loss is Eq. (13); the best policy on validation data is returned. Yields a
-    `SampledIteration` for each t = 1..T and returns the `Best`.
+    of large margin; the loss is Eq. (13); the best policy on validation data is returned. Section 5
+    adds that repetitions are negatives and that earlier pairs are replayed. Yields a
+    `SampledIteration` for each t = 1..T and returns the `Best`; the policy is then pi_{T+1}.
 
     policy: trained in place; pi_1 is the policy as it comes. eta: the paper's eta~. rule: of line
     6, such as `pairs.large_margin_pairs` with its margin. validate(): the score of the policy as it
@@ -729,10 +735,10 @@ def algorithm2(
     check_positive(eta=eta)
     check_whole(1, iterations=iterations)
     start = start or SampledStart(adam(policy))
-    done = start.after
-    best = done.best if done else validated(policy, 1, validate)  # Alg. 2, line 1: pi_1 <- pi_ref
-    earlier = done.earlier if done else []
-    for t in range(done.t + 1 if done else 1, iterations + 1):  # Alg. 2, line 2
+    after = start.after  # Alg. 2, line 1: pi_1 <- pi_ref, the policy as it comes
+    best = after.best if after else validated(policy, 1, validate)
+    earlier = after.earlier if after else []
+    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 2, line 2
         sample_seed, generator = random_numbers(settings.seed, t)
         prompts, gold = data(t)  # Alg. 2, line 3
         groups = sample_groups(policy, prompts, gold, settings, sample_seed)  # Alg. 2, line 4

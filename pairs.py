@@ -77,15 +77,16 @@ class Groups:
 class SamplingSettings:
     """What Algorithms 2 and 4 leave to practice.
 
-    The defaults are those of section 5, except where a comment names small models, and the paper's
-    value."""
+    The defaults are those of sections 4 and 5, except where a comment names small models and the
+    paper's value."""
 
     samples: int = 5  # K
     temperature: float = 0.7
     top_p: float = 0.95
     # r_t by {0, 1} samples of P, as line 5 says; by P itself, "probabilities"; by points, "scores"
     judgments: str = "outcomes"
-    ngram: int = 3  # a response that repeats a run of so many words loses to all; 0: never
+    # a response that repeats a run of so many words is a negative (the paper: many runs); 0: none
+    ngram: int = 3
     words: Callable[[Any], Sequence[Any]] = str.split  # what those runs are made of
     replay: float = (
         0.3  # at most this share of the pairs of t - 1 again; half of it of t - 2's; ...
@@ -145,7 +146,8 @@ def demote_repetitions(
 # --- Rules of line 6 ------------------------------------------------------------------------------
 # A rule says which pairs (x, y+, y-) to train on, int64 [B, 3]: from the win rates (or scores) r
 # [X, n], the gold response's last, and from which responses may be a positive, [X, n]. A response
-# that was not judged has NaN and is in no pair, except in SPIN's, which does not ask the judge.
+# that was not judged has NaN and is in no pair, except in SPIN's, which does not ask the judge; a
+# repetition needs no judge to be a negative.
 
 
 def large_margin_pairs(r: Tensor, may_be_positive: Tensor, margin: float) -> Tensor:

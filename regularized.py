@@ -62,6 +62,8 @@ from pairs import (
     replay,
 )
 
+NO_REFERENCE = "start.after has no reference policy; expected an iteration of this algorithm"
+
 
 def check_loop(eta: float, iterations: int, tau: float, move_reference_every: int) -> None:
     """Raise ValueError naming the first of these numbers that is out of its range."""
@@ -160,14 +162,17 @@ def algorithm3(
     log_pi_t = log_table(policy)  # Alg. 3, line 1: pi_1 <- uniform
     after = start.after
     pi_bar = after.pi_bar if after else torch.zeros_like(log_pi_t)
-    log_pi_ref = log_pi_t if after is None or after.log_pi_ref is None else after.log_pi_ref
+    log_pi_ref = after.log_pi_ref if after else log_pi_t  # differs: pi_ref = pi_1
+    if log_pi_ref is None:
+        raise ValueError(NO_REFERENCE)
     for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 3, line 2
         log_mixture = geometric_mixture(log_pi_t, log_pi_ref, tau, eta)  # differs
         opponent = log_pi_t.exp() if option == "I" else log_mixture.softmax(-1)  # differs
         r_t = expected_win_rate(P, opponent)  # Alg. 3, line 3
-        log_pi_star = soft_policy_iteration(log_mixture, r_t, eta)  # Eq. (7): where line 4 leads
+        log_pi_star = soft_policy_iteration(log_mixture, r_t, eta)  # differs: Eq. (7)
         D_t = draw_data(settings, rho, log_pi_t, log_pi_star, start.generator)
-        fit = regress(policy, log_mixture, r_t, D_t, eta, start.optimizer, settings)  # line 4
+        # Alg. 3, line 4; differs: log_mixture
+        fit = regress(policy, log_mixture, r_t, D_t, eta, start.optimizer, settings)
         log_pi_next = log_table(policy)
         pi_bar = pi_bar + (log_pi_t.exp() - pi_bar) / t
         if move_reference_every and t % move_reference_every == 0:  # differs
@@ -226,11 +231,13 @@ def algorithm4(
     check_loop(eta, iterations, tau, move_reference_every)
     check_option(option)
     start = start or SampledStart(adam(policy))
-    done = start.after
-    pi_ref = done.pi_ref if done else copy.deepcopy(policy)
-    best = done.best if done else validated(policy, 1, validate)  # Alg. 4, line 1
-    earlier = done.earlier if done else []
-    for t in range(done.t + 1 if done else 1, iterations + 1):  # Alg. 4, line 2
+    after = start.after
+    pi_ref = after.pi_ref if after else copy.deepcopy(policy)  # differs: pi_ref = pi_1
+    if pi_ref is None:
+        raise ValueError(NO_REFERENCE)
+    best = after.best if after else validated(policy, 1, validate)  # Alg. 4, line 1
+    earlier = after.earlier if after else []
+    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 4, line 2
         sample_seed, generator = random_numbers(settings.seed, t)
         prompts, gold = data(t)  # Alg. 4, line 3
         sampler = policy if option == "I" else policy.mixed_with(pi_ref, tau / eta)  # differs
@@ -272,22 +279,27 @@ def algorithm3_sampled(
 ) -> Generator[SampledIteration, None, Best]:
     """Algorithm 3, option I (Algorithm 1 at tau = 0), for responses that can only be sampled.
 
-    It is `algorithm4` with soft targets, Eq. (8). r_t is estimated, without bias, from the K
-    samples of the prompt itself: each one's opponents are the other K - 1. (The other of its pair
-    is among them, so that differences of r_t are K/(K - 1) times as large on average.) P itself is
-    averaged, whatever settings.judgments says. There is no teacher, no ranking and no filter."""
+    It is `algorithm4` with soft targets, Eq. (8), and without teacher, ranking and filter; P itself
+    is averaged, whatever settings.judgments says. It returns the `Best`, not the average policy.
+
+    r_t is estimated from the K samples of the prompt itself, each one's opponents being the other
+    K - 1. Where these are samples of pi_t (temperature 1, top-p 1) every r_t is unbiased. The two
+    responses of a pair are among each other's opponents, so that differences of r_t are K/(K - 1)
+    times as large on average."""
     check_loop(eta, iterations, tau, move_reference_every)
     start = start or SampledStart(adam(policy))
-    done = start.after
-    pi_ref = done.pi_ref if done else copy.deepcopy(policy)
-    best = done.best if done else validated(policy, 1, validate)  # Alg. 3, line 1
-    for t in range(done.t + 1 if done else 1, iterations + 1):  # Alg. 3, line 2
+    after = start.after
+    pi_ref = after.pi_ref if after else copy.deepcopy(policy)  # differs: pi_ref = pi_1
+    if pi_ref is None:
+        raise ValueError(NO_REFERENCE)
+    best = after.best if after else validated(policy, 1, validate)  # Alg. 3, line 1
+    for t in range(after.t + 1 if after else 1, iterations + 1):  # Alg. 3, line 2
         sample_seed, generator = random_numbers(settings.seed, t)
         prompts, _ = data(t)
         groups = sample_groups(policy, prompts, None, settings, sample_seed)
         preferences = judge_groups(oracle, groups)
         r_t = group_win_rates(preferences)  # Alg. 3, line 3, estimated
-        pairs = all_pairs(r_t[:, : settings.trained_samples])  # D_t: y1, y2 ~ pi_t
+        pairs = all_pairs(r_t[:, : settings.trained_samples])  # D_t, of the samples
         D = mixed_reference(form_pairs(groups, r_t, pairs), policy, pi_ref, tau, eta)
         loss, rate = soft_targets(eta), settings.rate(t, iterations)
         fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)  # line 4

@@ -261,3 +261,14 @@ def test_C13_with_a_full_support_nash_the_divergence_from_it_never_falls_though_
         run.gap_last[-len(run.gap_last) // 4 :].max() > run.gap_last.max() - 0.01 > run.gap_last[0]
     )
     assert all(dno.win_rate(P, run.policies[t + 1], run.policies[t]) > 0.5 for t in range(50))
+
+
+def test_eq_4_is_exact_algorithm_1():
+    """pi_{t+1} of SPO, by hand in numpy, and as the table's run of Algorithm 1 has it."""
+    P, eta = random_feature_game(2, 5, seed=3).P, 0.7
+    policies = solvers.solve(P, "dno", eta, 3).policies
+    for pi_t, pi_next in itertools.pairwise(policies):
+        weights = pi_t.numpy() * np.exp(np.einsum("xyz,xz->xy", P.numpy(), pi_t.numpy()) / eta)
+        by_hand = torch.from_numpy(weights / weights.sum(1, keepdims=True))
+        assert (dno.self_play(P, pi_t.log(), eta).exp() - by_hand).abs().max() < EXACT
+        assert (pi_next - by_hand).abs().max() < EXACT
