@@ -1,2 +1,6 @@
-"""Asking language models for judgments: prices, the ledger of all requests, questions, replies,
-statistics."""
+"""Asking language models for judgments, and how far these can be trusted.
+
+In the order of imports: prices; the ledger of all requests; how replies are read; questions; the
+client, which sends one request; which models there are; the endpoint, which asks many questions;
+statistics of judgments; a synthetic judge that needs no model.
+"""

@@ -61,8 +61,8 @@ class Endpoint:
         the server; from then on, the whole request.
     attempts: most requests for one answer.
     backoff: seconds before the second attempt, doubled for each further one to at most 60, less a
-        random part of up to half. If the server says how long (Retry-After), we wait that long, but
-        not more than 120 s.
+        random part of up to half. If the server says how long (Retry-After), we wait that long, or
+        up to a tenth longer; if it says more than 120 s, `ask` raises Refused.
     price: None to look it up in `PRICES`.
     max_usd: most dollars that the run may spend; None for no limit. Needs a price.
     max_failed: the share of the questions of one `ask` that may stay without a full answer. If more

@@ -63,8 +63,8 @@ def recorded_models(cache: str | Path, kind: str) -> list[str]:
 
 
 def only(names: list[str], where: str, how: str = "name one: openai:MODEL") -> str:
-    """The only one of the names. Raises Refused, which says how to mend it, if there are none or
-    several."""
+    """The only one of the names. Raises Refused, which says what to do (`how`), if there are none
+    or several."""
     if len(names) != 1:
         told = ", ".join(for_terminal(name)[:100] for name in names[:5])
         raise Refused(f"{where} has {len(names)} models{': ' * bool(names)}{told}; {how}")

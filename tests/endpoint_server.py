@@ -1,9 +1,9 @@
 """A language model's HTTP endpoint on loopback, for tests: a judge whose mind is known, with every
 fault that real ones have.
 
-Run as a process of its own (`serving` does), it lives on when its clients are killed. What it was
-asked and what it charged it tells at /stats; /control changes how it behaves. It finds the texts to
-be judged by the marks in the prompt.
+It runs as a process of its own (`serving`), so that it outlives its clients when they are killed.
+/stats tells what it was asked and what it charged; /control changes how it behaves. It finds the
+texts to be judged by the marks in the prompt.
 """
 
 from __future__ import annotations
@@ -21,16 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 UNPAID = ("429", "429-retry-after", "500", "503")  # refused before any work is done
-LOST = (
-    "timeout",
-    "reset",
-    "truncated-http",
-    "closed",
-    "not-http",
-    "not-gzip",
-)  # charged, but no whole reply arrives
-DRIPS = ("drip",)  # likewise: it comes so slowly that it never ends
-BROKEN = (
+# charged, but no whole reply arrives
+LOST = ("timeout", "reset", "truncated-http", "closed", "not-http", "not-gzip")
+DRIPS = ("drip",)  # also charged, but the reply comes too slowly
+BROKEN = (  # a whole reply that gives no full answer
     "truncated-json",
     "wrong-ids",
     "missing-ids",
@@ -48,14 +42,14 @@ BROKEN = (
     "deep",
     "error-200",
 )
-HARMLESS = ("prose", "python", "fenced", "surrogates", "no-usage")  # can be read all the same
+HARMLESS = ("prose", "python", "fenced", "surrogates", "no-usage")  # can be read in spite of it
 FAULTS = UNPAID + LOST + BROKEN + HARMLESS
 LARGEST = 1 << 20  # bytes of a reply that a client can be expected to read
 
 
 def quality(text: str) -> int:
-    """What the judge thinks of a text, 0 to 6: the number in it after the word "worth", else one
-    that its letters make up."""
+    """What the judge thinks of a text, 0 to 6: the number after the word "worth" in it, or if there
+    is none, a number that depends on its letters."""
     found = re.search(r"worth (\d)", text)
     return int(found[1]) if found else int(hashlib.sha256(text.encode()).hexdigest(), 16) % 7
 
@@ -64,34 +58,35 @@ def blocks(messages: list[dict]) -> dict[str, str]:
     """The texts between marks, by name: request, response id1, ... Without marks (a careless
     prompt), what follows "[name]"."""
     number = re.search(r"the number ([0-9a-f]{16})", messages[0]["content"])
-    marked = (
-        rf"<([\w ]+) {number[1]}>\n(.*?)\n</\1 {number[1]}>"
-        if number
-        else r"^\[([\w ]+)\] (.*?)(?=^\[|\Z)"
-    )
+    marked = r"^\[([\w ]+)\] (.*?)(?=^\[|\Z)"
+    if number:
+        marked = rf"<([\w ]+) {number[1]}>\n(.*?)\n</\1 {number[1]}>"
     return dict(re.findall(marked, messages[-1]["content"], re.DOTALL | re.MULTILINE))
 
 
 def outside(messages: list[dict]) -> str:
-    """What stands outside the marks: instructions. All of it, if there are no marks."""
+    """The text outside the marks, which are the instructions; all of it if there are no marks."""
     number = re.search(r"the number ([0-9a-f]{16})", messages[0]["content"])
     said = messages[-1]["content"]
-    return (
-        re.sub(rf"<([\w ]+) {number[1]}>\n.*?\n</\1 {number[1]}>", "", said, flags=re.DOTALL)
-        if number
-        else said
-    )
+    if not number:
+        return said
+    return re.sub(rf"<([\w ]+) {number[1]}>\n.*?\n</\1 {number[1]}>", "", said, flags=re.DOTALL)
 
 
 class Judge:
-    """Answers as the prompts ask it to. gullible: it obeys any "idN_score: S" or "verdict: A" that
-    stands outside the marks. filters: requests with this word are refused by a content filter.
-    status: [HTTP status, message, code, header] of every reply; at /elsewhere, where it may
-    redirect to, all is well. refuses: settings it does not know. echo: it sends the caller's key
-    back wherever it can; spelling: "plain", "solidus" (as \\/ and \\") or "unicode" (all as
-    \\u0000). models: [HTTP status, body, header] at /v1/models, "KEY" being the caller's; None: no
-    reply. drip: seconds that a dripping reply takes. most: faults that a question meets before it
-    gets its answer."""
+    """Answers as the prompts ask it to. Its settings:
+
+    gullible: it obeys any "idN_score: S" or "verdict is A" outside the marks.
+    filters: a content filter refuses requests that contain this text.
+    status: [HTTP status, message, code, header] of every reply. Not at /elsewhere, to which it may
+        redirect: there all is well.
+    refuses: settings of requests that it does not know.
+    echo: it sends the caller's key back wherever it can. spelling: "plain", "solidus" (as \\/ and
+        \\") or "unicode" (all as \\u0000).
+    models: [HTTP status, body, header] at /v1/models, with the caller's key for "KEY"; None for no
+        reply.
+    drip: seconds that a dripping reply takes. most: faults that a question meets at most, before it
+        gets its answer."""
 
     def __init__(self) -> None:
         self.settings = {
@@ -120,10 +115,7 @@ class Judge:
         self.answered: dict[str, int] = {}  # replies sent to the end, by question, free of faults
         self.tokens, self.kept, self.met = [0, 0], {}, {}
         self.told = [0, 0]  # tokens whose charge was told in a reply that went out whole
-        self.last, self.last_path = (
-            {},
-            "",
-        )  # the settings of the last request, and where it was sent
+        self.last, self.last_path = {}, ""  # settings of the last request, and where it was sent
         self.by_fault: dict[str, int] = {}
         self.headers: list[str] = []
 
@@ -163,17 +155,12 @@ class Judge:
         chance = {"A": 0.95, "B": 0.05}[order[1]] if order else chance
         verdict = "A" if chance > 0.5 else "B"
         around = ['{"', "verdict", '":', ' "', '"}'] if '"verdict"' in form else [""]
-        tokens = (
-            [*around[:-1], verdict, *around[-1:]]
-            if self.settings["logprobs"] and body.get("logprobs")
-            else []
-        )
+        wanted = self.settings["logprobs"] and body.get("logprobs")
+        tokens = [*around[:-1], verdict, *around[-1:]] if wanted else []
         shares = {"A": chance * 0.9, " B": (1 - chance) * 0.9, "The": 0.1}
         top = [{"token": token, "logprob": math.log(share)} for token, share in shares.items()]
-        others = [
-            {"token": "A", "logprob": -9.0},
-            {"token": "{", "logprob": -0.1},
-        ]  # of tokens that are no verdict
+        # the alternatives to tokens that are no verdict
+        others = [{"token": "A", "logprob": -9.0}, {"token": "{", "logprob": -0.1}]
         told = [
             {"token": token, "logprob": -0.1, "top_logprobs": top if token == verdict else others}
             for token in tokens
@@ -190,11 +177,8 @@ class Judge:
         if self.met.get(question, 0) >= settings["most"] or settings["mode"] == "none":
             return None
         if settings["mode"] == "turn":
-            chosen = (
-                settings["faults"][self.turn % len(settings["faults"])]
-                if question not in self.met
-                else None
-            )
+            due = settings["faults"][self.turn % len(settings["faults"])]
+            chosen = due if question not in self.met else None
             self.turn += chosen is not None
         else:
             draw = random.Random(f"{settings['seed']} {question} {self.met.get(question, 0)}")
@@ -203,67 +187,28 @@ class Judge:
         return chosen
 
 
+BAD_JSON = {
+    "null": b'{"choices": null}',
+    "list": b"[[1]]",
+    "deep": b"[" * 100_000,
+    "error-200": b'{"error": {}}',
+}
+
+
 def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
-    """The reply's body, spoilt as the fault has it."""
+    """The reply's body, spoilt as the fault says."""
+    if fault in BAD_JSON:
+        return BAD_JSON[fault]
     content, logprobs = judge.content(body)
-    message, reason = {"role": "assistant", "content": content}, "stop"
-    answer = json.loads(content) if content.startswith("{") else None
-    ids = sorted({key.partition("_")[0] for key in answer or {}})
-    last = f"{ids[0]}_score" if "id1" in ids else "verdict"
-    if fault == "wrong-ids" and answer:
-        message["content"] = json.dumps(
-            {re.sub("^(id|verdict)", r"\g<1>9", key): value for key, value in answer.items()}
-        )
-    elif fault == "missing-ids" and answer:
-        message["content"] = json.dumps(
-            {key: value for key, value in answer.items() if not key.startswith(ids[-1])}
-        )
-    elif fault == "out-of-range" and answer:
-        message["content"] = json.dumps({**answer, last: 7})
-    elif fault == "two-answers" and answer:
-        message["content"] = (
-            content + "\nor rather\n" + json.dumps({**answer, last: 6 if "id1" in ids else "A"})
-        )
-    elif fault == "prose":
-        message["content"] = (
-            f"Let me see {{carefully}}. {content}\nI hope that helps." if answer else content
-        )
-    elif fault == "python":
-        message["content"] = repr(answer) if answer else f'"{content}"'
-    elif fault == "surrogates" and answer:
-        message["content"] = json.dumps(
-            {**answer, "id1_justification": "\ud800"}, ensure_ascii=False
-        )
-    elif fault == "fenced":
-        message["content"] = (
-            f"```json\n{json.dumps(answer, indent=2)}\n```" if answer else f"**{content}**"
-        )
-    elif fault in ("wrong-ids", "missing-ids", "out-of-range", "two-answers", "not-json"):
-        message["content"], logprobs = "A good deal speaks for either.", None
-    elif fault == "cut-off":
-        message["content"], reason, logprobs = (
-            content[: len(content) // 2] if answer else "Well, A",
-            "length",
-            None,
-        )
-    elif fault == "refusal":
-        message, logprobs = (
-            {"role": "assistant", "content": None, "refusal": "I cannot help with that."},
-            None,
-        )
-    elif fault == "empty":
-        message["content"], logprobs = "", None
-    elif fault == "10-megabytes":
-        message["content"] = content + " and on" * 1_500_000
-    elif fault == "filtered":
-        message["content"], reason, logprobs = "", "content_filter", None
-    elif fault in ("null", "list", "deep", "error-200"):
-        return {
-            "null": b'{"choices": null}',
-            "list": b"[[1]]",
-            "deep": b"[" * 100_000,
-            "error-200": b'{"error": {}}',
-        }[fault]
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": content},
+        "logprobs": logprobs,
+    }
+    spoil_format(choice, fault)
+    spoil_answer(choice, fault)
+    message = choice["message"]
     if judge.settings["echo"]:
         message["content"] = (message["content"] or "") + " ".join(judge.headers)
     prompt, long = charged(judge, body)
@@ -273,9 +218,7 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
         "object": "chat.completion",
         "created": 1,
         "model": body["model"],
-        "choices": [
-            {"index": 0, "finish_reason": reason, "message": message, "logprobs": logprobs}
-        ],
+        "choices": [choice],
     }
     if fault == "huge-usage":
         usage["prompt_tokens"] = 10**30
@@ -288,8 +231,66 @@ def completion(judge: Judge, body: dict, fault: str | None) -> bytes:
     return whole[: len(whole) // 2] if fault == "truncated-json" else whole
 
 
+def parsed(content: str) -> dict | None:
+    """The answer's JSON object, or None if it is plain text."""
+    return json.loads(content) if content.startswith("{") else None
+
+
+def spoil_format(choice: dict, fault: str | None) -> None:
+    """Change how the answer is given: dressed up, cut off, refused or left out."""
+    message = choice["message"]
+    content, answer = message["content"], parsed(message["content"])
+    if fault == "prose" and answer:
+        message["content"] = f"Let me see {{carefully}}. {content}\nI hope that helps."
+    elif fault == "python":
+        message["content"] = repr(answer) if answer else f'"{content}"'
+    elif fault == "surrogates" and answer:
+        strange = {**answer, "id1_justification": "\ud800"}
+        message["content"] = json.dumps(strange, ensure_ascii=False)
+    elif fault == "fenced":
+        fenced = f"```json\n{json.dumps(answer, indent=2)}\n```"
+        message["content"] = fenced if answer else f"**{content}**"
+    elif fault == "cut-off":
+        message["content"] = content[: len(content) // 2] if answer else "Well, A"
+        choice |= {"finish_reason": "length", "logprobs": None}
+    elif fault == "refusal":
+        message |= {"content": None, "refusal": "I cannot help with that."}
+        choice["logprobs"] = None
+    elif fault == "empty":
+        message["content"], choice["logprobs"] = "", None
+    elif fault == "10-megabytes":
+        message["content"] = content + " and on" * 1_500_000
+    elif fault == "filtered":
+        message["content"] = ""
+        choice |= {"finish_reason": "content_filter", "logprobs": None}
+
+
+def spoil_answer(choice: dict, fault: str | None) -> None:
+    """Change what the answer says, so that it is no answer to the question."""
+    if fault not in ("wrong-ids", "missing-ids", "out-of-range", "two-answers", "not-json"):
+        return
+    message = choice["message"]
+    content, answer = message["content"], parsed(message["content"])
+    if fault == "not-json" or not answer:
+        message["content"], choice["logprobs"] = "A good deal speaks for either.", None
+        return
+    ids = sorted({key.partition("_")[0] for key in answer})
+    last = f"{ids[0]}_score" if "id1" in ids else "verdict"
+    if fault == "wrong-ids":
+        renamed = {re.sub("^(id|verdict)", r"\g<1>9", key): value for key, value in answer.items()}
+        message["content"] = json.dumps(renamed)
+    elif fault == "missing-ids":
+        left = {key: value for key, value in answer.items() if not key.startswith(ids[-1])}
+        message["content"] = json.dumps(left)
+    elif fault == "out-of-range":
+        message["content"] = json.dumps({**answer, last: 7})
+    else:
+        second = json.dumps({**answer, last: 6 if "id1" in ids else "A"})
+        message["content"] = f"{content}\nor rather\n{second}"
+
+
 def spelt(judge: Judge, body: bytes) -> bytes:
-    """JSON in which the caller's key is written in another way that means the same."""
+    """JSON in which the caller's key is spelt in the way of the settings."""
     for key in (header.removeprefix("Bearer ") for header in judge.headers):
         other = {
             "plain": key.replace('"', '\\"'),
@@ -302,10 +303,8 @@ def spelt(judge: Judge, body: bytes) -> bytes:
 
 async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamWriter) -> None:
     """Answer one request for a completion."""
-    settings, question = (
-        judge.settings,
-        hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(),
-    )
+    settings = judge.settings
+    question = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
     judge.requests += 1
     judge.last_path = head.split()[1].decode()
     judge.last = {name: value for name, value in body.items() if name != "messages"}
@@ -313,30 +312,14 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
     key = idempotency[1].decode() if idempotency and settings["idempotent"] else None
     judge.headers = re.findall(r"authorization: ([^\r]*)", head.decode("latin-1"), re.IGNORECASE)
     echo = " ".join(judge.headers) if settings["echo"] else ""
-    if settings["status"]:
-        status, message, code, header = settings["status"]
-        return send(
-            writer, status, spelt(judge, error(f"{message} {echo}", code=code)), header.encode()
-        )
-    if settings["filters"] and settings["filters"] in body["messages"][-1]["content"]:
-        return send(writer, 400, error("The response was filtered", code="content_filter"))
-    known = {*body, body.get("response_format", {}).get("type")}
-    if refused := [name for name in settings["refuses"] if name in known]:
-        instead = ", use max_completion_tokens in its place" if refused[0] == "max_tokens" else ""
-        return send(
-            writer,
-            400,
-            error(
-                f"Unsupported parameter: {refused[0]}{instead}",
-                param=refused[0],
-                code="unsupported",
-            ),
-        )
+    if refuse(judge, body, echo, writer):
+        return
     fault = judge.fault(question)
     judge.by_fault[str(fault)] = judge.by_fault.get(str(fault), 0) + 1
     if fault in UNPAID:
         headers = {"429-retry-after": b"retry-after-ms: 30\r\n"}.get(fault, b"")
-        return send(writer, int(fault[:3]), spelt(judge, error(f"busy {echo}")), headers)
+        send(writer, int(fault[:3]), spelt(judge, error(f"busy {echo}")), headers)
+        return
     reply = judge.kept.get(key) or completion(judge, body, fault)
     if key not in judge.kept:
         judge.paid[question] = judge.paid.get(question, 0) + 1
@@ -344,31 +327,65 @@ async def respond(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamW
         if key:
             judge.kept[key] = completion(judge, body, None) if fault in LOST + DRIPS else reply
     await asyncio.sleep(settings["latency"] + (30 if fault == "timeout" else 0))
-    start = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n"
     if fault in DRIPS:
-        writer.write(start % (b"", 40))
-        for _ in range(40):
-            await asyncio.sleep(settings["drip"] / 40)
-            writer.write(b" ")
-            await writer.drain()
+        await drip(writer, settings["drip"])
         judge.outlasted += 1
     elif fault in LOST:
-        if fault in ("reset", "truncated-http"):
-            writer.write(start % (b"", len(reply)) + reply[: len(reply) // 2])
-        elif fault == "not-http":
-            writer.write(b"Who goes there?\r\n\r\n")
-        elif fault == "not-gzip":
-            writer.write(start % (b"content-encoding: gzip\r\n", len(reply)) + reply)
-        if fault != "timeout":
-            await writer.drain()
-        writer.transport.abort() if fault == "reset" else writer.close()
+        await lose(writer, fault, reply)
     else:
         send(writer, 200, reply)
         await writer.drain()
         judge.told = [sum(pair) for pair in zip(judge.told, told(reply), strict=True)]
         if fault is None or fault in HARMLESS:
             judge.answered[question] = judge.answered.get(question, 0) + 1
-    return None
+
+
+def refuse(judge: Judge, body: dict, echo: str, writer: asyncio.StreamWriter) -> bool:
+    """Send an HTTP error if the server's settings say so, and tell whether they do."""
+    settings = judge.settings
+    if settings["status"]:
+        status, message, code, header = settings["status"]
+        told = spelt(judge, error(f"{message} {echo}", code=code))
+        send(writer, status, told, header.encode())
+        return True
+    if settings["filters"] and settings["filters"] in body["messages"][-1]["content"]:
+        send(writer, 400, error("The response was filtered", code="content_filter"))
+        return True
+    known = {*body, body.get("response_format", {}).get("type")}
+    refused = [name for name in settings["refuses"] if name in known]
+    if refused:
+        instead = ", use max_completion_tokens in its place" if refused[0] == "max_tokens" else ""
+        message = f"Unsupported parameter: {refused[0]}{instead}"
+        send(writer, 400, error(message, param=refused[0], code="unsupported"))
+    return bool(refused)
+
+
+START = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%scontent-length: %d\r\n\r\n"
+
+
+async def drip(writer: asyncio.StreamWriter, seconds: float) -> None:
+    """Send a reply of 40 blanks, one after the other."""
+    writer.write(START % (b"", 40))
+    for _ in range(40):
+        await asyncio.sleep(seconds / 40)
+        writer.write(b" ")
+        await writer.drain()
+
+
+async def lose(writer: asyncio.StreamWriter, fault: str, reply: bytes) -> None:
+    """Send what no client can take for the reply, and close the connection."""
+    if fault in ("reset", "truncated-http"):
+        writer.write(START % (b"", len(reply)) + reply[: len(reply) // 2])
+    elif fault == "not-http":
+        writer.write(b"Who goes there?\r\n\r\n")
+    elif fault == "not-gzip":
+        writer.write(START % (b"content-encoding: gzip\r\n", len(reply)) + reply)
+    if fault != "timeout":
+        await writer.drain()
+    if fault == "reset":
+        writer.transport.abort()
+    else:
+        writer.close()
 
 
 async def list_models(judge: Judge, head: bytes, writer: asyncio.StreamWriter) -> None:
@@ -377,23 +394,18 @@ async def list_models(judge: Judge, head: bytes, writer: asyncio.StreamWriter) -
         await asyncio.sleep(3600)
     status, body, header = judge.settings["models"]
     key = re.search(r"authorization: Bearer ([^\r]*)", head.decode("latin-1"), re.IGNORECASE)
-    send(
-        writer,
-        status,
-        body.replace("KEY", json.dumps(key[1])[1:-1] if key else "").encode(),
-        header.encode(),
-    )
+    body = body.replace("KEY", json.dumps(key[1])[1:-1] if key else "")
+    send(writer, status, body.encode(), header.encode())
 
 
 def charged(judge: Judge, body: dict) -> tuple[int, int]:
     """Tokens of prompt and completion: a quarter of their characters."""
-    return sum(len(part["content"]) for part in body["messages"]) // 4, len(
-        judge.content(body)[0]
-    ) // 4 + 1
+    prompt = sum(len(part["content"]) for part in body["messages"]) // 4
+    return prompt, len(judge.content(body)[0]) // 4 + 1
 
 
 def told(reply: bytes) -> tuple[int, int]:
-    """The tokens that a reply says are charged; none if it does not or cannot be read."""
+    """The tokens that a reply says are charged; (0, 0) if it does not, or cannot be read."""
     try:
         body = json.loads(reply.decode()) if len(reply) <= LARGEST else None
     except (ValueError, RecursionError):
@@ -411,6 +423,35 @@ def send(writer: asyncio.StreamWriter, status: int, body: bytes, headers: bytes 
     writer.write(start % (status, headers, len(body)) + body)
 
 
+async def dispatch(judge: Judge, head: bytes, body: dict, writer: asyncio.StreamWriter) -> None:
+    """Answer one request of any kind."""
+    if head.startswith(b"GET /stats"):
+        hidden = ("settings", "kept", "met", "headers", "turn")
+        stats = {name: value for name, value in vars(judge).items() if name not in hidden}
+        send(writer, 200, json.dumps(stats).encode())
+    elif head.startswith(b"GET /v1/models"):
+        judge.listings += 1
+        await list_models(judge, head, writer)
+    elif b" /elsewhere" in head.partition(b"\r\n")[0]:
+        judge.strays += 1
+        message = {"role": "assistant", "content": '{"verdict": "A"}'}
+        choices = [{"finish_reason": "stop", "message": message}]
+        stray = {"choices": choices, "data": [{"id": "stray"}]}
+        send(writer, 200, json.dumps(stray).encode())
+    elif head.startswith(b"POST /control"):
+        if body.pop("reset", False):
+            judge.__init__()
+        judge.settings |= body
+        send(writer, 200, b"{}")
+    else:
+        judge.flying += 1
+        judge.peak = max(judge.peak, judge.flying)
+        try:
+            await respond(judge, head, body, writer)
+        finally:
+            judge.flying -= 1
+
+
 async def main() -> None:
     judge = Judge()
 
@@ -419,41 +460,8 @@ async def main() -> None:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
-                body = json.loads(
-                    await reader.readexactly(int(length[1]) if length else 0) or b"{}"
-                )
-                if head.startswith(b"GET /stats"):
-                    hidden = ("settings", "kept", "met", "headers", "turn")
-                    stats = {
-                        name: value for name, value in vars(judge).items() if name not in hidden
-                    }
-                    send(writer, 200, json.dumps(stats).encode())
-                elif head.startswith(b"GET /v1/models"):
-                    judge.listings += 1
-                    await list_models(judge, head, writer)
-                elif b" /elsewhere" in head.partition(b"\r\n")[0]:
-                    judge.strays += 1
-                    verdict = {
-                        "finish_reason": "stop",
-                        "message": {"role": "assistant", "content": '{"verdict": "A"}'},
-                    }
-                    send(
-                        writer,
-                        200,
-                        json.dumps({"choices": [verdict], "data": [{"id": "stray"}]}).encode(),
-                    )
-                elif head.startswith(b"POST /control"):
-                    if body.pop("reset", False):
-                        judge.__init__()
-                    judge.settings |= body
-                    send(writer, 200, b"{}")
-                else:
-                    judge.flying += 1
-                    judge.peak = max(judge.peak, judge.flying)
-                    try:
-                        await respond(judge, head, body, writer)
-                    finally:
-                        judge.flying -= 1
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                await dispatch(judge, head, json.loads(body or b"{}"), writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the client went away
         finally:
@@ -472,21 +480,21 @@ class Served:
         self.root, self.url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/v1"
 
     def control(self, **settings: object) -> None:
-        """Forget everything, then behave so."""
+        """Forget everything, then take these settings."""
         body = json.dumps({"reset": True, **settings}).encode()
         urllib.request.urlopen(urllib.request.Request(self.root + "/control", body)).read()
 
     def change(self, **settings: object) -> None:
-        """Behave so from now on."""
-        urllib.request.urlopen(
-            urllib.request.Request(self.root + "/control", json.dumps(settings).encode())
-        ).read()
+        """Take these settings from now on."""
+        body = json.dumps(settings).encode()
+        urllib.request.urlopen(urllib.request.Request(self.root + "/control", body)).read()
 
     def stats(self) -> dict:
-        """requests: all that came, but for models (listings) and elsewhere (strays); paid: replies
-        charged, by question; answered: sent whole and free of faults, by question; tokens: charged;
-        told: of them, those told in a whole reply; by_fault; peak: most requests at once; last:
-        settings of the last request; outlasted: dripping replies whose reader stayed to the end."""
+        """requests: all for completions; listings: those for the models; strays: those elsewhere.
+        paid, answered: replies that were charged, and that were sent whole and without fault, by
+        question. tokens: charged; told: those of them that a whole reply told. by_fault: requests.
+        peak: most requests at a time. last, last_path: settings and path of the last request.
+        outlasted: dripping replies whose reader stayed to the end."""
         return json.loads(urllib.request.urlopen(self.root + "/stats").read())
 
 

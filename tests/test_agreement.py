@@ -228,9 +228,8 @@ def test_kappa_by_hand_is_two_fifths():
 
 def test_kappa_is_1_for_the_same_labels_0_for_independent_and_minus_1_for_opposite_ones():
     assert cohens_kappa("aabbt", "aabbt") == pytest.approx(1, abs=EXACT)
-    assert cohens_kappa("aaaabb", "aabbab") == pytest.approx(
-        0, abs=EXACT
-    )  # a with 2/3 and with 1/2, and both with 1/3
+    # the first says a with 2/3, the second with 1/2, and both with 1/3
+    assert cohens_kappa("aaaabb", "aabbab") == pytest.approx(0, abs=EXACT)
     assert cohens_kappa("ab", "ba") == pytest.approx(-1, abs=EXACT)
     assert math.isnan(cohens_kappa("aaa", "aaa"))
     assert cohens_kappa("aaa", "aab") == pytest.approx(0, abs=EXACT)
@@ -263,10 +262,8 @@ def joined(parts):
 
 def test_rock_paper_scissors_is_cyclic_and_an_order_is_not():
     assert cyclic_triples(*comparisons({"rs": 1.0, "sp": 0.6, "pr": 0.9})) == (1, 1)
-    assert cyclic_triples(*comparisons({"rs": 1.0, "sp": 0.6, "rp": 0.1})) == (
-        1,
-        1,
-    )  # one asked the other way round
+    turned = comparisons({"rs": 1.0, "sp": 0.6, "rp": 0.1})  # one pair in the other order
+    assert cyclic_triples(*turned) == (1, 1)
     assert cyclic_triples(*comparisons({"rs": 1.0, "sp": 0.6, "rp": 0.9})) == (0, 1)
 
 
@@ -513,7 +510,7 @@ def command(*arguments):
 
 
 def table(capsys):
-    """The numbers printed, by name; None for a dash."""
+    """The printed numbers by name, with None for a dash."""
     found = re.findall(r"^(\w+) +(-|nan|[\d.-]+)$", capsys.readouterr().out, re.M)
     return {name: None if value == "-" else float(value) for name, value in found}
 
@@ -668,9 +665,8 @@ def test_a_dry_run_says_how_many_requests_will_be_sent_and_sends_and_writes_noth
     assert command(labels, *asking(server, "--judge-form", form)) == 0
     sent = server.stats()
     assert sent["requests"] == int(requests)
-    assert (
-        sent["tokens"][0] * 10e-6 + sent["tokens"][1] * 30e-6 <= float(dollars) + 0.005
-    )  # dollars are told in cents
+    cost = sent["tokens"][0] * 10e-6 + sent["tokens"][1] * 30e-6
+    assert cost <= float(dollars) + 0.005  # the plan tells dollars in cents
 
 
 def test_a_dry_run_says_what_is_left_to_ask(server, capsys, tmp_path):
@@ -767,12 +763,10 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 
 
 def test_a_recorded_judge_of_null_is_no_judgment(capsys, tmp_path):
-    assert (
-        command(written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0}, {**GOOD, "judge": None}))
-        == 0
-    )
-    assert (said := table(capsys))["n"] == 2
-    assert said["n_parsed"] == 1
+    labels = written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0}, {**GOOD, "judge": None})
+    assert command(labels) == 0
+    said = table(capsys)
+    assert (said["n"], said["n_parsed"]) == (2, 1)
 
 
 def test_a_file_without_recorded_answers_needs_a_judge(capsys, tmp_path):

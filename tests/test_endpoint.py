@@ -61,9 +61,8 @@ def server(running):
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(
-        tempfile, "tempdir", str(tmp_path_factory.getbasetemp())
-    )  # where tiktoken keeps its files
+    # tiktoken keeps its files there
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.getbasetemp()))
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -71,7 +70,7 @@ def surroundings(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(running):
-    """The real one, shared as it takes long to make."""
+    """A client of the openai library, shared because it takes long to make."""
     return openai.OpenAI(api_key="none", base_url=running.url)
 
 
@@ -130,8 +129,8 @@ def dollars(tokens):
 
 
 def bound(question):
-    """A byte a token and 16 tokens around a message, the form that is asked for, and as long an
-    answer as may be."""
+    """The most that a request can cost: a token for each byte, 16 around each message, the form
+    that is asked for, and the longest answer allowed."""
     size = sum(len(message["content"].encode()) + 16 for message in question.messages) + len(
         json.dumps(question.wishes)
     )
@@ -220,8 +219,7 @@ def test_a_reply_that_is_only_dressed_up_is_read_at_once(form, fault, server, as
 
 @pytest.mark.parametrize("fault", DRIPS)
 def test_a_reply_that_comes_in_drips_cannot_outlast_the_timeout(fault, server, asking):
-    """Byte by byte for three seconds, none of them later than the timeout of half a second after
-    the one before."""
+    """It comes byte by byte for three seconds, each within the timeout of half a second."""
     server.control(faults=[fault], mode="always", drip=3.0)
     assert asking(attempts=1, max_failed=1, timeout=0.5).ask(golds(1)[0]) == [None]
     assert server.stats()["outlasted"] == 0
@@ -261,7 +259,7 @@ PERMANENT = {
     ),
     "no money left": (429, "You exceeded your current quota", "insufficient_quota", ""),
     "busy for long": (429, "Rate limit reached", "rate_limit_exceeded", "retry-after: 121\r\n"),
-    "busy for ever": (503, "Overloaded", None, f"retry-after: {'9' * 400}\r\n"),
+    "busy forever": (503, "Overloaded", None, f"retry-after: {'9' * 400}\r\n"),
     "told not to retry": (500, "Boom", None, "x-should-retry: false\r\n"),
 }
 
@@ -486,9 +484,8 @@ def test_a_setting_that_the_endpoint_refuses_is_left_out_and_we_say_so_once(
     asked = pairs(10)
     P = OpenAIJudge(asking(), form).prefer(*asked)
     expected = truth(form, *asked)
-    if refuses == [
-        "logprobs"
-    ]:  # verdicts without probabilities: a tie goes to the second in either order
+    if refuses == ["logprobs"]:
+        # verdicts without probabilities; if the two are equal, the second wins in either order
         expected = (1 + (expected - 0.5).sign()) / 2
     assert off(P, expected) < ROUNDING
     last = server.stats()["last"]
@@ -610,7 +607,7 @@ def test_the_only_model_of_a_server_need_not_be_named(server):
 
 
 class Scripted:
-    """A server that says the same to all."""
+    """A server that gives the same reply to every request."""
 
     def __init__(self, body):
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -983,7 +980,7 @@ def test_a_plan_leaves_out_what_failed_to_the_last_attempt(server, asking):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Any attempt to connect, or to look up a name, ends the test."""
+    """The test fails at any attempt to connect or to look up a name."""
 
     class NoNetwork(BaseException):
         pass
@@ -1354,21 +1351,21 @@ def contents(folder):
 
 
 def alone(work, *arguments):
-    """Do it without the lock that bars share with the processes that were forked: who is killed
-    never lets go of it."""
+    """Do the work without the lock that progress bars share with forked processes: a process that
+    is killed never releases it."""
     tqdm.set_lock(threading.RLock())
     work(*arguments)
 
 
 def child(work, *arguments):
-    """Another process, which has begun."""
+    """Another process, which has begun its work."""
     process = FORK.Process(target=alone, args=(work, *arguments), daemon=True)
     process.start()
     return process
 
 
 def ended(*processes):
-    """Their exit codes, when all have come to an end."""
+    """The exit codes of processes, once all have ended."""
     for process in processes:
         process.join(PATIENCE)
     return [process.exitcode for process in processes]
@@ -1461,9 +1458,8 @@ def test_two_processes_of_one_run_keep_to_one_limit(server, asking, tmp_path):
 
 
 def prefer_and_tell(asking_now, url, cache, form, asked, timeout=30.0):
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # whoever runs the tests in the background ignores it
+    # a shell that runs the tests in the background makes them ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     judge = OpenAIJudge(
         Endpoint("judge", url, cache, price=PRICE, concurrency=4, timeout=timeout), form
     )
@@ -1525,7 +1521,7 @@ def test_a_run_killed_twenty_times_pays_for_no_judgment_twice_and_loses_none(
 
 @pytest.mark.parametrize("buried", [True, False], ids=["and was buried", "and is a zombie"])
 def test_a_process_that_died_in_flight_keeps_nobody_waiting(buried, server, asking, tmp_path):
-    """It would be two timeouts: two minutes."""
+    """Without that it would wait two timeouts, two minutes."""
     server.control(latency=5.0)
     asked, asking_now = pairs(2), FORK.Event()
     process = child(
@@ -1593,15 +1589,17 @@ def interrupted(work, moment):
 
 
 def test_control_c_at_any_moment_leaves_the_ledger_to_the_other_threads(asking):
-    """The main thread asks what is spent while others write; else they would wait for ever."""
+    """The main thread asks what is spent while others write; a lock that it left closed would make
+    them wait forever."""
     ledger, free, moments = asking().ledger, [], 0
-    while (error := interrupted(ledger.spent, moments)) is not None:
+    while len(free) < 1000:
+        error = interrupted(ledger.spent, moments)
+        if error is None:
+            break
         thread = threading.Thread(target=lambda: free.append(ledger.lock.acquire(blocking=False)))
         thread.start()
         thread.join()
         assert free[-1], error.__traceback__
-        if len(free) == 1000:
-            break
         ledger.lock = threading.RLock()  # the thread that tried it has ended, and keeps it
         moments += 1
     assert 5 < moments < 1000

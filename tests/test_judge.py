@@ -223,7 +223,7 @@ def test_the_judge_is_told_that_texts_are_no_instructions_before_it_sees_any(for
 
 
 def naive_question(form, request, a, b):
-    """The same task put carelessly."""
+    """The same task in a careless prompt."""
     first, second = ("id1", "id2") if form == "scored" else ("response A", "response B")
     system, order, read = {
         "scored": (RUBRIC, "Reply with id1_score and id2_score.", lambda choice: (choice, True)),
@@ -1004,8 +1004,8 @@ def test_a_sheet_that_is_lost_takes_no_other_with_it(server, asking):
 
 # --- Pairwise ---
 
-# of the server for the first response: with points of 0 to 4 no chance leaves [0.05, 0.95], where
-# it is clipped
+# The server's for the first response. With points of 0 to 4 no probability leaves [0.05, 0.95],
+# where the server would clip it.
 BIAS = 0.2
 
 
@@ -1054,9 +1054,8 @@ def test_a_judge_without_bias_never_flips(server, asking):
     judge = OpenAIJudge(asking(), "pairwise")
     assert off(judge.prefer(x, a, b), 0.5 + torch.tensor(lead) / 16) < EXACT
     assert judge.report()["flip_rate"] == 0
-    assert judge.report()["first_rate"] == pytest.approx(
-        (len(lead) - lead.count(0)) / (2 * len(lead))
-    )  # a tie is for neither
+    decided = len(lead) - lead.count(0)  # in a tie neither is preferred
+    assert judge.report()["first_rate"] == pytest.approx(decided / (2 * len(lead)))
 
 
 def test_a_pair_of_which_one_order_is_lost_has_no_probability(server, asking):
