@@ -1,8 +1,10 @@
 """Section 3.1: soft policy iteration, internal rewards, the loss, monotonic improvement,
 convergence. C6 to C13, C17."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from games import EXACT, games, random_policy, random_rho
