@@ -76,7 +76,7 @@ def neural(X: int, V: int, L: int, config: Config, steps: int) -> None:
     P = style_game(X, V, L, seed=0).P
     policy = TransformerPolicy(Transformer(config), torch.arange(V, V + X).unsqueeze(-1), V, L)
     settings = dno.Regression(steps=steps)
-    optimizer = dno.adam(policy)
+    start = dno.ExactStart.of(policy)
     # a step is one forward and, twice as dear, one backward pass
     flops = 3 * settings.steps * forward_flops(policy) / 1e9
     a, b = torch.randn(2, 1024, 1024)
@@ -87,7 +87,7 @@ def neural(X: int, V: int, L: int, config: Config, steps: int) -> None:
     peak, achieved, tree, row = [], [], [], []
 
     def iterate() -> list[dno.ExactIteration]:
-        return list(dno.algorithm1(policy, P, 1.0, 1, settings=settings, optimizer=optimizer))
+        return list(dno.algorithm1(policy, P, 1.0, 1, settings=settings, start=start))
 
     for _ in range(5):
         peak.extend(2 * 1024**3 / 1e9 / seconds(lambda: a @ b, 5))

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from chat.processes import MasterWeights, Scorer, Scores, sharded
+from chat.processes import MasterWeights, Scorer, Scores, local, sharded
 from chat.scoring import shared_log_prob
-from chat.team import Team, local
+from chat.team import Team
 from chat.template import Chat
 from model import Transformer, uniform_numbers
 from text import Response, TextPolicy

@@ -9,10 +9,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 
 from chat.scoring import shared_log_prob
+from chat.team import Team
 from model import Transformer
+
+
+def local(weight: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; of another, all."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def whole(value: Any) -> Any:
+    """A tensor gathered from all processes, on the CPU, in process 0; the others get an empty one.
+    What is no tensor stays."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().cpu() if Team().rank == 0 else torch.empty(0)
+
+
+def part_of(value: Any, like: Tensor) -> Any:
+    """Of a whole tensor the part that this process has of `like`, if `like` is sharded and of the
+    same shape."""
+    if isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
+        return distribute_tensor(
+            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+    return value
 
 
 class Scores(torch.autograd.Function):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dno import Preferences, Scores
 from judge.ledger import Stopped
@@ -33,30 +32,6 @@ class Team:
         shares: list[list[Any]] = [[]] * self.size
         dist.all_gather_object(shares, mine)
         return [shares[i % self.size][i // self.size] for i in range(sum(map(len, shares)))]
-
-
-def local(weight: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; of another, all."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def whole(value: Any) -> Any:
-    """A tensor gathered from all processes, on the CPU, in process 0; the others get an empty one.
-    What is no tensor stays."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.full_tensor() if isinstance(value, DTensor) else value
-    return value.detach().cpu() if Team().rank == 0 else torch.empty(0)
-
-
-def part_of(value: Any, like: Tensor) -> Any:
-    """Of a whole tensor the part that this process has of `like`, if `like` is sharded and of the
-    same shape."""
-    if isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(
-            value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
-        )
-    return value
 
 
 class SharedJudge:

@@ -20,7 +20,8 @@ from chat.checkpoints import read_checkpoint, read_transformer, write_transforme
 from chat.formats import BadCheckpoint
 from chat.low_rank import add_low_rank
 from chat.policy import ChatPolicy
-from chat.team import SharedJudge, Team, part_of, whole
+from chat.processes import part_of, whole
+from chat.team import SharedJudge, Team
 from chat.template import Chat
 from experiments.folder import Run, like
 from experiments.judging import Judging, open_judge

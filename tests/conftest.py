@@ -3,18 +3,16 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # idle threads sleep: the cores are shared by several test processes
+# idle threads sleep: the cores are shared by several test processes
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `games`
-torch.set_num_threads(
-    1
-)  # small tensors: more threads are no faster, and results do not depend on the machine
+# small tensors: more threads are no faster, and results do not depend on the machine
+torch.set_num_threads(1)
 matplotlib.use("Agg")  # no windows, also where there is a screen
 
 

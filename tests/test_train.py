@@ -171,9 +171,8 @@ def test_with_two_threads_the_exact_numbers_are_those_of_one(tmp_path):
 
 
 def test_the_bound_is_that_of_C12_by_hand():
-    assert bound(100, 216, 1.0) == pytest.approx(
-        0.1075056 + 0.25, abs=1e-6
-    )  # 2 ln 216 / 100 = 0.10751
+    # 2 ln 216 / 100 = 0.10751
+    assert bound(100, 216, 1.0) == pytest.approx(0.1075056 + 0.25, abs=1e-6)
 
 
 KILLER = """

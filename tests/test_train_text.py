@@ -546,7 +546,7 @@ def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
             "text --algorithm 2 --temperature 0",
             "temperature is 0.0; expected a finite number above 0",
         ),
-        ("text --algorithm 2 --top-p 2", "top_p 2.0"),
+        ("text --algorithm 2 --top-p 2", "top_p is 2.0"),
         ("text --algorithm 5", "invalid choice: 5"),
         ("text --algorithm 3 --eta 1 --tau 2", "tau is 2.0 and eta 1.0; expected 0 <= tau <= eta"),
         ("text --algorithm 4 --option III", "invalid choice: 'III'"),
@@ -554,7 +554,7 @@ def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
         ("text --margin 2", "margin is 2.0; expected at least 0 and at most 1"),
         ("text --prompts 100", "prompts is 100; expected at least 1 and at most 72"),
         ("text --prompts 0", "prompts is 0"),
-        ("text --replay 1.5", "replay 1.5"),
+        ("text --replay 1.5", "replay is 1.5"),
         ("text --rule worst", "invalid choice: 'worst'"),
         ("text --width 30", "width 30"),
         ("text --vocabulary 255", "vocabulary is 255; expected at least 256"),
@@ -568,7 +568,7 @@ def test_algorithms_1_and_4_survive_being_killed_too(finished, tmp_path):
             "text --algorithm 2 --samples 100000000000",
             "samples is 100000000000; expected at least 1 and at most 10000",
         ),
-        ("text --replay nan", "replay nan"),
+        ("text --replay nan", "replay is nan"),
         ("text --margin nan", "margin is nan"),
         ("text --survey 100000000000", "survey is 100000000000"),
         ("text --max-new-tokens 100000000", "max_new_tokens is 100000000"),
@@ -886,13 +886,14 @@ def begin(finished):
                 "top_p": 1.0,
                 "learning_rate": 0.01,
                 "prompts_per_step": 3,
+                "seed": 5,
                 **practice,
             }
         )
         policy = policy_of(finished, "base", dtype="float64")
         validation = Validation(policy, JUDGE, 2, 0)
         data = demonstrations(5, prompts)
-        return Start(policy, data, validation, iterations, 8.0, None, margin, 5, settings, JUDGE)
+        return Start(policy, data, validation, iterations, 8.0, None, margin, settings, JUDGE)
 
     return make
 
@@ -953,11 +954,11 @@ def test_of_spin_the_pairs_are_gold_over_each_student_and_nothing_else(begin):
 
 def test_of_restrictive_the_pairs_are_those_of_dno_in_which_the_teacher_is_first(begin):
     its, dno_1 = list(dno_restrictive(begin())), next(dno_practical(begin()))
-    assert its[0].chosen.tolist() == [pair for pair in dno_1.chosen.tolist() if pair[1] == K]
+    assert its[0].pairs.tolist() == [pair for pair in dno_1.pairs.tolist() if pair[1] == K]
     for it in its:
         assert len(it.pairs) > 0
         assert all(first == K and second < K for _, first, second in it.pairs.tolist())
-    assert len(its[0].chosen) < len(dno_1.chosen)
+    assert len(its[0].pairs) < len(dno_1.pairs)
 
 
 def test_without_a_margin_all_of_dnos_pairs_are_there_and_others_below_the_margin(begin):
@@ -966,10 +967,10 @@ def test_without_a_margin_all_of_dnos_pairs_are_there_and_others_below_the_margi
     assert same(without.r_t, practical.r_t)
     lead = {
         (x, i, j): (without.r_t[x, i] - without.r_t[x, j]).item()
-        for x, i, j in without.chosen.tolist()
+        for x, i, j in without.pairs.tolist()
     }
     assert {pair for pair, margin in lead.items() if margin >= MARGIN - ROUNDING} == set(
-        map(tuple, practical.chosen.tolist())
+        map(tuple, practical.pairs.tolist())
     )
     assert 0 < min(lead.values()) < MARGIN - 0.1  # win rates of five games lie .2 apart
 
