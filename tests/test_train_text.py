@@ -296,21 +296,23 @@ DRIVER = """
 import json, os, shutil, signal, sys
 root, folder, legs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 sys.path.insert(0, root)
-import dno, regularized, train
+import train
 from experiments.folder import Run
+from oracle import RegisterJudge
+from text import TextPolicy
 import torch._dynamo  # making an optimizer does that
 
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def run(number, arguments, name, when, before):
-    for function in ("sample_groups", "judge_groups"):
-        def counted(*given, function=function, original=getattr(dno, function)):
+    calls = {"sample": (TextPolicy, "sample"), "judge": (RegisterJudge, "prefer")}
+    for said, (asked, method) in calls.items():
+        def counted(*given, said=said, original=getattr(asked, method)):
             with open(folder + "/calls", "a") as file:
-                print(number, function, file=file)
+                print(number, said, file=file)
             return original(*given)
-        setattr(dno, function, counted)
-        setattr(regularized, function, counted)
+        setattr(asked, method, counted)
     keep = Run.keep
 
     def deadly(self, written, content):
@@ -349,10 +351,7 @@ def kill(folder, legs):
         if (folder / "calls").exists()
         else []
     )
-    by_leg = [
-        [name.removesuffix("_groups") for number, name in calls if int(number) == leg]
-        for leg in range(len(legs))
-    ]
+    by_leg = [[name for number, name in calls if int(number) == leg] for leg in range(len(legs))]
     return [int(code) for code in (folder / "codes").read_text().split()], by_leg
 
 
