@@ -216,6 +216,7 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
         ("wins == [1, 1, 1]", "wins != [1, 1, 1]"),
     ],
     "chat/processes.py": [
+        ("value.full_tensor() if", "value.to_local() if"),
         ("return ctx.size * gradient[ctx.place]", "return gradient[ctx.place]"),
         ("dist.all_reduce(scores)", "pass"),
         ("reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16"),
@@ -228,7 +229,6 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
     ],
     "chat/team.py": [
         ("return items[self.rank :: self.size]", "return items"),
-        ("value.full_tensor() if", "value.to_local() if"),
         ("in self.team.together([met])", "in [met]"),
     ],
     "chat/low_rank.py": [
