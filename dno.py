@@ -750,7 +750,8 @@ def algorithm2(
         D = join([new, *replay(earlier, settings.replay, generator)])
         D = with_reference(D, policy)
         loss, rate = hard_targets(eta), settings.rate(t, iterations)
-        fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)  # line 7
+        # Alg. 2, line 7
+        fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)
         best = validated(policy, t + 1, validate, best)
         earlier = [new, *earlier][: settings.replay_iterations]
         yield SampledIteration(t, groups, preferences, r_t, pairs, earlier, best, **fit)

@@ -253,7 +253,8 @@ def algorithm4(
         D = join([new, *replay(earlier, settings.replay, generator)])
         D = mixed_reference(D, policy, pi_ref, tau, eta)  # differs
         loss, rate = hard_targets(eta), settings.rate(t, iterations)
-        fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)  # line 7
+        # Alg. 4, line 7
+        fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)
         best = validated(policy, t + 1, validate, best)
         earlier = [new, *earlier][: settings.replay_iterations]
         if move_reference_every and t % move_reference_every == 0:  # differs
@@ -302,7 +303,8 @@ def algorithm3_sampled(
         pairs = all_pairs(r_t[:, : settings.trained_samples])  # D_t, of the samples
         D = mixed_reference(form_pairs(groups, r_t, pairs), policy, pi_ref, tau, eta)
         loss, rate = soft_targets(eta), settings.rate(t, iterations)
-        fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)  # line 4
+        # Alg. 3, line 4
+        fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)
         best = validated(policy, t + 1, validate, best)
         if move_reference_every and t % move_reference_every == 0:
             pi_ref = copy.deepcopy(policy)
