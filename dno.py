@@ -450,9 +450,8 @@ def contrastive_loss(log_ratio_pos: Tensor, log_ratio_neg: Tensor, eta: float) -
     return -F.logsigmoid(eta * (log_ratio_pos - log_ratio_neg))
 
 
-class SampledPolicy(Protocol):
-    """What Algorithm 2 needs of a policy whose responses, of any kind, can only be sampled and
-    scored."""
+class Sampler(Protocol):
+    """What line 4 needs: responses of any kind."""
 
     def sample(
         self,
@@ -465,6 +464,10 @@ class SampledPolicy(Protocol):
         """k responses to each of X prompts, [X][k], and their log-probabilities [X, k].
 
         The log-probabilities are the policy's own, at temperature 1 with nothing cut off."""
+
+
+class SampledPolicy(Sampler, Protocol):
+    """What Algorithm 2 needs of a policy whose responses can only be sampled and scored."""
 
     def log_prob(self, prompts: list[Any], responses: list[Any]) -> Tensor:
         """log pi(y|x) [M] of whole responses, differentiable in `parameters()`."""
@@ -489,7 +492,7 @@ class Scores(Preferences, Protocol):
 
 
 def sample_groups(
-    policy: SampledPolicy,
+    policy: Sampler,
     prompts: list[Any],
     gold: list[Any] | None,
     settings: SamplingSettings,

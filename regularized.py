@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from numbers import Real
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from dno import (
     SampledIteration,
     SampledPolicy,
     SampledStart,
+    Sampler,
     adam,
     check_policy,
     check_preferences,
@@ -190,7 +191,7 @@ def algorithm3(
 class MixablePolicy(SampledPolicy, Protocol):
     """What option II of Algorithm 4 needs beside."""
 
-    def mixed_with(self, reference: SampledPolicy, weight: float) -> SampledPolicy:
+    def mixed_with(self, reference: Any, weight: float) -> Sampler:
         """The mixture of this policy and a reference of the given weight, to be sampled from."""
 
 

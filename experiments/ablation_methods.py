@@ -137,7 +137,7 @@ def dno_lookahead(start: Start) -> Iterator[dno.SampledIteration]:
 def regularized_dno(start: Start) -> Iterator[dno.SampledIteration]:
     """Algorithm 4, option I, reference pi_1."""
     return algorithm4(
-        start.policy,  # type: ignore[arg-type]  # its mixtures have no parameters(): none is trained
+        start.policy,
         start.judge,
         start.data,
         start.eta,

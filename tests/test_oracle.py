@@ -138,7 +138,9 @@ def test_a_table_promises_to_be_complementary_and_deterministic_in_float64():
 
 
 def test_an_oracle_that_looks_at_the_order_passes_if_it_says_so():
-    prefer = lambda self, x, a, b: (0.1 + TextJudge.prefer(self, x, a, b)).clamp(max=1)  # noqa: E731
+    def prefer(self, x, a, b):
+        return (0.1 + TextJudge.prefer(self, x, a, b)).clamp(max=1)
+
     check_oracle(type("First", (TextJudge,), {"prefer": prefer, "complementary": False})(), *TEXTS)
 
 
