@@ -2,8 +2,9 @@
 
 Sections 2 to 4, top to bottom: preferences and Nash policies; Algorithm 1, a regression on expected
 win rates; Algorithm 2, its practical form, in which responses are sampled and compared. Line 6 of
-Algorithm 2 is in pairs.py, appendix A in regularized.py, the same games by exact updates in
-solvers.py. Everything here is mathematics on tensors: no files, no tokenizers, no network.
+Algorithm 2 is in pairs.py, what an argument has to be in checks.py, appendix A in regularized.py,
+the same games by exact updates in solvers.py. Everything here is mathematics on tensors: no files,
+no tokenizers, no network.
 
 Axes: X prompts, Y responses, B pairs, T iterations; K samples of a prompt, n with the gold one.
 Tables are float64. Policies are rows on the simplex.
@@ -45,59 +46,12 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 from torch import Tensor
 
-from pairs import (
-    Groups,
-    Pairs,
-    SamplingSettings,
-    check_positive,
-    check_whole,
-    demote_repetitions,
-    form_pairs,
-    join,
-    real_tensor,
-    replay,
-)
+from checks import check_policy, check_positive, check_preferences, check_whole, real_tensor
+from pairs import Groups, Pairs, SamplingSettings, demote_repetitions, form_pairs, join, replay
 
-TOLERANCE = 1e-6  # on sums that must be 1; float32 rows of a few thousand entries stay inside it
 NASH_TOLERANCE = 1e-8  # the duality gap that a policy returned as Nash may have
 
 # --- Section 2: preferences, win rates, Nash ------------------------------------------------------
-
-
-def check_preferences(P: Tensor) -> Tensor:
-    """Return P [X, Y, Y] if it is a preference function (section 2.2).
-
-    Its entries are in [0, 1] and P + P^T = 1, so that the diagonal is 1/2. Raises ValueError naming
-    the first entry (x, y, y') that breaks this, and its value."""
-    P = real_tensor(P, "P")
-    if P.ndim != 3 or P.shape[1] != P.shape[2] or P.numel() == 0 or not P.is_floating_point():
-        found = f"P is {P.dtype} of shape {list(P.shape)}"
-        raise ValueError(f"{found}; expected floating point of shape [X, Y, Y]")
-    low, high = P.aminmax()
-    if not (low >= 0 and high <= 1):  # also if there is a NaN
-        x, y, z = (~((P >= 0) & (P <= 1))).nonzero()[0].tolist()
-        raise ValueError(f"P[{x}, {y}, {z}] = {P[x, y, z]:.6g}; expected a probability in [0, 1]")
-    low, high = (P + P.mT).aminmax()
-    if max(1 - low, high - 1) > TOLERANCE:
-        x, y, z = ((P + P.mT - 1).abs() > TOLERANCE).nonzero()[0].tolist()
-        expected = f"1 - P[{x}, {z}, {y}] = {1 - P[x, z, y]:.6g}"
-        raise ValueError(f"P[{x}, {y}, {z}] = {P[x, y, z]:.6g}; expected {expected}")
-    return P
-
-
-def check_policy(pi: Tensor, shape: torch.Size, name: str = "pi") -> Tensor:
-    """Return pi if it has the shape and its rows are distributions.
-
-    ValueError naming the first row that is none."""
-    pi = real_tensor(pi, name)
-    if pi.shape != shape:
-        raise ValueError(f"{name} has shape {list(pi.shape)}; expected {list(shape)}")
-    bad = ~((pi >= 0).all(-1) & ((pi.sum(-1) - 1).abs() <= TOLERANCE))
-    if bad.any():
-        x = bad.nonzero()[0].tolist()
-        found = f"{name}{x} has sum {pi[*x].sum():.6g}, minimum {pi[*x].min():.6g}"
-        raise ValueError(f"{found}; expected entries >= 0, sum 1")
-    return pi
 
 
 def prompt_mean(values: Tensor, rho: Tensor | None = None) -> Tensor:
@@ -522,10 +476,10 @@ def judge_groups(oracle: Preferences, groups: Groups) -> Tensor:
     i, j = torch.triu_indices(n, n, 1).tolist()
     prompts = [x for x in groups.prompts for _ in i]
     a, b = ([ys[m] for ys in groups.responses for m in which] for which in (i, j))
-    preferences = torch.full((X, n, n), 0.5, dtype=torch.float64)
     if not hasattr(oracle, "prefer"):
         kind, hint = type(oracle).__name__, "of a table P, pass oracle.PreferenceTable(P)"
         raise ValueError(f"the oracle is of type {kind}; expected a method prefer: {hint}")
+    preferences = torch.full((X, n, n), 0.5, dtype=torch.float64)
     answers = real_tensor(oracle.prefer(prompts, a, b), "the answer").detach().to(preferences)
     given = answers[~answers.isnan()]
     if not ((given >= 0) & (given <= 1)).all():

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dno import Preferences, check_preferences
+from checks import check_preferences, real_tensor
+from dno import Preferences
 from judge.endpoint import Endpoint
 from judge.questions import Question, pairwise_question, scored_question, teacher_question
-from pairs import real_tensor
 from world import VERBS, classify, prompt_class
 
 # Two answers to the same question may differ by float32's rounding, not by opinion.

@@ -12,53 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FLOAT32 = torch.finfo(torch.float32)
+from checks import check_positive, check_whole
+
 ROUNDING = 1e-9  # of differences of win rates: .6 - .2 is below .4 in floating point
-
-
-# --- Checks of numbers and tables -----------------------------------------------------------------
-
-
-def real_tensor(value: Any, name: str) -> Tensor:
-    """The value as a tensor of real numbers.
-
-    A tensor stays as it is. Whatever else torch.as_tensor takes is converted, Python numbers to
-    float64. ValueError naming a value that is neither, or is complex."""
-    kind, expected = type(value).__name__, "expected a tensor of real numbers"
-    try:
-        table = torch.as_tensor(value, dtype=None if hasattr(value, "dtype") else torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        hint = "pass its .P" if hasattr(value, "P") else "pass a tensor, or rows of equal length"
-        raise ValueError(f"{name} is of type {kind}; {expected}: {hint}") from error
-    if table.is_complex():
-        raise ValueError(f"{name} is {table.dtype}; {expected}: pass its real part, {name}.real")
-    return table
-
-
-def check_positive(**values: float) -> None:
-    """Raise ValueError naming the first value that is not a finite number above 0.
-
-    Nor may its inverse overflow or vanish in float32: an infinite r / eta makes policies of NaN."""
-    for name, value in values.items():
-        if not (isinstance(value, Real) and FLOAT32.tiny <= value <= 1 / FLOAT32.tiny):
-            bounds = f"{FLOAT32.tiny:.1e} to {1 / FLOAT32.tiny:.1e}"
-            expected = f"expected a finite number above 0, from {bounds}"
-            raise ValueError(f"{name} is {value!r}; {expected}")
-
-
-def check_whole(least: int, **values: int) -> None:
-    """Raise ValueError naming the first value that is not a whole number of at least `least`."""
-    for name, value in values.items():
-        if not (isinstance(value, Integral) and value >= least):
-            expected = f"expected a whole number of at least {least}"
-            raise ValueError(f"{name} is {value!r}; {expected}")
 
 
 # --- Groups of responses --------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from checks import check_policy, check_positive, check_preferences, check_whole
 from dno import (
     Best,
     Data,
@@ -29,8 +30,6 @@ from dno import (
     SampledStart,
     Sampler,
     adam,
-    check_policy,
-    check_preferences,
     draw_data,
     duality_gap,
     expected_win_rate,
@@ -51,17 +50,7 @@ from dno import (
     win_rate,
     with_reference,
 )
-from pairs import (
-    Pairs,
-    SamplingSettings,
-    all_pairs,
-    check_positive,
-    check_whole,
-    demote_repetitions,
-    form_pairs,
-    join,
-    replay,
-)
+from pairs import Pairs, SamplingSettings, all_pairs, demote_repetitions, form_pairs, join, replay
 
 NO_REFERENCE = "start.after has no reference policy; expected an iteration of this algorithm"
 

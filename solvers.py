@@ -14,8 +14,8 @@ import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from dno import check_policy, check_preferences, gap_of_rewards, prompt_mean, win_rate_against
-from pairs import FLOAT32, check_positive, real_tensor
+from checks import FLOAT32, check_policy, check_positive, check_preferences, real_tensor
+from dno import gap_of_rewards, prompt_mean, win_rate_against
 from regularized import check_loop, geometric_mixture
 
 LARGEST_SCORE = 25  # sigma(25) = 1 - 1e-11: the loss still falls towards infinite scores

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dno
+from checks import check_positive
 from experiments.folder import Run, claimed, like
 from experiments.game import (
     MOVING_ETA,
@@ -55,7 +56,6 @@ from experiments.settings import (
 )
 from judge.ledger import Stopped
 from model import Config, TabularPolicy, Transformer, TransformerPolicy
-from pairs import check_positive
 from regularized import algorithm3, check_regularization
 
 # --- Settings of the preset "game" ----------------------------------------------------------------

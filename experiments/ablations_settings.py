@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from checks import check_positive
 from experiments.ablation_methods import METHODS, Setting
 from experiments.settings import DTYPES, THREADS, changed, check_ranges, setting
 from experiments.text_settings import TextConfig
-from pairs import check_positive
 from regularized import check_regularization
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dno
 import solvers
+from checks import check_policy, check_preferences
 from oracle import response_styles, style_game
 
 # Settings with which the last iterate of a table converges.
@@ -82,9 +83,9 @@ def game_in(path: str, responses: int | None) -> Game:
     if "P" not in tables:
         expected = "expected P [X, Y, Y], and optionally rho [X]"
         raise ValueError(f"game {path} has no array P; {expected}")
-    P = dno.check_preferences(tables["P"])
+    P = check_preferences(tables["P"])
     rho = tables.get("rho", uniform_prompts(P))
-    dno.check_policy(rho, P.shape[:1], "rho")
+    check_policy(rho, P.shape[:1], "rho")
     if responses is not None and responses != P.shape[1]:
         raise ValueError(f"game {path} has {P.shape[1]} responses; expected V^L = {responses}")
     pi = dno.nash(P)

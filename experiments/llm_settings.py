@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from checks import check_positive
 from experiments.rounds import RULES, check_scored
 from experiments.settings import MOST, TEMPERATURES, THREADS, JudgeOptions, check_ranges, setting
-from pairs import SamplingSettings, check_positive
+from pairs import SamplingSettings
 from regularized import check_regularization
 
 

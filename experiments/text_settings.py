@@ -8,6 +8,7 @@ from typing import Any
 import tiktoken
 import torch
 
+from checks import check_positive
 from experiments.rounds import RULES, check_scored
 from experiments.settings import (
     DTYPES,
@@ -19,7 +20,7 @@ from experiments.settings import (
     setting,
 )
 from model import Config, Transformer
-from pairs import SamplingSettings, check_positive
+from pairs import SamplingSettings
 from regularized import check_regularization
 from text import TextPolicy
 

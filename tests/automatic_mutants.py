@@ -56,7 +56,7 @@ SLOW = (
     "test_notebooks",
     "test_readme_commands",
 )  # not about formulas
-FILES = ("dno.py", "pairs.py", "regularized.py", "solvers.py", "oracle.py")
+FILES = ("dno.py", "checks.py", "pairs.py", "regularized.py", "solvers.py", "oracle.py")
 MODULES = (
     "torch",
     "torch._dynamo",

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 GAMES = "section_2_preferences section_3_dno section_3_algorithm_1 section_3_theorem_1 solve"
 TESTS = {  # which are about a file, or about all files of a folder; the likeliest first
     "dno.py": f"{GAMES} section_4_algorithm_2 appendix_a",
+    "checks.py": "section_2_preferences section_4_algorithm_2 solve",
     "pairs.py": "section_4_algorithm_2 section_3_dno section_2_preferences appendix_a",
     "regularized.py": "appendix_a section_4_algorithm_2 solve section_2_preferences",
     "solvers.py": f"solve section_3_theorem_1 {GAMES} appendix_a",
@@ -86,9 +87,11 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
         ("log_pi - piece.log_reference", "log_pi + 0 * piece.log_reference"),
         ("rate * (1 - step / len(batches))", "rate"),
     ],
-    "pairs.py": [
+    "checks.py": [
         ("isinstance(value, Integral) and ", ""),
         ("FLOAT32.tiny <= value <= 1 / FLOAT32.tiny", "0 < value < 1e300"),
+    ],
+    "pairs.py": [
         ('r.nan_to_num(float("-inf"))', "r"),
         ("known.unsqueeze(-1) & known", "known.unsqueeze(-1) | known"),
         ("lead >= margin - ROUNDING", "lead >= margin"),

@@ -7,6 +7,7 @@ import torch
 from games import EXACT, LP, games, games_of_all_sizes, random_policy, random_rho
 from scipy.optimize import minimize, nnls
 
+import checks
 import dno
 import regularized
 import solvers
@@ -638,7 +639,7 @@ def test_sums_may_be_off_by_a_millionth_and_no_more(sign):
         off = torch.tensor([[0.0, error, 0.0]], dtype=torch.float64)
         for check in (
             lambda off=off: dno.check_preferences(P + torch.diag_embed(off / 2)),
-            lambda off=off: dno.check_policy(pi + off, pi.shape),
+            lambda off=off: checks.check_policy(pi + off, pi.shape),
         ):
             if fine:
                 check()

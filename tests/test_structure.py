@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (  # each may import from those above it, and from what stands before it in its own line
-    "pairs world model judge.prices judge.ledger judge.replies judge.questions judge.client "
+    "checks pairs world model judge.prices judge.ledger judge.replies judge.questions judge.client "
     "judge.models judge.endpoint judge.statistics judge.synthetic",
     "dno text",
     "regularized solvers oracle",
