@@ -103,6 +103,16 @@ class TextPolicy(nn.Module):
             tokenizer.encode_single_token(special) for special in (ANSWER, END)
         )
 
+    def weights(self) -> list[Tensor]:
+        """Copies of the parameters, whole, on the CPU, for `load`."""
+        return [weight.detach().to("cpu", copy=True) for weight in self.parameters()]
+
+    @torch.no_grad()
+    def load(self, weights: Sequence[Tensor]) -> None:
+        """Take the parameters from what `weights` gave."""
+        for mine, given in zip(self.parameters(), weights, strict=True):
+            mine.copy_(given)
+
     def prompt_tokens(self, prompts: Iterable[str]) -> list[Tensor]:
         """What the transformer reads before it answers; a prompt is text, whatever it spells."""
         rows = ([*self.tokenizer.encode_ordinary(prompt), self.answer] for prompt in prompts)

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from chat.processes import MasterWeights, Scorer, Scores, local, sharded
+from chat.processes import MasterWeights, Scorer, Scores, full, local, part_of, sharded
 from chat.scoring import shared_log_prob
 from chat.team import Team
 from chat.template import Chat
@@ -83,18 +82,18 @@ class ChatPolicy(TextPolicy):
             for weight, master in zip(
                 self.model.parameters(), self.scorer.parameters(), strict=True
             ):
-                weight.copy_(master.full_tensor() if isinstance(master, DTensor) else master)
+                weight.copy_(full(master))
             self.stale = False
 
     def weights(self) -> list[Tensor]:
-        """Copies of the parameters, or of this process's part of them, on the CPU, for `load`."""
-        return [local(weight).detach().to("cpu", copy=True) for weight in self.parameters()]
+        """Copies of the parameters, whole, on the CPU, for `load`. All processes gather them."""
+        return [full(weight).detach().to("cpu", copy=True) for weight in self.parameters()]
 
     @torch.no_grad()
     def load(self, weights: Sequence[Tensor]) -> None:
-        """Take the parameters from a list such as `weights` or `dno.Best` has."""
+        """Take the parameters from what `weights` gave, or from parts such as `dno.Best` has."""
         for mine, given in zip(self.parameters(), weights, strict=True):
-            local(mine).copy_(local(given))
+            local(mine).copy_(local(part_of(given, mine)))
         self.stale = self.apart
 
     def prompt_tokens(self, prompts: Iterable[str]) -> list[Tensor]:

@@ -22,12 +22,17 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+def full(weight: Tensor) -> Tensor:
+    """A sharded tensor, gathered from all processes; of another, all."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
 def whole(value: Any) -> Any:
     """A tensor gathered from all processes, on the CPU, in process 0; the others get an empty one.
     What is no tensor stays."""
     if not isinstance(value, Tensor):
         return value
-    value = value.full_tensor() if isinstance(value, DTensor) else value
+    value = full(value)
     return value.detach().cpu() if Team().rank == 0 else torch.empty(0)
 
 

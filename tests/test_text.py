@@ -751,6 +751,19 @@ def test_samples_of_a_token_mixture_follow_it_and_carry_its_own_log_probabilitie
     assert (mixture.log_prob(["a"] * 500, responses[:500]) - log_probs[0, :500]).abs().max() < EXACT
 
 
+def test_weights_that_a_policy_gave_make_another_policy_the_same():
+    """They are copies: what the policy does after does not change them."""
+    policy, other = tiny_policy(0), tiny_policy(1)
+    weights, said = policy.weights(), (["a", "b"], ["ab", "b"])
+    before = policy.log_prob(*said)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.5)
+    other.load(weights)
+    assert torch.equal(other.log_prob(*said), before)
+    assert not torch.equal(policy.log_prob(*said), before)
+
+
 def uniform_mixture(loaded):
     """Of three policies; its loaders note in `loaded` which was asked for, after checking that no
     other is still there."""
