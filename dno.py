@@ -602,6 +602,11 @@ def fit_pairs(
     return {"loss": mean, "steps": len(batches), "chosen_log_ratio": chosen}
 
 
+def parameters_of(policy: SampledPolicy) -> list[Tensor]:
+    """Copies of the parameters as they are, on the CPU."""
+    return [parameter.detach().to("cpu", copy=True) for parameter in policy.parameters()]
+
+
 @dataclass(frozen=True)
 class Best:
     """The best policy on validation data so far: pi_t, its score, its parameters on the CPU."""
@@ -623,8 +628,7 @@ def validated(
         raise ValueError(f"the validation score of pi_{t} is {score}; expected a number")
     if best is not None and score <= best.score:
         return best
-    copies = [parameter.detach().to("cpu", copy=True) for parameter in policy.parameters()]
-    return Best(t, score, copies)
+    return Best(t, score, parameters_of(policy))
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,10 @@ class TextPolicy(nn.Module):
         words = [token for token in tokens if token != self.end]
         return Response(self.tokenizer.decode(words), tokens)
 
+    def finished(self, response: Response) -> bool:
+        """Did the model end it itself, or was it cut off?"""
+        return bool(response.tokens) and response.tokens[-1] == self.end
+
     def response_tokens(self, responses: Iterable[str]) -> list[Tensor]:
         """A response's own tokens if it was sampled, else its encoding and the end token."""
         rows = (

@@ -121,10 +121,6 @@ class ChatPolicy(TextPolicy):
             expected = f"expected at most the model's context, {context}"
             raise ValueError(f"prompt and response have {longest} tokens; {expected}")
 
-    def finished(self, response: Response) -> bool:
-        """Did the model end it itself, or was it cut off?"""
-        return bool(response.tokens) and response.tokens[-1] == self.end
-
     def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """As of `TextPolicy`, float32. With a gradient all at once; else in batches of about equal
         lengths."""

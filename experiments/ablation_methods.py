@@ -6,14 +6,14 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import dno
+from experiments.rounds import Stage
 from oracle import RegisterJudge
 from pairs import (
-    SamplingSettings,
     demote_repetitions,
     form_pairs,
     gold_against_students,
@@ -22,48 +22,32 @@ from pairs import (
     replay,
     teacher_pairs,
 )
-from regularized import algorithm3_sampled, algorithm4
 from text import TextPolicy
 
 
 @dataclass(frozen=True)
 class Start:
     """What a method is given: the fine-tuned policy to train, the judge, data and validation, and
-    its tuned numbers."""
+    Algorithm 2 with its tuned numbers, which a method changes."""
 
     policy: TextPolicy
     data: dno.Data
     validation: Callable[[], float]
-    iterations: int
-    eta: float
-    tau: float | None
+    stage: Stage
     margin: float
-    settings: SamplingSettings
+    tau: float | None
     judge: RegisterJudge
 
-    def sampled_start(self) -> dno.SampledStart:
-        """A new optimizer, without momentum."""
-        return dno.SampledStart(dno.adam(self.policy, 0.0))
-
-    def algorithm2(self, rule: dno.Rule) -> Iterator[dno.SampledIteration]:
-        """Algorithm 2 with a rule of line 6."""
-        return dno.algorithm2(
-            self.policy,
-            self.judge,
-            self.data,
-            self.eta,
-            self.iterations,
-            rule,
-            self.validation,
-            settings=self.settings,
-            start=self.sampled_start(),
-        )
+    def run(self, **changes: Any) -> Iterator[dno.SampledIteration]:
+        """The algorithm with these changes of its stage."""
+        stage = replace(self.stage, **changes)
+        return stage.loop(self.policy, self.judge, self.data, self.validation)
 
     def offline(self, loss: dno.PairLoss) -> Iterator[dno.SampledIteration]:
         """As Algorithm 2, but samples and reference are pi_1's in all iterations: preference data
         collected beforehand."""
-        policy, settings, T = self.policy, self.settings, self.iterations
-        pi_1, optimizer = copy.deepcopy(policy), dno.adam(policy, 0.0)
+        policy, settings, T = self.policy, self.stage.settings, self.stage.iterations
+        pi_1, optimizer = copy.deepcopy(policy), dno.adam(policy, self.stage.momentum)
         best = dno.validated(policy, 1, self.validation)
         for t in range(1, T + 1):
             seed, generator = dno.random_numbers(settings.seed, t)
@@ -87,27 +71,27 @@ def sft_on_positives(start: Start) -> Iterator[dno.SampledIteration]:
 
 def offline_dpo(start: Start) -> Iterator[dno.SampledIteration]:
     """DPO on pairs of pi_1's samples and the teacher's, with reference pi_1."""
-    return start.offline(dno.hard_targets(start.eta))
+    return start.offline(dno.hard_targets(start.stage.eta))
 
 
 def spin(start: Start) -> Iterator[dno.SampledIteration]:
     """The teacher's response against each of the student's, on policy, without a judge."""
-    return start.algorithm2(gold_against_students)
+    return start.run(rule=gold_against_students)
 
 
 def dno_restrictive(start: Start) -> Iterator[dno.SampledIteration]:
     """Only pairs in which the teacher beats the student."""
-    return start.algorithm2(partial(teacher_pairs, margin=start.margin))
+    return start.run(rule=partial(teacher_pairs, margin=start.margin))
 
 
 def dno_without_margin(start: Start) -> Iterator[dno.SampledIteration]:
     """Every pair that is no tie."""
-    return start.algorithm2(partial(large_margin_pairs, margin=0.0))
+    return start.run(rule=partial(large_margin_pairs, margin=0.0))
 
 
 def dno_practical(start: Start) -> Iterator[dno.SampledIteration]:
     """Algorithm 2 as it is."""
-    return start.algorithm2(partial(large_margin_pairs, margin=start.margin))
+    return start.run()
 
 
 def dno_lookahead(start: Start) -> Iterator[dno.SampledIteration]:
@@ -115,18 +99,19 @@ def dno_lookahead(start: Start) -> Iterator[dno.SampledIteration]:
 
     DNO runs first. Then pi_1, which is also the reference, is trained anew on all the pairs that
     DNO has seen, shuffled."""
-    policy, settings, T = start.policy, start.settings, start.iterations
+    policy, settings, T = start.policy, start.stage.settings, start.stage.iterations
     pi_1 = copy.deepcopy(policy)
     explorer = replace(start, policy=copy.deepcopy(pi_1), validation=lambda: 0.0)
     rounds = list(dno_practical(explorer))
     seen = replay([it.earlier[0] for it in rounds], 1.0, torch.Generator(), decay=1.0)
     D = dno.with_reference(join(seen), pi_1)
-    generator, optimizer = dno.random_numbers(settings.seed, 0)[1], dno.adam(policy, 0.0)
+    generator = dno.random_numbers(settings.seed, 0)[1]
+    optimizer = dno.adam(policy, start.stage.momentum)
     best = dno.validated(policy, 1, start.validation)
     prompts = -(-len(D.group.unique()) // T)  # of each part
     parts = D.batches(prompts, generator)
     parts += [D.take(torch.arange(0))] * (T - len(parts))
-    loss = dno.hard_targets(start.eta)
+    loss = dno.hard_targets(start.stage.eta)
     for t, (part, it) in enumerate(zip(parts, rounds, strict=True), 1):
         rate = settings.rate(t, T)
         fit = dno.fit_pairs(policy, part, loss, optimizer, settings, rate, generator)
@@ -136,36 +121,17 @@ def dno_lookahead(start: Start) -> Iterator[dno.SampledIteration]:
 
 def regularized_dno(start: Start) -> Iterator[dno.SampledIteration]:
     """Algorithm 4, option I, reference pi_1."""
-    return algorithm4(
-        start.policy,
-        start.judge,
-        start.data,
-        start.eta,
-        start.iterations,
-        partial(large_margin_pairs, margin=start.margin),
-        start.validation,
-        start.eta / 20 if start.tau is None else start.tau,
-        settings=start.settings,
-        start=start.sampled_start(),
-    )
+    tau = start.stage.eta / 20 if start.tau is None else start.tau
+    return start.run(algorithm=4, tau=tau)
 
 
 def soft_targets_moving_reference(start: Start) -> Iterator[dno.SampledIteration]:
     """Algorithm 3's regression, with a reference that moves every 5 iterations.
 
     r_t is estimated from K + 1 samples, so from as many judgments as the others ask for."""
-    return algorithm3_sampled(
-        start.policy,
-        start.judge,
-        start.data,
-        start.eta,
-        start.iterations,
-        start.validation,
-        start.eta / 2 if start.tau is None else start.tau,
-        move_reference_every=5,
-        settings=replace(start.settings, samples=start.settings.samples + 1),
-        start=start.sampled_start(),
-    )
+    tau = start.stage.eta / 2 if start.tau is None else start.tau
+    settings = replace(start.stage.settings, samples=start.stage.settings.samples + 1)
+    return start.run(algorithm=3, tau=tau, move_reference_every=5, settings=settings)
 
 
 Setting = tuple[float, float]  # (lr, eta)
@@ -177,21 +143,22 @@ class Method(NamedTuple):
     algorithm: int  # of which it is a variant
     run: Callable[[Start], Iterator[dno.SampledIteration]]
     settings: tuple[Setting, ...]  # to tune over, four each
+    panel: str  # of the figure, which methods of the same name share
 
 
 GRID = tuple((lr, eta) for lr in (5e-4, 1e-3) for eta in (2.0, 8.0))
 SOFT_GRID = tuple((lr, eta) for lr in (5e-4, 1e-3) for eta in (0.25, 0.5))
 SFT_GRID = tuple((lr, 8.0) for lr in (2e-4, 5e-4, 1e-3, 2e-3))
 METHODS = {
-    "SFT on positives": Method(2, sft_on_positives, SFT_GRID),
-    "offline DPO": Method(2, offline_dpo, GRID),
-    "SPIN": Method(2, spin, GRID),
-    "DNO-Restrictive": Method(2, dno_restrictive, GRID),
-    "DNO without margin": Method(2, dno_without_margin, GRID),
-    "DNO-Lookahead": Method(2, dno_lookahead, GRID),
-    "DNO": Method(2, dno_practical, GRID),
-    "regularised DNO": Method(4, regularized_dno, GRID),
-    "soft targets, moving reference": Method(3, soft_targets_moving_reference, SOFT_GRID),
+    "SFT on positives": Method(2, sft_on_positives, SFT_GRID, "offline"),
+    "offline DPO": Method(2, offline_dpo, GRID, "offline"),
+    "SPIN": Method(2, spin, GRID, "teacher first"),
+    "DNO-Restrictive": Method(2, dno_restrictive, GRID, "teacher first"),
+    "DNO without margin": Method(2, dno_without_margin, GRID, "DNO"),
+    "DNO-Lookahead": Method(2, dno_lookahead, GRID, "offline"),
+    "DNO": Method(2, dno_practical, GRID, "DNO"),
+    "regularised DNO": Method(4, regularized_dno, GRID, "DNO"),
+    "soft targets, moving reference": Method(3, soft_targets_moving_reference, SOFT_GRID, "DNO"),
 }
 ORDERINGS = (  # the paper's, by win rate: (better, worse)
     ("DNO", "DNO-Restrictive"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -17,17 +19,19 @@ from tqdm import tqdm
 
 from experiments.ablation_methods import METHODS, Setting, Start
 from experiments.ablations_settings import AblationsConfig, settings_to_try
-from experiments.ablations_summary import Rows, ablations_figure, as_csv, late, summarise_ablations
+from experiments.ablations_summary import Rows, ablations_figure, as_csv, summarise_ablations
 from experiments.figures import STYLE
 from experiments.fine_tuning import fine_tuned
 from experiments.folder import Run
-from experiments.judging import demonstrations
-from experiments.rounds import CLASSES_KEPT, round_numbers
+from experiments.judging import Judging, demonstrations
+from experiments.rounds import Round
+from experiments.sampled_summary import late
 from experiments.settings import check_device
-from experiments.validation import Validation
+from experiments.training import CLASSES_KEPT, row_of
+from experiments.validation import TableValidation
 from oracle import RegisterJudge
-from pairs import SamplingSettings
 from text import TextPolicy, make_tokenizer
+from world import HELD_OUT, teacher_answer
 
 
 class Job(NamedTuple):
@@ -126,20 +130,17 @@ def run_method(
     """Run one method from the fine-tuned policy in the run's folder; a row for each iteration."""
     torch.set_num_threads(config.threads)
     policy, judge, method = saved_policy(config), RegisterJudge(), METHODS[label]
-    validation = Validation(policy, judge, config.survey, seed)
-    settings = SamplingSettings(
-        temperature=1.0,
-        top_p=1.0,
-        learning_rate=lr,
-        prompts_per_step=config.prompts_per_step,
-        seed=seed,
-    )
-    data, tau, margin = demonstrations(seed, config.prompts), config.tau, config.margin
-    start = Start(policy, data, validation, iterations, eta, tau, margin, settings, judge)
-    rows = []
+    draw = random.Random(seed)
+    gold = [teacher_answer(x, draw) for x in HELD_OUT]
+    validation = TableValidation(policy, list(HELD_OUT), config.survey, seed, gold)
+    stage = config.stage(lr, eta, seed, iterations)
+    data = demonstrations(seed, config.prompts)
+    start = Start(policy, data, validation, stage, config.margin, config.tau, judge)
+    played, judging, rows = replace(stage, algorithm=method.algorithm), Judging(judge), []
     for it in method.run(start):
         row = {"method": label, "lr": lr, "eta": eta, "seed": seed, "iteration": it.t}
-        rows.append({**row, **round_numbers(it, method.algorithm != 3), **validation.row()})
+        found = row_of(validation, Round(it, played, judging))
+        rows.append({**row, **found, "alarms": "; ".join(found["alarms"])})
     return rows
 
 

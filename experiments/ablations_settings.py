@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from checks import check_positive
 from experiments.ablation_methods import METHODS, Setting
+from experiments.rounds import RULES, Stage
 from experiments.settings import DTYPES, THREADS, changed, check_ranges, setting
 from experiments.text_settings import TextConfig
+from pairs import SamplingSettings
 from regularized import check_regularization
 
 
@@ -74,6 +76,18 @@ class AblationsConfig:
                 for _, eta in settings:
                     check_regularization(self.tau, eta)
         self.world()
+
+    def stage(self, lr: float, eta: float, seed: int, iterations: int) -> Stage:
+        """Algorithm 2 with these numbers, of which the methods are variants."""
+        settings = SamplingSettings(
+            temperature=1.0,
+            top_p=1.0,
+            learning_rate=lr,
+            prompts_per_step=self.prompts_per_step,
+            seed=seed,
+        )
+        rule = RULES["large-margin"](self.margin)
+        return Stage(2, iterations, eta, 0.0, "I", 0, rule, 0.0, settings)
 
     def world(self) -> TextConfig:
         """The text preset's config of the policy that all methods start from."""

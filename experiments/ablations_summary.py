@@ -6,38 +6,30 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import t as student_t
 
-from experiments.ablation_methods import ORDERINGS, Setting
+from experiments.ablation_methods import METHODS, ORDERINGS, Setting
 from experiments.ablations_settings import AblationsConfig
+from experiments.sampled_summary import late
 from experiments.validation import KINDS
 
 Rows = list[dict[str, Any]]  # of one run, an iteration each
 Curves = dict[str, list[Rows]]  # the runs of each method, a seed each
 Scores = dict[str, dict[Setting, float]]  # of each method and setting, in tuning
 
+STYLES = ("-", "--", ":", "-.")
 PANELS = {
     "win_rate_vs_teacher": "$P(\\pi_{t+1} \\succ$ teacher$)$",
     "gap_last": "gap of the last iterate",
 }
-GROUPS = (  # of methods that share a panel
-    ("SFT on positives", "offline DPO", "DNO-Lookahead"),
-    ("SPIN", "DNO-Restrictive"),
-    ("DNO", "DNO without margin", "regularised DNO", "soft targets, moving reference"),
-)
 
 
 # --- Numbers --------------------------------------------------------------------------------------
-
-
-def late(rows: Rows, column: str) -> float:
-    """Mean of a column over the last third of the iterations."""
-    tail = rows[-max(1, len(rows) // 3) :]
-    return sum(row[column] for row in tail) / len(tail)
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -122,7 +114,7 @@ def table_2(config: AblationsConfig, curves: Curves) -> list[dict[str, Any]]:
     """Numbers of four iterations of DNO and of its restrictive variant, means over seeds."""
     heading = "words | best of n | student wins |  T>S    S>T    S>S"
     print(f"\nmethod and iteration (mean over seeds) | {heading}")
-    columns = ["mean_length", "best_of_n", "student_wins", *(f"pairs_{kind}" for kind in KINDS)]
+    columns = ["sampled_words", "best_of_n", "student_wins", *(f"pairs_{kind}" for kind in KINDS)]
     T, table = config.iterations, []
     for label in ("DNO-Restrictive", "DNO"):
         if label not in curves:
@@ -133,7 +125,7 @@ def table_2(config: AblationsConfig, curves: Curves) -> list[dict[str, Any]]:
                 for name in columns
             }
             table.append({"method": label, "iteration": t, **row})
-            words, best, wins = row["mean_length"], row["best_of_n"], row["student_wins"]
+            words, best, wins = row["sampled_words"], row["best_of_n"], row["student_wins"]
             kinds = " ".join(f"{row[f'pairs_{kind}']:6.1f}" for kind in KINDS)
             print(f"{label:31} {t:6d} | {words:5.1f} | {best:9.3f} | {wins:12.2f} | {kinds}")
     return table
@@ -145,11 +137,16 @@ def table_2(config: AblationsConfig, curves: Curves) -> list[dict[str, Any]]:
 def ablations_figure(curves: Curves) -> plt.Figure:
     """Win rate over the teacher and gap of the last iterate against the iteration: means and 95%
     intervals over seeds."""
-    figure, grid = plt.subplots(2, 3, figsize=(11, 6), sharex=True, sharey="row")
+    groups: dict[str, list[str]] = {}
+    for name in curves:
+        groups.setdefault(METHODS[name].panel, []).append(name)
+    size = (11 * len(groups) / 3, 6)
+    figure, grid = plt.subplots(
+        2, len(groups), figsize=size, sharex=True, sharey="row", squeeze=False
+    )
     for (column, label), row in zip(PANELS.items(), grid, strict=True):
-        for axes, group in zip(row, GROUPS, strict=True):
-            known = [name for name in group if name in curves]
-            for name, style in zip(known, ("-", "--", ":", "-."), strict=False):
+        for axes, names in zip(row, groups.values(), strict=True):
+            for name, style in zip(names, cycle(STYLES), strict=False):
                 draw_curve(axes, curves[name], column, style, name)
             if column == "win_rate_vs_teacher":
                 axes.axhline(0.5, ls=":", lw=1, color="0.3", label="1/2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from judge.client import make_client
 from judge.endpoint import Endpoint
 from judge.ledger import Ledger, Stopped
 from judge.models import only, only_model, recorded_models
-from oracle import OpenAIJudge, OpenAITeacher, RegisterJudge
+from oracle import OpenAIJudge, OpenAITeacher
 from world import TRAINING, teacher_answer
 
 
@@ -72,19 +72,21 @@ def demonstrations(seed: int, count: int, teacher: OpenAITeacher | None = None) 
         prompts = draw.sample(TRAINING, count)
         if teacher is None:
             return prompts, [teacher_answer(x, draw) for x in prompts]
-        prompts, gold = answered(teacher, prompts)
-        if not prompts:
-            raise Stopped(f"the teacher has no answer to any prompt of iteration {t}")
-        return prompts, gold
+        return answered(teacher, prompts)
 
     return data
 
 
 def answered(teacher: OpenAITeacher, prompts: list[str]) -> tuple[list[str], list[str]]:
-    """The prompts that the teacher has an answer to, and the answers."""
+    """The prompts that the teacher has an answer to, and the answers. Stopped if there are none."""
     both = zip(prompts, teacher.answers(prompts), strict=True)
     answers = [(x, y) for x, y in both if y is not None]
+    if not answers:
+        raise Stopped(f"the teacher has no answer to any of {len(prompts)} prompts")
     return [x for x, _ in answers], [y for _, y in answers]
+
+
+# --- Who judges and who teaches -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,22 +94,18 @@ class Judging:
     """Who judges a run and writes its gold responses; None for the synthetic teacher."""
 
     judge: dno.Preferences
-    teacher: OpenAITeacher | None
+    teacher: OpenAITeacher | None = None
 
-    def data(self, config: Any, hard: bool) -> dno.Data:
-        """What the algorithms are given. Those with soft targets do not look at gold responses, so
-        that none are paid for."""
-        return demonstrations(config.seed, config.prompts, self.teacher if hard else None)
+    @property
+    def asked(self) -> list[OpenAIJudge | OpenAITeacher]:
+        """Those of the two that are language models."""
+        both = (self.judge, self.teacher)
+        return [part for part in both if isinstance(part, OpenAIJudge | OpenAITeacher)]
 
     def spending(self) -> dict[str, float | None]:
         """Requests of judge and teacher so far, and dollars that they can have cost (None: a price
         is not known)."""
-        asked = [
-            part
-            for part in (self.judge, self.teacher)
-            if isinstance(part, OpenAIJudge | OpenAITeacher)
-        ]
-        endpoints = [part.endpoint for part in asked if part.endpoint.live]
+        endpoints = [part.endpoint for part in self.asked if part.endpoint.live]
         ledgers = {str(endpoint.ledger.path): endpoint.ledger for endpoint in endpoints}.values()
         known = all(endpoint.price is not None for endpoint in endpoints)
         return {
@@ -116,15 +114,18 @@ class Judging:
         }
 
 
-def judging(config: Any) -> Judging:
-    """Judge and teacher as the config has them. Refused if an endpoint cannot be asked."""
-    judge: dno.Preferences = RegisterJudge()
-    teacher = None
+def judging(config: Any, synthetic: dno.Preferences, processes: int = 1) -> tuple[Any, Judging]:
+    """(config, judge and teacher) as the config has them; the config then names the judge's model.
+
+    synthetic: the judge where no language model is asked. The processes share the number of
+    requests at a time. Refused if an endpoint cannot be asked."""
+    judge, teacher = synthetic, None
     if config.oracle != "synthetic":
-        endpoint = open_judge(config)
+        share = max(1, config.judge_concurrency // processes)
+        endpoint = open_judge(replace(config, judge_concurrency=share))
         judge = OpenAIJudge(endpoint, config.judge_form, seed=config.seed)
-        config.judge_model = endpoint.model
-    if config.teacher != "synthetic":
+        config = replace(config, judge_model=endpoint.model)
+    if getattr(config, "teacher", "synthetic") != "synthetic":
         url, price = config.teacher_url or config.judge_url, config.teacher_prices
         teacher = OpenAITeacher(open_endpoint(config, config.teacher, None, url, price, "teacher"))
-    return Judging(judge, teacher)
+    return config, Judging(judge, teacher)

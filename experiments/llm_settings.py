@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from checks import check_positive
-from experiments.rounds import RULES, check_scored
+from experiments.rounds import RULES, Stage, check_scored
 from experiments.settings import MOST, TEMPERATURES, THREADS, JudgeOptions, check_ranges, setting
 from pairs import SamplingSettings
 from regularized import check_regularization
@@ -38,6 +38,13 @@ class LlmConfig(JudgeOptions):
         0.1, "> 0, larger is slower; for Algorithms 2 and 4 eta~, 0.05 to 0.1 in the paper"
     )
     tau: float = setting(0.0, "in [0, eta], pull towards pi_1 in Algorithms 3 and 4")
+    option: str = setting(
+        "I",
+        "of Algorithm 4: samples of pi_t (I) or of its mixture with pi_ref by token (II)",
+        ("I", "II"),
+    )
+    move_reference_every: int = setting(0, "iterations; 0: never")
+    momentum: float = setting(0.9, "in [0, 1), Adam's beta_1")
     rule: str = setting("large-margin", "which pairs Algorithms 2 and 4 train on", tuple(RULES))
     margin: float = setting(
         0.2, "in [0, 1], least difference of the win rates of a pair; few have .4"
@@ -124,7 +131,7 @@ class LlmConfig(JudgeOptions):
             threads=THREADS,
         )
         self.check_machine()
-        self.sampling()  # checks its numbers
+        self.stage()  # checks its numbers
 
     def check_machine(self) -> None:
         """ValueError naming an option that this machine or number of processes does not allow."""
@@ -135,17 +142,12 @@ class LlmConfig(JudgeOptions):
             fault = "fsdp cuts the model into parts for several processes"
             raise ValueError(f"{fault}; start them by torchrun --nproc-per-node N")
 
-    @property
-    def hard(self) -> bool:
-        """Does the algorithm contrast pairs (2 and 4), rather than regress on soft targets?"""
-        return self.algorithm in (2, 4)
-
-    def sampling(self, processes: int = 1) -> SamplingSettings:
-        """The settings of the loop.
+    def stage(self, processes: int = 1) -> Stage:
+        """The algorithm with its numbers.
 
         A batch is of prompts that have about `batch_size` pairs, at K pairs a prompt. Each of the
         processes scores those of `prompts_at_once` prompts together."""
-        return SamplingSettings(
+        settings = SamplingSettings(
             self.samples,
             self.temperature,
             self.top_p,
@@ -157,4 +159,15 @@ class LlmConfig(JudgeOptions):
             max_grad_norm=1.0,
             use_recorded=self.dtype == "float32",
             prompts_at_once=self.prompts_at_once * processes,
+        )
+        return Stage(
+            self.algorithm,
+            self.iterations,
+            self.eta,
+            self.tau,
+            self.option,
+            self.move_reference_every,
+            RULES[self.rule](self.margin),
+            self.momentum,
+            settings,
         )

@@ -1,23 +1,22 @@
-"""What the presets with sampled responses share: rules, columns, files of an iteration."""
+"""What all presets with sampled responses share: an algorithm with its numbers, the columns and the
+files of an iteration."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import dno
 from experiments.folder import Run
 from experiments.judging import Judging
 from oracle import OpenAIJudge
 from pairs import (
-    Groups,
-    Pairs,
+    SamplingSettings,
     best_against_worst,
     gold_against_students,
     large_margin_pairs,
@@ -25,8 +24,7 @@ from pairs import (
     scored_pairs,
     teacher_pairs,
 )
-from text import Response
-from world import CLASSES, classify
+from regularized import algorithm3_sampled, algorithm4
 
 # of line 6, given the margin
 RULES: dict[str, Callable[[float], dno.Rule]] = {
@@ -36,8 +34,6 @@ RULES: dict[str, Callable[[float], dno.Rule]] = {
     "spin": lambda margin: gold_against_students,
     "scored": lambda margin: scored_pairs,
 }
-# what checkpoints of runs with sampled responses hold besides tensors and plain values
-CLASSES_KEPT = (dno.SampledIteration, Groups, Pairs, dno.Best, Response)
 
 
 def check_scored(config: Any) -> None:
@@ -48,63 +44,135 @@ def check_scored(config: Any) -> None:
         raise ValueError(f"{needed} belong together; give all three")
 
 
+@dataclass(frozen=True)
+class Stage:
+    """An algorithm of a run with its numbers; 1 and 3 with r_t estimated from samples."""
+
+    algorithm: int
+    iterations: int
+    eta: float
+    tau: float
+    option: str
+    move_reference_every: int
+    rule: dno.Rule
+    momentum: float  # Adam's
+    settings: SamplingSettings
+
+    @property
+    def hard(self) -> bool:
+        """Does it contrast pairs (Algorithms 2 and 4), rather than regress on soft targets?"""
+        return self.algorithm in (2, 4)
+
+    def loop(
+        self,
+        policy: Any,
+        oracle: dno.Preferences,
+        data: dno.Data,
+        validate: Callable[[], float],
+        start: dno.SampledStart | None = None,
+    ) -> Iterator[dno.SampledIteration]:
+        """The generator of the algorithm."""
+        start = start or dno.SampledStart(dno.adam(policy, self.momentum))
+        given = (policy, oracle, data, self.eta, self.iterations)
+        common: dict[str, Any] = {"settings": self.settings, "start": start}
+        if self.algorithm == 2:
+            return dno.algorithm2(*given, self.rule, validate, **common)
+        common["move_reference_every"] = self.move_reference_every
+        if self.algorithm == 4:
+            option = self.option
+            return algorithm4(*given, self.rule, validate, self.tau, option=option, **common)
+        return algorithm3_sampled(*given, validate, self.tau, **common)
+
+
 # --- Columns of an iteration ----------------------------------------------------------------------
 
 
-def round_numbers(it: dno.SampledIteration, hard: bool) -> dict[str, float]:
-    """What Table 2 reports of an iteration.
+@dataclass(frozen=True)
+class Round:
+    """An iteration, and what it was a part of."""
 
-    The samples' mean length in words. With hard targets also the new pairs by kind, how many of the
-    K samples beat the gold response on average, and the share of prompts at which the best of them
-    does. Comparisons without an answer are left out."""
-    row = {"loss": it.loss, "steps": it.steps}
-    n = len(it.groups.responses[0])
-    samples = [y for ys in it.groups.responses for y in (ys[:-1] if hard else ys)]
-    row["mean_length"] = sum(len(y.split()) for y in samples) / len(samples)
-    if hard:
-        row |= {f"pairs_{kind}": count for kind, count in pair_kinds(it.pairs, n - 1).items()}
-        against_gold = it.preferences[:, :-1, -1]
-        beaten = (against_gold > 0.5).double().masked_fill(against_gold.isnan(), math.nan)
-        best = beaten.nan_to_num(-1).amax(1)
-        row |= {
-            "student_wins": (n - 1) * beaten.nanmean(1).nanmean().item(),
-            "best_of_n": best[best >= 0].mean().item(),
-        }
-    return row
+    it: dno.SampledIteration
+    stage: Stage
+    judging: Judging
+
+    @property
+    def gold(self) -> bool:
+        """Is the last response of each group a gold one?"""
+        return self.stage.hard and len(self.it.groups.responses[0]) > self.stage.settings.samples
 
 
-def judgments_failed(it: dno.SampledIteration) -> float:
-    """The share of the iteration's judgments that are not available."""
-    n = it.preferences.shape[1]
+Row = dict[str, Any]
+Metric = Callable[[Round], Row]  # columns of a round, none where they are not defined
+
+
+def training(round: Round) -> Row:
+    """Of the training: mean loss in nats and Adam steps; the mean length in words of the samples of
+    pi_t; with hard targets the mean of log pi(y+)/pi_t(y+) over the last batch."""
+    it = round.it
+    samples = [y for ys in it.groups.responses for y in (ys[:-1] if round.gold else ys)]
+    words = sum(len(y.split()) for y in samples) / len(samples)
+    row = {"loss": it.loss, "steps": it.steps, "sampled_words": words}
+    return {**row, "chosen_log_ratio": it.chosen_log_ratio} if round.stage.hard else row
+
+
+def new_pairs(round: Round) -> Row:
+    """How many of the new pairs are of which kind, as in Table 2."""
+    gold = len(round.it.groups.responses[0]) - 1 if round.gold else -1
+    return {f"pairs_{kind}": count for kind, count in pair_kinds(round.it.pairs, gold).items()}
+
+
+def against_gold(round: Round) -> Row:
+    """Of the samples of pi_t against the gold response, as in Table 2: their win rate, how many of
+    a prompt's K beat it, the share of prompts at which the best of them does."""
+    if not round.gold:
+        return {}
+    preferences = round.it.preferences[:, :-1, -1]
+    beaten = (preferences > 0.5).double().masked_fill(preferences.isnan(), math.nan)
+    best = beaten.nan_to_num(-1).amax(1)
+    return {
+        "sampled_vs_teacher": preferences.nanmean().item(),
+        "student_wins": beaten.shape[1] * beaten.nanmean(1).nanmean().item(),
+        "best_of_n": best[best >= 0].mean().item(),
+    }
+
+
+def judgments(round: Round) -> Row:
+    """Of the judgments: the share without an answer, and, of a judge that is asked in both orders,
+    how often a verdict changes with the order."""
+    n, judge = round.it.preferences.shape[1], round.judging.judge
     i, j = torch.triu_indices(n, n, 1)
-    return it.preferences[:, i, j].isnan().double().mean().item()
-
-
-def judged_numbers(
-    it: dno.SampledIteration, config: Any, judging: Judging, hard: bool
-) -> dict[str, float | None]:
-    """What a judge that must be asked adds.
-
-    The share of judgments that are not available; how often a verdict changes with the order; Table
-    2's scores; how many prompts were left out because they have no gold response; requests and
-    dollars of the run."""
-    row: dict[str, float | None] = {}
-    if isinstance(judging.judge, OpenAIJudge):
-        row = {
-            "judgments_failed": judgments_failed(it),
-            "flip_rate": judging.judge.flip_rate(it.groups.prompts, it.groups.responses),
-        }
-    if hard and config.judgments == "scores":
-        row |= {
-            "student_score": it.r_t[:, :-1].nanmean().item(),
-            "teacher_score": it.r_t[:, -1].nanmean().item(),
-        }
-    if row or judging.teacher:
-        row |= {"prompts_dropped": config.prompts - len(it.groups.prompts), **judging.spending()}
+    row: Row = {"judgments_failed": round.it.preferences[:, i, j].isnan().double().mean().item()}
+    if isinstance(judge, OpenAIJudge):
+        groups = round.it.groups
+        row["flip_rate"] = judge.flip_rate(groups.prompts, groups.responses)
     return row
 
 
-def without_nan(row: dict[str, Any]) -> dict[str, Any]:
+def points(round: Round) -> Row:
+    """The mean points of the samples of pi_t, and of gold responses, where the judge gives some."""
+    if round.stage.settings.judgments != "scores":
+        return {}
+    r_t = round.it.r_t
+    if not round.gold:
+        return {"student_score": r_t.nanmean().item()}
+    students, teachers = r_t[:, :-1].nanmean().item(), r_t[:, -1].nanmean().item()
+    return {"student_score": students, "teacher_score": teachers}
+
+
+def spending(round: Round) -> Row:
+    """Requests and dollars of the run so far, if anybody is asked."""
+    return round.judging.spending() if round.judging.asked else {}
+
+
+METRICS: tuple[Metric, ...] = (training, new_pairs, against_gold, judgments, points, spending)
+
+
+def columns(round: Round, metrics: Sequence[Metric]) -> Row:
+    """What the metrics say of a round."""
+    return {name: value for metric in metrics for name, value in metric(round).items()}
+
+
+def without_nan(row: Row) -> Row:
     """The row with None in place of every NaN, which JSON does not have."""
     return {name: None if isinstance(x, float) and math.isnan(x) else x for name, x in row.items()}
 
@@ -112,127 +180,33 @@ def without_nan(row: dict[str, Any]) -> dict[str, Any]:
 # --- Files of an iteration ------------------------------------------------------------------------
 
 
-def write_round(run: Run, iteration: int, it: dno.SampledIteration, hard: bool, rated: str) -> None:
-    """responses-TTT.jsonl and pairs-TTT.jsonl of an iteration; rated: what r_t is, win_rate or
-    score, null if not judged."""
-    groups, n = it.groups, len(it.groups.responses[0])
+def write_round(run: Run, number: int, round: Round, label: Callable[[str], Row]) -> None:
+    """responses-TTT.jsonl and pairs-TTT.jsonl of the iteration of that number in the run.
+
+    A response has its win_rate or score (r_t), null if it was not judged, and what `label` says of
+    it. A pair has the label of its loss: 1, or sigma(r1 - r2) with soft targets."""
+    it, hard, n = round.it, round.stage.hard, len(round.it.groups.responses[0])
+    rated = "score" if round.stage.settings.judgments == "scores" else "win_rate"
     responses = [
         {
             "prompt": x,
             "response": y,
-            "by": "teacher" if hard and i == n - 1 else "student",
+            "by": "teacher" if round.gold and i == n - 1 else "student",
             rated: None if math.isnan(r) else r,
-            "class": CLASSES[classify(y)],
+            **label(y),
         }
-        for x, ys, rs in zip(groups.prompts, groups.responses, it.r_t.tolist(), strict=True)
+        for x, ys, rs in zip(it.groups.prompts, it.groups.responses, it.r_t.tolist(), strict=True)
         for i, (y, r) in enumerate(zip(ys, rs, strict=True))
     ]
     pairs = []
     for x, i, j in it.pairs.tolist():
-        first, second = groups.responses[x][i], groups.responses[x][j]
-        label = 1.0 if hard else torch.sigmoid(it.r_t[x, i] - it.r_t[x, j]).item()
-        pair = {"prompt": groups.prompts[x], "first": first, "second": second, "label": label}
-        pairs.append(pair)
-    run.write_lines(f"responses-{iteration:03d}.jsonl", responses)
-    run.write_lines(f"pairs-{iteration:03d}.jsonl", pairs)
+        prompt, ys = it.groups.prompts[x], it.groups.responses[x]
+        z = 1.0 if hard else torch.sigmoid(it.r_t[x, i] - it.r_t[x, j]).item()
+        pairs.append({"prompt": prompt, "first": ys[i], "second": ys[j], "label": z})
+    run.write_lines(f"responses-{number:03d}.jsonl", responses)
+    run.write_lines(f"pairs-{number:03d}.jsonl", pairs)
 
 
 def written(prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, str]]:
     """A line of a file for each response, with its prompt."""
     return [{"prompt": x, "response": y} for x, y in zip(prompts, responses, strict=True)]
-
-
-# --- What a killed run does not repeat ------------------------------------------------------------
-
-Recall = Callable[..., Any]  # (phase, function, *arguments) -> function(*arguments), then or now
-Remember = Callable[..., Any]  # the same with the iteration t before the phase
-
-
-class RecallingPolicy:
-    """A policy whose samples are kept: a run that is killed and resumed does not repeat them."""
-
-    def __init__(self, policy: Any, recall: Recall):
-        self.policy, self.recall = policy, recall
-
-    def sample(
-        self,
-        prompts: list[Any],
-        k: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> tuple[Any, Tensor]:
-        """The policy's samples, or those of this iteration before the run was killed."""
-        sample = self.policy.sample
-        return self.recall("sampled", sample, prompts, k, temperature, top_p, seed)
-
-    def log_prob(self, prompts: list[Any], responses: list[Any]) -> Tensor:
-        """The policy's own."""
-        return self.policy.log_prob(prompts, responses)
-
-    def parameters(self) -> Iterable[Tensor]:
-        """The policy's own."""
-        return self.policy.parameters()
-
-    def mixed_with(self, reference: Any, weight: float) -> RecallingPolicy:
-        """The mixture of the policy and a reference; its samples are kept as well."""
-        return RecallingPolicy(self.policy.mixed_with(bare(reference), weight), self.recall)
-
-
-class RecallingOracle:
-    """An oracle whose answers are kept: a run that is killed and resumed does not ask twice."""
-
-    def __init__(self, oracle: Any, recall: Recall):
-        self.oracle, self.recall = oracle, recall
-
-    def prefer(self, prompts: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> Tensor:
-        """The oracle's answers, or those of this iteration before the run was killed."""
-        return self.recall("judged", self.oracle.prefer, prompts, a, b)
-
-    def scores(self, prompts: Sequence[Any], responses: Sequence[Sequence[Any]]) -> Tensor:
-        """The oracle's own."""
-        return self.oracle.scores(prompts, responses)
-
-
-def bare(policy: Any) -> Any:
-    """The policy itself, whether it is wrapped or not."""
-    return policy.policy if isinstance(policy, RecallingPolicy) else policy
-
-
-def recalling(
-    policy: Any, oracle: Any, data: dno.Data, remember: Remember
-) -> tuple[RecallingPolicy, RecallingOracle, dno.Data]:
-    """What a loop is given, wrapped so that samples and answers of an iteration are remembered."""
-    now = 0
-
-    def recall(phase: str, *call: Any) -> Any:
-        return remember(now, phase, *call)
-
-    def data_of(t: int) -> tuple[list[Any], list[Any] | None]:
-        nonlocal now
-        now = t
-        return data(t)
-
-    return RecallingPolicy(policy, recall), RecallingOracle(oracle, recall), data_of
-
-
-def followed(run: Run, progress: tqdm, optimizer: torch.optim.Optimizer) -> Remember:
-    """`run.remember` for the phases of iterations. The progress bar names the phase, and counts the
-    steps of training."""
-    steps = 0
-
-    def remember(t: int, phase: str, *call: Any) -> Any:
-        nonlocal steps
-        progress.set_description({"sampled": "sampling", "judged": "judging"}[phase])
-        found = run.remember([t], phase, *call)
-        steps = 0
-        progress.set_description("scoring pi_t")
-        return found
-
-    def stepped(*_: Any) -> None:
-        nonlocal steps
-        steps += 1
-        progress.set_description(f"training, step {steps}")
-
-    optimizer.register_step_post_hook(stepped)
-    return remember

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import tiktoken
 import torch
 
 from checks import check_positive
-from experiments.rounds import RULES, check_scored
+from experiments.rounds import RULES, Stage, check_scored
 from experiments.settings import (
     DTYPES,
     TEMPERATURES,
@@ -27,51 +27,28 @@ from text import TextPolicy
 TRAINED = 8  # of a prompt's samples in Algorithms 1 and 3; all of them are opponents
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One algorithm of a run, with the numbers that differ between algorithms; see `TextConfig`."""
-
-    algorithm: int  # 1 and 3 with r_t estimated from samples
-    eta: float
-    tau: float
-    move_reference_every: int
-    samples: int
-    temperature: float
-    top_p: float
-    prompts_per_step: int
-    lr: float
-    lr_decay: float
-    iterations: int
-
-    @property
-    def hard(self) -> bool:
-        """Does it contrast pairs (Algorithms 2 and 4), rather than regress on soft targets?"""
-        return self.algorithm in (2, 4)
-
-
-HARD: dict[str, Any] = {
+# by algorithm: what counts where the command line gives nothing
+HARD = {
+    "iterations": 30,
+    "move_reference_every": 0,
     "samples": 5,
-    "temperature": 1.0,
-    "top_p": 1.0,
     "prompts_per_step": 12,
     "lr": 1e-3,
     "lr_decay": 0.8,
-    "iterations": 30,
 }
-SOFT: dict[str, Any] = {
+SOFT = {
+    "iterations": 60,
+    "move_reference_every": 0,
     "samples": 24,
-    "temperature": 1.0,
-    "top_p": 1.0,
     "prompts_per_step": 4,
     "lr": 7e-4,
     "lr_decay": 0.5,
-    "iterations": 60,
 }
-RECIPES = {  # by algorithm: what counts where the command line gives nothing
-    1: Stage(1, eta=1.0, tau=0.0, move_reference_every=0, **SOFT),
-    2: Stage(2, eta=8.0, tau=0.0, move_reference_every=0, **HARD),
-    3: Stage(3, eta=0.25, tau=0.125, move_reference_every=5, **SOFT),
-    4: Stage(4, eta=8.0, tau=0.4, move_reference_every=0, **HARD),
+RECIPES: dict[int, dict[str, Any]] = {
+    1: {**SOFT, "eta": 1.0, "tau": 0.0},
+    2: {**HARD, "eta": 8.0, "tau": 0.0},
+    3: {**SOFT, "eta": 0.25, "tau": 0.125, "move_reference_every": 5},
+    4: {**HARD, "eta": 8.0, "tau": 0.4},
 }
 
 
@@ -126,6 +103,7 @@ class TextConfig(JudgeOptions):
     lr: float | None = setting(
         None, "Adam's learning rate in iteration 1 (1e-3 for Algorithms 2 and 4, 7e-4 for 1 and 3)"
     )
+    momentum: float = setting(0.0, "in [0, 1), Adam's beta_1")
     sft_steps: int = setting(400, "Adam steps of supervised fine-tuning, 128 examples each")
     sft_lr: float = setting(6e-3, "Adam's first learning rate in it; falls linearly to 0")
     vocabulary: int = setting(640, "most byte pairs to learn")
@@ -192,10 +170,9 @@ class TextConfig(JudgeOptions):
         for stage in self.stages():
             check_positive(eta=stage.eta, iterations=stage.iterations)
             check_regularization(stage.tau, stage.eta)
-            self.sampling(stage)  # checks its numbers
-            if not stage.hard and stage.samples < 2:
+            if not stage.hard and stage.settings.samples < 2:
                 expected = "expected at least 2, each other's opponents"
-                raise ValueError(f"samples is {stage.samples}; {expected}")
+                raise ValueError(f"samples is {stage.settings.samples}; {expected}")
 
     def check_choices(self) -> None:
         """ValueError naming options that do not fit together."""
@@ -235,24 +212,33 @@ class TextConfig(JudgeOptions):
 
     def stages(self) -> list[Stage]:
         """The algorithms to run one after the other, each from the fine-tuned policy."""
-        numbers = [field.name for field in fields(Stage) if field.name != "algorithm"]
-        chosen = {name: getattr(self, name, None) for name in numbers}
-        given = {name: value for name, value in chosen.items() if value is not None}
-        return [replace(RECIPES[algorithm], **given) for algorithm in self.algorithms()]
+        return [self.stage(algorithm) for algorithm in self.algorithms()]
 
-    def sampling(self, stage: Stage) -> SamplingSettings:
-        """The settings of the algorithm's loop."""
-        return SamplingSettings(
-            stage.samples,
-            stage.temperature,
-            stage.top_p,
+    def stage(self, algorithm: int) -> Stage:
+        """An algorithm with its numbers: those that are given, else its recipe's."""
+        recipe = RECIPES[algorithm]
+        given = {name: getattr(self, name, None) for name in recipe}
+        numbers = recipe | {name: value for name, value in given.items() if value is not None}
+        settings = SamplingSettings(
+            numbers["samples"],
+            1.0 if self.temperature is None else self.temperature,
+            1.0 if self.top_p is None else self.top_p,
             self.judgments,
             replay=self.replay,
-            prompts_per_step=stage.prompts_per_step,
-            learning_rate=stage.lr,
-            learning_rate_decay=stage.lr_decay,
-            trained_samples=None if stage.hard else TRAINED,
+            prompts_per_step=numbers["prompts_per_step"],
+            learning_rate=numbers["lr"],
+            learning_rate_decay=numbers["lr_decay"],
+            trained_samples=None if algorithm in (2, 4) else TRAINED,
             seed=self.seed,
+        )
+        names = ("iterations", "eta", "tau", "move_reference_every")
+        return Stage(
+            algorithm,
+            **{name: numbers[name] for name in names},
+            option=self.option,
+            rule=RULES[self.rule](self.margin),
+            momentum=self.momentum,
+            settings=settings,
         )
 
     def transformer(self, tokens: int) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,293 +12,210 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dno
-from chat.policy import ChatPolicy
-from experiments.judging import Judging, answered
 from judge.ledger import Stopped
 from judge.statistics import win_rate_report
 from model import choose
-from oracle import OpenAITeacher, RegisterJudge
+from oracle import RegisterJudge
 from pairs import repeats_ngrams
 from text import Response, TextPolicy
-from world import CLASSES, HELD_OUT, classify, prompt_class, teacher_answer
+from world import CLASSES, classify, prompt_class
 
 KINDS = ("teacher_student", "student_teacher", "student_student")
+SURVEYS = 200  # of the Nash policy, of which the noise floor is the mean
+Row = dict[str, Any]
 
 
 class Validation:
-    """Measures a policy on held-out prompts, by a survey of its samples.
+    """Remembers every call: the first measures pi_1, the next pi_2. `numbers` has a row of each.
 
-    `shares` [T+1, X, 4]: how often each class occurs among them, pi_1's first. The synthetic judge
-    looks at the class only, so that win rates and gaps follow without a further judgment."""
+    It draws k samples of each held-out prompt, for all policies with the same random numbers. A
+    subclass says how they are judged (`compared`)."""
 
-    HEADER = "P(> teacher) | gap: last        average    | P(new > old)"
+    score = "win_rate_vs_teacher"  # the column by which the best policy is chosen
 
-    def __init__(
-        self,
-        policy: TextPolicy,
-        judge: RegisterJudge,
-        k: int,
-        seed: int,
-        teacher: OpenAITeacher | None = None,
-    ):
-        self.policy, self.k, self.seed = policy, k, seed
-        draw = random.Random(seed)
-        self.prompts, self.gold = list(HELD_OUT), [teacher_answer(x, draw) for x in HELD_OUT]
-        if teacher:
-            self.prompts, self.gold = answered(teacher, self.prompts)
-            if not self.prompts:
-                raise Stopped("the teacher has no answer to any held-out prompt")
-        self.P = judge.P[[prompt_class(x) for x in self.prompts]]
-        classes = torch.tensor([classify(y) for y in self.gold])
-        self.teacher = F.one_hot(classes, len(CLASSES)).double()
-        self.shares = torch.empty(0, len(self.prompts), len(CLASSES), dtype=torch.float64)
-        self.responses: list[list[Response]] = []
+    def __init__(self, policy: TextPolicy, prompts: list[str], k: int, seed: int):
+        self.policy, self.distinct, self.k, self.seed = policy, prompts, k, seed
+        self.prompts = [x for x in prompts for _ in range(k)]
+        self.pi_1 = dno.parameters_of(policy)
+        self.first: list[Response] = []  # samples of pi_1
+        self.last: list[Response] = []  # of the policy that was measured last
+        self.numbers: list[Row] = []
 
     def __call__(self) -> float:
-        """Survey the policy as it is. Returns its win rate over the teacher, the score of Alg. 2,
-        line 9."""
-        return dno.win_rate(self.P, self.survey(), self.teacher)
+        """Measure the policy as it is; returns its score, for Alg. 2, line 9."""
+        survey = self.policy.survey(self.distinct, self.k, self.seed)
+        new = [y for ys in survey for y in ys]
+        self.first = self.first or new
+        row = {**self.compared(new), **self.watched(new)}
+        self.last = new
+        self.numbers.append(row)
+        return row[self.score]
 
-    def survey(self) -> Tensor:
-        """How often each class occurs among the policy's samples, [X, 4]; joins `shares`."""
-        self.responses = self.policy.survey(self.prompts, self.k, self.seed)
-        classes = torch.tensor([[classify(y) for y in ys] for ys in self.responses])
-        shares = F.one_hot(classes, len(CLASSES)).double().mean(1)
-        self.shares = torch.cat([self.shares, shares[None]])
-        return shares
+    def compared(self, new: list[Response]) -> Row:
+        """The columns that say how good the new samples are, among them `score`."""
+        raise NotImplementedError
 
-    @cached_property
-    def nash(self) -> Tensor:
-        """The exact Nash policy over classes, [X, 4]."""
-        return dno.nash(self.P)
+    @torch.no_grad()
+    def watched(self, new: list[Response]) -> Row:
+        """What users watch, of samples of the policy as it is.
+
+        Their mean length in words; which shares of them are cut off, repeat a run of three words,
+        or are empty; the KL divergence from pi_1 estimated on them, nats a response; and their
+        perplexity under pi_1, a token."""
+        own, weights = self.policy.log_prob(self.prompts, new), dno.parameters_of(self.policy)
+        self.policy.load(self.pi_1)
+        first = self.policy.log_prob(self.prompts, new)
+        self.policy.load(weights)
+        tokens, n = sum(len(y.tokens) for y in new), len(new)
+        return {
+            "mean_length": sum(len(y.split()) for y in new) / n,
+            "truncated": sum(not self.policy.finished(y) for y in new) / n,
+            "repeated": sum(repeats_ngrams(y.split(), 3) for y in new) / n,
+            "empty": sum(not y.strip() for y in new) / n,
+            "kl_to_first": (own - first).mean().item(),
+            "perplexity_under_first": math.exp(-first.double().sum().item() / tokens),
+        }
 
     def state(self) -> dict[str, Any]:
-        """All that was found."""
-        return {"shares": self.shares}
+        """All that was found, for `restore`."""
+        return {"first": self.first, "last": self.last, "numbers": self.numbers}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from a `state`, or forget everything."""
-        self.shares = state["shares"] if state else self.shares[:0]
+        """Go on from a `state`; from None, forget everything."""
+        known = state or {"first": [], "last": [], "numbers": []}
+        self.first, self.last, self.numbers = known["first"], known["last"], [*known["numbers"]]
 
-    def first(self) -> dict[str, Any]:
-        """The numbers of pi_1; prints them, with the exact Nash policy's and the noise floor."""
-        gap, interval = self.gap(self.shares[0])
-        won = dno.win_rate(self.P, self.shares[0], self.teacher)
-        well_formed = 1 - self.shares[0].mean(0)[-1].item()
-        print(
-            f"pi_1: gap {gap:.3f} +- {interval:.3f}, "
-            f"P(> teacher) {won:.3f}, well-formed {well_formed:.3f}"
-        )
-        floor, exact = self.floor(self.nash), dno.duality_gap(self.P, self.nash)
-        nash_won = dno.win_rate(self.P, self.nash, self.teacher)
-        teacher_gap = dno.duality_gap(self.P, self.teacher)
-        print(
-            f"Exact Nash: gap {exact:.0e}, measured as here {floor:.3f} (the noise floor); "
-            f"P(Nash > teacher) {nash_won:.3f}, gap of the teacher {teacher_gap:.3f}"
-        )
-        return {
-            "gap_first": gap,
-            "gap_first_interval": interval,
-            "win_rate_vs_teacher_first": won,
-            "well_formed_first": well_formed,
-            "gap_floor": floor,
+
+class TableValidation(Validation):
+    """Measures by the table of the synthetic judge, which looks at a response's class only: win
+    rates and gaps follow from how often each class occurs, without a further judgment.
+
+    `shares` [T+1, X, 4] are those frequencies, pi_1's first."""
+
+    def __init__(
+        self, policy: TextPolicy, prompts: list[str], k: int, seed: int, gold: Sequence[str]
+    ):
+        super().__init__(policy, prompts, k, seed)
+        self.P = RegisterJudge().P[[prompt_class(x) for x in prompts]]
+        self.teacher = class_shares(gold, len(prompts))
+        self.shares = torch.empty(0, len(prompts), len(CLASSES), dtype=torch.float64)
+
+    def compared(self, new: list[Response]) -> Row:
+        """Gaps of pi_{t+1} and of unif(pi_1..pi_t), and the win rates of pi_{t+1}."""
+        last, before = class_shares(new, len(self.distinct)), self.shares
+        self.shares = torch.cat([before, last[None]])
+        gap, interval = self.gap(last)
+        row = {
+            "gap_last": gap,
+            "gap_last_interval": interval,
+            "gap_nash": dno.duality_gap(self.P, self.nash),
+            "win_rate_vs_teacher": dno.win_rate(self.P, last, self.teacher),
         }
+        if len(before):
+            row["gap_average"], row["gap_average_interval"] = self.gap(before.mean(0))
+            row["win_rate_vs_previous"] = dno.win_rate(self.P, last, before[-1])
+        return row
+
+    def watched(self, new: list[Response]) -> Row:
+        """How often each class occurs besides."""
+        return {**share_columns(new), **super().watched(new)}
 
     def gap(self, shares: Tensor) -> tuple[float, float]:
         """Duality gap, and half of its 95% interval, over prompts (normal approximation)."""
         by_prompt = 2 * dno.expected_win_rate(self.P, shares).amax(-1) - 1
         return by_prompt.mean().item(), 1.96 * by_prompt.std().item() / len(by_prompt) ** 0.5
 
-    def floor(self, nash: Tensor) -> float:
-        """The gap that would be measured of the Nash policy itself, by chance: the mean of 200
-        surveys of it."""
-        X, k = len(nash), self.k
+    @cached_property
+    def nash(self) -> Tensor:
+        """The exact Nash policy over classes, [X, 4]."""
+        return dno.nash(self.P)
+
+    @cached_property
+    def floor(self) -> float:
+        """The gap that would be measured of the Nash policy itself, by chance."""
         generator = torch.Generator().manual_seed(self.seed)
-        rows, gaps = nash.log().repeat_interleave(k, dim=0), []
-        for _ in range(200):
+        X, k = len(self.distinct), self.k
+        rows, gaps = self.nash.log().repeat_interleave(k, dim=0), []
+        for _ in range(SURVEYS):
             u = torch.rand(X, k, generator=generator, dtype=torch.float64)
             u = (torch.arange(k) + u) / k  # stratified, as in `TextPolicy.survey`
             drawn = choose(rows, u.flatten(), 1.0, 1.0).view(X, k)
             gaps.append(self.gap(F.one_hot(drawn, len(CLASSES)).double().mean(1))[0])
         return sum(gaps) / len(gaps)
 
-    def row(self) -> dict[str, float]:
-        """The numbers of pi_{t+1}, the last policy surveyed, with those of unif(pi_1..pi_t)."""
-        before, last = self.shares[-2], self.shares[-1]
-        gap_last, interval = self.gap(last)
-        gap_average, interval_average = self.gap(self.shares[:-1].mean(0))
-        return {
-            "gap_last": gap_last,
-            "gap_last_interval": interval,
-            "gap_average": gap_average,
-            "gap_average_interval": interval_average,
-            "win_rate_vs_previous": dno.win_rate(self.P, last, before),
-            "win_rate_vs_teacher": dno.win_rate(self.P, last, self.teacher),
-            **self.share_columns(),
-            "gap_nash": dno.duality_gap(self.P, self.nash),
-        }
+    def state(self) -> dict[str, Any]:
+        """All that was found, for `restore`."""
+        return {**super().state(), "shares": self.shares}
 
-    def share_columns(self) -> dict[str, float]:
-        """How often the last policy writes in each class."""
-        return {
-            f"share_{name}": self.shares[-1][:, i].mean().item() for i, name in enumerate(CLASSES)
-        }
-
-    @staticmethod
-    def line(row: dict[str, float]) -> str:
-        """The columns under `HEADER`."""
-        gaps = "  ".join(
-            f"{row[name]:.3f} +- {row[name + '_interval']:.3f}"
-            for name in ("gap_last", "gap_average")
-        )
-        return f"{row['win_rate_vs_teacher']:12.3f} | {gaps} | {row['win_rate_vs_previous']:12.3f}"
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a `state`; from None, forget everything."""
+        super().restore(state)
+        self.shares = state["shares"] if state else self.shares[:0]
 
 
 class JudgedValidation(Validation):
-    """Measures a policy by a judge that must be asked.
+    """Measures by a judge that must be asked: samples compete with gold responses, or with pi_1's
+    samples if there are none, and from pi_3 on (pi_2 on, with gold ones) with the policy's before.
 
-    Some samples of each held-out prompt compete with the teacher's answer, and with as many samples
-    of the policy before. There are no gaps: they need P itself."""
-
-    HEADER = "P(> teacher)  at equal length | answers | P(new > old)"
-
-    def __init__(self, policy: TextPolicy, judging: Judging, config: Any):
-        super().__init__(policy, RegisterJudge(), config.survey, config.seed, judging.teacher)
-        self.judge, self.count = judging.judge, config.judged
-        self.samples: list[str] = []
-        self.numbers: dict[str, float] = {}
-
-    def __call__(self) -> float:
-        """Have the policy as it is judged, all in one go. Returns its win rate over the teacher.
-        Stopped if there is no answer."""
-        self.survey()
-        before, k = self.samples, self.count
-        survey = self.policy.survey(self.prompts, k, self.seed + 1)
-        self.samples = [str(y) for ys in survey for y in ys]
-        prompts = [x for x in self.prompts for _ in range(k)]
-        gold = [y for y in self.gold for _ in range(k)]
-        both = 2 if before else 1
-        preferences = self.judge.prefer(prompts * both, self.samples * both, gold + before)
-        lead = [len(y) - len(z) for y, z in zip(self.samples, gold, strict=True)]
-        report = win_rate_report(preferences[: len(gold)], prompts, lead)
-        if report["n_parsed"] == 0:
-            raise Stopped("the judge has no answer to any question of the validation")
-        self.numbers = {
-            "win_rate_vs_teacher": report["win_rate"],
-            "win_rate_vs_teacher_interval": report["interval"],
-            "win_rate_vs_teacher_length_controlled": report["length_controlled"],
-            "n": report["n"],
-            "n_parsed": report["n_parsed"],
-        }
-        if before:
-            self.numbers["win_rate_vs_previous"] = preferences[len(gold) :].nanmean().item()
-        return report["win_rate"]
-
-    def state(self) -> dict[str, Any]:
-        """All that was found, and the samples that the next policy is compared with."""
-        return {"shares": self.shares, "samples": self.samples, "numbers": self.numbers}
-
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from a `state`, or forget everything."""
-        super().restore(state)
-        self.samples, self.numbers = (state["samples"], state["numbers"]) if state else ([], {})
-
-    def first(self) -> dict[str, Any]:
-        """The numbers of pi_1; prints them."""
-        found, well_formed = self.numbers, 1 - self.shares[0].mean(0)[-1].item()
-        won, interval = found["win_rate_vs_teacher"], found["win_rate_vs_teacher_interval"]
-        controlled = found["win_rate_vs_teacher_length_controlled"]
-        print(
-            f"pi_1: P(> teacher) {won:.3f} +- {interval:.3f}, at equal length {controlled:.3f}, "
-            f"{found['n_parsed']} of {found['n']} judged; well-formed {well_formed:.3f}"
-        )
-        first = {f"{name}_first": value for name, value in found.items()}
-        return {**first, "well_formed_first": well_formed}
-
-    def row(self) -> dict[str, float]:
-        """The numbers of pi_{t+1}, the last policy judged."""
-        return {**self.numbers, **self.share_columns()}
-
-    @staticmethod
-    def line(row: dict[str, float]) -> str:
-        """The columns under `HEADER`."""
-        won, interval = row["win_rate_vs_teacher"], row["win_rate_vs_teacher_interval"]
-        controlled = row["win_rate_vs_teacher_length_controlled"]
-        answers = f"{row['n_parsed']:3d}/{row['n']:3d}"
-        previous = f"{row['win_rate_vs_previous']:12.3f}"
-        return f"{won:.3f} +- {interval:.3f}  {controlled:11.3f}    | {answers} | {previous}"
-
-
-class ChatValidation:
-    """Measures a policy on held-out prompts: its samples against as many of pi_1 and of the policy
-    before, drawn with the same random numbers; and what users of such methods watch."""
+    registers: are responses of the small world of text, whose classes are counted?"""
 
     def __init__(
         self,
-        policy: ChatPolicy,
-        judge: dno.Preferences,
+        policy: TextPolicy,
         prompts: list[str],
-        config: Any,
-        first: list[Tensor],
+        k: int,
+        seed: int,
+        judge: dno.Preferences,
+        gold: list[str] | None = None,
+        registers: bool = False,
     ):
-        self.policy, self.judge, self.config = policy, judge, config
-        self.prompts = [x for x in prompts for _ in range(config.judged)]
-        self.distinct, self.first_weights = prompts, first
-        self.samples: list[list[Response]] = []  # of pi_1, pi_2, ...
-        self.numbers: list[dict[str, float]] = []
+        super().__init__(policy, prompts, k, seed)
+        self.judge, self.registers = judge, registers
+        self.gold = None if gold is None else [y for y in gold for _ in range(k)]
+        self.score = f"win_rate_vs_{'first' if gold is None else 'teacher'}"
 
-    def __call__(self) -> float:
-        """Sample from the policy as it is and have it judged. Returns its win rate over pi_1.
-        Stopped if there is no answer."""
-        survey = self.policy.survey(self.distinct, self.config.judged, self.config.seed)
-        new = [y for ys in survey for y in ys]
-        self.samples.append(new)
-        if len(self.samples) == 1:
-            self.numbers.append(self.watched(new))
-            return 0.5
-        first, old = self.samples[0], self.samples[-2]
-        both = 2 if len(self.samples) > 2 else 1  # at first the old samples are pi_1's
-        others = (first + old)[: both * len(new)]
-        preferences = self.judge.prefer(self.prompts * both, new * both, others)
-        lead = [len(y) - len(z) for y, z in zip(new, first, strict=True)]
+    def compared(self, new: list[Response]) -> Row:
+        """The win rate over the gold responses or pi_1, with its interval and at equal length, and
+        over the policy before. All are asked for together. Stopped if there is no answer."""
+        if self.gold is None and not self.numbers:
+            return {self.score: 0.5}  # pi_1 against itself
+        opponents = self.first if self.gold is None else self.gold
+        before = self.last if len(self.numbers) > (self.gold is None) else []
+        both = 2 if before else 1
+        preferences = self.judge.prefer(self.prompts * both, new * both, [*opponents, *before])
+        lead = [len(y) - len(z) for y, z in zip(new, opponents, strict=True)]
         report = win_rate_report(preferences[: len(new)], self.prompts, lead)
         if report["n_parsed"] == 0:
             raise Stopped("the judge has no answer to any question of the validation")
-        self.numbers.append(
-            {
-                "win_rate_vs_first": report["win_rate"],
-                "win_rate_vs_first_interval": report["interval"],
-                "win_rate_vs_first_length_controlled": report["length_controlled"],
-                "win_rate_vs_previous": preferences[-len(new) :].nanmean().item(),
-                **self.watched(new),
-            }
-        )
-        return report["win_rate"]
-
-    @torch.no_grad()
-    def watched(self, samples: list[Response]) -> dict[str, float]:
-        """What users watch, of samples of the policy as it is.
-
-        Their mean length in words; which shares of them are cut off, repeat a run of three words,
-        or are empty; the KL divergence from pi_1 estimated on them, nats a response; and their
-        perplexity under pi_1, a token."""
-        own = self.policy.log_prob(self.prompts, samples)
-        weights = self.policy.weights()
-        self.policy.load(self.first_weights)
-        first = self.policy.log_prob(self.prompts, samples)
-        self.policy.load(weights)
-        tokens, n = sum(len(y.tokens) for y in samples), len(samples)
-        return {
-            "mean_length": sum(len(y.split()) for y in samples) / n,
-            "truncated": sum(not self.policy.finished(y) for y in samples) / n,
-            "repeated": sum(repeats_ngrams(y.split(), 3) for y in samples) / n,
-            "empty": sum(not y.strip() for y in samples) / n,
-            "kl_to_first": (own - first).mean().item(),
-            "perplexity_under_first": math.exp(-first.double().sum().item() / tokens),
+        row = {
+            self.score: report["win_rate"],
+            f"{self.score}_interval": report["interval"],
+            f"{self.score}_length_controlled": report["length_controlled"],
+            "n": report["n"],
+            "n_parsed": report["n_parsed"],
         }
+        if self.numbers:  # the policy before pi_2 is pi_1
+            row["win_rate_vs_previous"] = preferences[-len(new) :].nanmean().item()
+        return row
+
+    def watched(self, new: list[Response]) -> Row:
+        """How often each class occurs besides, in the small world of text."""
+        return {**(share_columns(new) if self.registers else {}), **super().watched(new)}
 
 
-def alarms(row: dict[str, float], first: dict[str, float]) -> list[str]:
+def class_shares(responses: Sequence[str], X: int) -> Tensor:
+    """How often each class occurs among equally many responses to each of X prompts, [X, 4]."""
+    classes = torch.tensor([classify(y) for y in responses]).view(X, -1)
+    return F.one_hot(classes, len(CLASSES)).double().mean(1)
+
+
+def share_columns(responses: Sequence[str]) -> Row:
+    """How often each class occurs, as columns."""
+    shares = class_shares(responses, 1)[0].tolist()
+    return {f"share_{name}": share for name, share in zip(CLASSES, shares, strict=True)}
+
+
+def alarms(row: Row, first: Row) -> list[str]:
     """Warnings about an iteration's row, given the numbers of pi_1.
 
     Responses are longer by half than pi_1's; more of them are cut off, repetitive or empty; the
@@ -317,7 +234,7 @@ def alarms(row: dict[str, float], first: dict[str, float]) -> list[str]:
     if not any(row[f"pairs_{kind}"] for kind in KINDS):
         reason = "the samples are too alike for the margin, or the judge gave no answer"
         found.append(f"no pair: {reason}")
-    elif not row["chosen_log_ratio"] >= -1:
+    elif not row.get("chosen_log_ratio", 0.0) >= -1:
         fall = f"{-row['chosen_log_ratio']:.1f} nats in the iteration"
         found.append(f"log pi of the chosen responses has fallen by {fall}")
     return found
