@@ -20,6 +20,8 @@ HEADINGS = {  # of the table; means over the last third of the iterations, as fa
     "win_rate_vs_first_length_controlled": "at equal length",
     "share_malformed": "malformed",
     "mean_length": "words",
+    "gap_last_over_first": "over pi_1's",
+    "win_rate_vs_teacher_most": "P(> teacher), most",
 }
 NAMES = {1: "Algorithm 1, sampled", 2: "Algorithm 2", 3: "Algorithm 3, sampled", 4: "Algorithm 4"}
 PANELS = {  # column: label of its axis
@@ -49,7 +51,7 @@ def summarise(config: Any, stages: Sequence[Stage], metrics: Rows, first: Row) -
     found: list[dict[str, Any]] = []
     for stage in stages:
         rows = rows_of(metrics, stage)
-        numbers = headline(rows)
+        numbers = headline(rows, first)
         if not found:
             print("            | " + " | ".join(HEADINGS[name] for name in numbers))
         values = " | ".join(f"{value:{len(HEADINGS[name])}.3f}" for name, value in numbers.items())
@@ -60,11 +62,14 @@ def summarise(config: Any, stages: Sequence[Stage], metrics: Rows, first: Row) -
     return {"config": asdict(config), "first": first, "stages": found}
 
 
-def headline(rows: Rows) -> dict[str, float]:
+def headline(rows: Rows, first: Row) -> dict[str, float]:
     """The columns of `HEADINGS` that an algorithm's rows have."""
     found = {name: late(rows, name) for name in HEADINGS if rows[0].get(name) is not None}
-    if "gap_average" in found:
+    if "gap_last" in found:
         found["gap_average"] = rows[-1]["gap_average"]
+        found["gap_last_over_first"] = found["gap_last"] / first["gap_last"]
+    if "win_rate_vs_teacher" in found:
+        found["win_rate_vs_teacher_most"] = max(row["win_rate_vs_teacher"] for row in rows)
     return found
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import refused
+from test_train import explained_columns, refused
 
 import dno
 import train
@@ -24,7 +24,7 @@ from experiments.folder import Run
 from experiments.llm_settings import LlmConfig
 from experiments.prompts import check_lengths, read_prompts, split_prompts
 from experiments.settings import BadInput
-from experiments.validation import KINDS, ChatValidation, alarms
+from experiments.validation import KINDS, JudgedValidation, alarms
 from judge.ledger import for_terminal
 from judge.synthetic import TasteJudge
 from model import Cache, Config, Transformer, choose, grouped_attention, token_log_prob
@@ -494,22 +494,13 @@ def lines(path):
 
 
 def test_a_run_writes_its_folder_and_the_readme_explains_its_columns(finished):
-    names = "config.json metrics.jsonl summary.json checkpoint best responses-001.jsonl"
+    names = "config.json metrics.jsonl summary.json llm.png checkpoint best responses-001.jsonl"
     names += " responses-002.jsonl pairs-001.jsonl pairs-002.jsonl"
     names += " validation-001.jsonl validation-002.jsonl validation-003.jsonl"
     assert {path.name for path in finished.iterdir()} == set(names.split())
-    table = (
-        (Path(train.__file__).parent / "README.md")
-        .read_text()
-        .split("The columns of an llm run:")[1]
-        .split("\n## ")[0]
-    )
-    explained = {
-        name
-        for cell in re.findall(r"^\|(.*?)\|", table, re.M)
-        for name in re.findall(r"`(\w+)`", cell)
-    }
-    assert {name for row in lines(finished / "metrics.jsonl") for name in row} <= explained
+    assert {
+        name for row in lines(finished / "metrics.jsonl") for name in row
+    } <= explained_columns()
 
 
 def test_iterations_have_disjoint_parts_of_the_prompts_and_none_that_are_held_out(finished):
@@ -525,7 +516,7 @@ def test_iterations_have_disjoint_parts_of_the_prompts_and_none_that_are_held_ou
 def test_its_pairs_keep_the_margin_and_its_numbers_are_those_of_the_saved_samples(finished):
     for t, row in enumerate(lines(finished / "metrics.jsonl"), 1):
         rated = {
-            (line["prompt"], line["response"]): line["rated"]
+            (line["prompt"], line["response"]): line["win_rate"]
             for line in lines(finished / f"responses-00{t}.jsonl")
         }
         pairs = lines(finished / f"pairs-00{t}.jsonl")
@@ -623,7 +614,7 @@ def test_gold_responses_take_part_when_every_prompt_has_one(directory, tmp_path)
     by = [line["by"] for line in lines(tmp_path / "run/responses-001.jsonl")]
     assert by[:4] == ["student"] * 3 + ["teacher"]
     (row,) = lines(tmp_path / "run/metrics.jsonl")
-    assert 0 <= row["win_rate_vs_teacher"] <= 1
+    assert 0 <= row["sampled_vs_teacher"] <= 1
     assert row["pairs_teacher_student"] > 0
 
 
@@ -967,8 +958,8 @@ def test_on_a_terminal_a_run_names_what_it_is_doing_between_rows(
 
 
 def test_a_dry_run_counts_every_sample_of_every_survey(directory, prompts_file, tmp_path, capsys):
-    """12 sheets of training; of 3 held-out prompts 2 samples each, of pi_2 against pi_1, of pi_3
-    against pi_1 and pi_2."""
+    """Of training a sheet for each of 12 prompts. Of 3 held-out prompts a sheet each for pi_2 and
+    for pi_3, on which their 2 samples stand beside pi_1's and, of pi_3, pi_2's."""
     assert (
         run(
             directory, prompts_file, tmp_path / "run", "--oracle", "openai:gpt-4-turbo", "--dry-run"
@@ -976,10 +967,7 @@ def test_a_dry_run_counts_every_sample_of_every_survey(directory, prompts_file, 
         == 0
     )
     said = capsys.readouterr().out
-    assert re.findall(r"(training|validation): (\d+) requests", said) == [
-        ("training", "12"),
-        ("validation", str(3 * 2 * 3)),
-    ]
+    assert re.findall(r"the whole run: (\d+) requests", said) == [str(12 + 2 * 3)]
     assert not (tmp_path / "run").exists()
 
 
@@ -1043,8 +1031,7 @@ def test_an_iteration_without_pairs_rings_an_alarm(directory, prompts_file, tmp_
 
 def test_the_kl_divergence_of_pi_1_from_itself_is_0_and_grows_when_the_policy_moves(directory):
     policy = policy_of(directory)
-    config = LlmConfig(model="x", judged=2, max_new_tokens=10)
-    validation = ChatValidation(policy, TasteJudge(), PROMPTS[:4], config, policy.weights())
+    validation = JudgedValidation(policy, PROMPTS[:4], 2, 0, TasteJudge())
     assert validation() == 0.5
     assert validation.numbers[0]["kl_to_first"] == 0
     moved = copy.deepcopy(policy.weights())

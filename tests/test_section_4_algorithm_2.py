@@ -14,7 +14,7 @@ from games import COMAL, COMAL_START, EXACT, random_policy
 import dno
 import regularized
 import solvers
-from experiments.rounds import RecallingPolicy, recalling
+from experiments.recalling import RecallingPolicy, recalling
 from model import TabularPolicy
 from oracle import PreferenceTable, random_game, rock_paper_scissors
 from pairs import (

@@ -24,7 +24,7 @@ from chat.low_rank import add_low_rank
 from chat.policy import ChatPolicy
 from chat.team import SharedJudge, Team
 from chat.template import Chat
-from experiments.rounds import CLASSES_KEPT
+from experiments.training import CLASSES_KEPT
 from judge.ledger import Stopped, TooDear
 from judge.synthetic import TasteJudge
 
@@ -149,7 +149,7 @@ def same(out, alone):
     """Is every sample and every pair the same, and every weight and moment up to rounding?"""
     for name in sorted(path.name for path in alone.glob("*-00?.jsonl")):
         mine, theirs = lines(out / name), lines(alone / name)
-        ratings = [[line.pop("rated", None) or 0.0 for line in part] for part in (mine, theirs)]
+        ratings = [[line.pop("win_rate", None) or 0.0 for line in part] for part in (mine, theirs)]
         assert mine == theirs, name
         assert ratings[0] == pytest.approx(ratings[1], abs=1e-12)
     mine, theirs = state(out), state(alone)
@@ -183,8 +183,8 @@ def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(
     out = tmp_path / "run"
     shutil.copytree(killed[0], out)
     for name in ("responses-001.jsonl", "pairs-001.jsonl", "validation-002.jsonl"):
-        assert [{**line, "rated": 0} for line in lines(out / name)] == [
-            {**line, "rated": 0} for line in lines(alone / name)
+        assert [{**line, "win_rate": 0} for line in lines(out / name)] == [
+            {**line, "win_rate": 0} for line in lines(alone / name)
         ]
     assert run(directory, prompts_file, out, *LONG, "--resume") == 0
     assert same(out, alone)

@@ -28,6 +28,13 @@ SMALL = (
 ).split()
 
 
+def explained_columns():
+    """The columns of a run with sampled responses in README.md."""
+    table = (ROOT / "README.md").read_text().split("The columns of a run with sampled responses")[1]
+    cells = re.findall(r"^\|(.*?)\|", table.split("\n## ")[0], re.M)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
 def start(*arguments):
     """train.py as a user starts it: what it prints is thrown away, and Ctrl-C reaches it, even if
     the tests run where a shell made background jobs deaf to it."""
