@@ -190,7 +190,7 @@ def assert_same_result(whole, other):
         for pattern in ("*-0*.jsonl", "policies/*.pt")
         for path in whole.glob(pattern)
     ]
-    assert len(names) == 2 * 3 + 4
+    assert len(names) == (2 * 3 + 4) + 4  # of three iterations, and of four policies
     for name in names:
         if name.endswith(".pt"):
             mine, its = (torch.load(out / name, weights_only=True) for out in (whole, other))
@@ -209,8 +209,18 @@ OF_ALL = {
     "seconds",
     "loss",
     "steps",
-    "mean_length",
+    "sampled_words",
     "best_iteration",
+    "alarms",
+    "mean_length",
+    "truncated",
+    "repeated",
+    "empty",
+    "kl_to_first",
+    "perplexity_under_first",
+    "pairs_teacher_student",
+    "pairs_student_teacher",
+    "pairs_student_student",
     "win_rate_vs_teacher",
     "win_rate_vs_teacher_interval",
     "win_rate_vs_teacher_length_controlled",
@@ -224,13 +234,7 @@ OF_ALL = {
     "dollars",
     *(f"share_{name}" for name in CLASSES),
 }
-OF_PAIRS = {
-    "pairs_teacher_student",
-    "pairs_student_teacher",
-    "pairs_student_student",
-    "student_wins",
-    "best_of_n",
-}
+OF_PAIRS = {"chosen_log_ratio", "sampled_vs_teacher", "student_wins", "best_of_n"}
 MORE = {"algorithm 3": set(), "points": OF_PAIRS | {"student_score", "teacher_score"}}
 
 
@@ -252,7 +256,7 @@ def test_a_judged_run_writes_the_files_of_a_text_run_with_its_own_columns_and_va
         name.format(t)
         for t in (1, 2, 3)
         for name in ("responses-{:03}.jsonl", "pairs-{:03}.jsonl", "policies/{:03}.pt")
-    }
+    } | {f"validation-{t:03}.jsonl" for t in (1, 2, 3, 4)}
     ledger = {"judgments.sqlite"}
     checkpoint = {"checkpoint/state.pt", "checkpoint/phases.pt"}
     assert (
@@ -350,10 +354,13 @@ def test_pairs_and_counts_follow_from_what_the_judge_thinks_of_the_responses(fin
         assert [list(pair.values()) for pair in jsonl(out / f"pairs-{t:03}.jsonl")] == pairs
         for kind in ("pairs_teacher_student", "pairs_student_teacher", "pairs_student_student"):
             assert row[kind] == kinds[kind]
-        won = [
-            [preference(line["response"], group[-1]["response"], name) > 0.5 for line in group[:K]]
+        over_gold = [
+            [preference(line["response"], group[-1]["response"], name) for line in group[:K]]
             for group in groups
         ]
+        won = [[p > 0.5 for p in ps] for ps in over_gold]
+        mean = sum(map(sum, over_gold)) / len(over_gold) / K
+        assert row["sampled_vs_teacher"] == pytest.approx(mean, abs=EXACT)
         assert row["student_wins"] == pytest.approx(sum(map(sum, won)) / len(won), abs=EXACT)
         assert row["best_of_n"] == pytest.approx(sum(map(any, won)) / len(won), abs=EXACT)
         assert row["judgments_failed"] == row["prompts_dropped"] == 0
@@ -475,7 +482,6 @@ def test_a_run_with_the_synthetic_judge_asks_nobody_and_has_its_columns(
         "win_rate_vs_teacher_length_controlled",
         "n",
         "n_parsed",
-        "judgments_failed",
         "flip_rate",
         "prompts_dropped",
         "requests",

@@ -66,6 +66,7 @@ STAGES = {
 ROUNDING = 1e-9  # .6 - .2 is below .4 in floating point, by far less than this
 # float64 log-probabilities of the same response, read alone, in a batch, or while it was sampled
 DOUBLE = 1e-9
+SINGLE = 1e-4  # relative to numbers of up to 100: sums of float32 log-probabilities
 SPREAD = 5  # standard deviations a mean of many draws may lie off; the seeds are fixed
 
 
@@ -260,6 +261,35 @@ def test_of_algorithm_2_pairs_and_counts_are_those_of_its_responses(finished, it
     for name in ("pairs_teacher_student", "pairs_student_teacher", "pairs_student_student"):
         assert row[name] == kinds[name], name
     assert 0 < expected["best_of_n"] < 1
+
+
+@pytest.mark.parametrize("algorithm", STAGES)
+def test_what_users_watch_is_that_of_the_saved_samples_and_policies(finished, algorithm):
+    """By the texts of validation-TTT.jsonl, and the log-probabilities of the saved policies."""
+    pi_1, policies = policy_of(finished, "base"), STAGES[algorithm][1:]
+    of_algorithm = [row for row in rows(finished) if row["algorithm"] == algorithm]
+    for name, row in zip(policies, of_algorithm, strict=True):
+        policy = policy_of(finished, name)
+        written = jsonl(finished / f"validation-{int(name) + 1:03}.jsonl")
+        prompts, samples = [line["prompt"] for line in written], []
+        for ys in policy.survey(HELD_OUT, 4, 0):
+            samples += ys
+        assert [str(y) for y in samples] == [line["response"] for line in written]
+        with torch.no_grad():
+            own, first = (each.log_prob(prompts, samples).double() for each in (policy, pi_1))
+        tokens = sum(len(y.tokens) for y in samples)
+        cut_off = [len(y.tokens) == 24 and y.tokens[-1] != policy.end for y in samples]
+        expected = {
+            "mean_length": sum(len(y.split()) for y in samples) / 96,
+            "truncated": sum(cut_off) / 96,
+            "repeated": sum(map(repeats, samples)) / 96,
+            "empty": sum(not y.split() for y in samples) / 96,
+            "kl_to_first": (own - first).sum().item() / 96,
+            "perplexity_under_first": math.exp(-first.sum().item() / tokens),
+        }
+        for column, value in expected.items():
+            assert row[column] == pytest.approx(value, abs=SINGLE), column
+        assert row["kl_to_first"] > 0.01
 
 
 @pytest.mark.parametrize("iteration", [4, 6])
