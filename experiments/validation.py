@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ from text import Response, TextPolicy
 from world import CLASSES, classify, prompt_class
 
 KINDS = ("teacher_student", "student_teacher", "student_student")
+SCORED = 192  # samples of a policy that it and pi_1 score: more would double the text runs' time
 SURVEYS = 200  # of the Nash policy, of which the noise floor is the mean
 Row = dict[str, Any]
 
@@ -60,13 +62,16 @@ class Validation:
         """What users watch, of samples of the policy as it is.
 
         Their mean length in words; which shares of them are cut off, repeat a run of three words,
-        or are empty; the KL divergence from pi_1 estimated on them, nats a response; and their
-        perplexity under pi_1, a token."""
-        own, weights = self.policy.log_prob(self.prompts, new), dno.parameters_of(self.policy)
+        or are empty. Of at most `SCORED` of them the KL divergence from pi_1, nats a response, and
+        the perplexity under pi_1, a token."""
+        n = len(new)
+        which = sorted(random.Random(self.seed).sample(range(n), min(n, SCORED)))
+        prompts, samples = [self.prompts[i] for i in which], [new[i] for i in which]
+        own, weights = self.policy.log_prob(prompts, samples), dno.parameters_of(self.policy)
         self.policy.load(self.pi_1)
-        first = self.policy.log_prob(self.prompts, new)
+        first = self.policy.log_prob(prompts, samples)
         self.policy.load(weights)
-        tokens, n = sum(len(y.tokens) for y in new), len(new)
+        tokens = sum(len(y.tokens) for y in samples)
         return {
             "mean_length": sum(len(y.split()) for y in new) / n,
             "truncated": sum(not self.policy.finished(y) for y in new) / n,
