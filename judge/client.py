@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from judge.ledger import Refused, for_terminal
 from judge.questions import Question
+from judge.replies import decoded, from_json, usage
 
 if TYPE_CHECKING:  # openai takes long to import, and most runs ask no server
     import httpx2
@@ -105,10 +106,11 @@ def received(
     timeout: float,
     headers: dict[str, str] | None = None,
     **body: Any,
-) -> bytes:
-    """The body of the reply to one request by a client's `get` or `post`. Of a longer one, a little
-    more than `LARGEST` bytes. Redirects are not followed, whatever the client is set to do. Raises
-    openai's errors; httpx2's while the body comes; TimeoutError if it is not there in time."""
+) -> str | bytes:
+    """The text of the reply to one request by a client's `get` or `post`, as bytes if it is not
+    UTF-8; of a longer one the first `LARGEST` bytes. Redirects are not followed, whatever the
+    client is set to do. Raises openai.APIStatusError; OSError, which says why, if no whole reply
+    came in time."""
     import httpx2
     import openai
 
@@ -116,15 +118,21 @@ def received(
     options |= {"follow_redirects": False, "security": {"bearer_auth": True}}
     kinds = {"cast_to": httpx2.Response, "stream": True, "stream_cls": openai.Stream}
     content, deadline = bytearray(), time.monotonic() + timeout
-    response: httpx2.Response = send(path, options=options, **kinds, **body)
-    with closing(response):
-        for part in response.iter_bytes():
-            content += part
-            if len(content) > LARGEST:
-                break
-            if time.monotonic() > deadline:
-                raise TimeoutError
-    return bytes(content)
+    try:
+        response: httpx2.Response = send(path, options=options, **kinds, **body)
+        with closing(response):
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > LARGEST:
+                    break
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+    except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
+        raise TimeoutError("no reply in time") from None
+    except (openai.APIConnectionError, httpx2.HTTPError) as error:
+        kind = type(error.__cause__ or error).__name__
+        raise ConnectionError(f"no connection, or a broken one ({kind})") from None
+    return decoded(bytes(content[:LARGEST]))
 
 
 def redirection(error: openai.APIStatusError, key: str) -> str:
@@ -158,26 +166,29 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 # --- One request to a model ---
 
 Outcome = Literal[
-    "replied",  # there is a body, not read yet
-    "unreadable",  # there is a body, and it cannot be read
+    "complete",  # a full answer
+    "unreadable",  # a reply that is none
     "lost",  # no reply came, though the request may have been charged
     "refused",  # for now
     "negotiated",  # a setting was refused, and is sent in another way from now on
     "filtered",  # this question will never be answered
     "permanent",  # no question will be answered
-    "complete",  # the body was read, and is a full answer
 ]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a request, with a reason, the body if there is one, and the seconds to wait
-    before the next attempt if the server says so."""
+    """What became of a request, and why. All texts are without our key.
+
+    wait: seconds before the next attempt, if the server says so. If there is a body: its text, what
+    was read of it, and the (prompt, completion) tokens for which the server says it charges."""
 
     outcome: Outcome
     reason: str
-    body: bytes = b""
     wait: float | None = None
+    text: str | bytes | None = None
+    result: Any = None
+    tokens: tuple[int, int] | None = None
 
 
 class Connection:
@@ -208,25 +219,25 @@ class Connection:
     def send(self, question: Question, idempotency_key: str) -> Reply:
         """Send one request. A server that honours the idempotency key charges once for all requests
         of that key and of the same settings."""
-        import httpx2
         import openai
 
         body = {"model": self.model, **self._settings(question), "messages": question.messages}
         headers = {"Idempotency-Key": f"{idempotency_key}-{len(self.instead)}"}
         try:
-            content = received(
-                self.client.post, "/chat/completions", self.timeout, headers, body=body
-            )
+            text = received(self.client.post, "/chat/completions", self.timeout, headers, body=body)
         except openai.APIStatusError as error:
             return self._refusal(error, body)
-        except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
-            return Reply("lost", "no reply in time")
-        except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            kind = type(error.__cause__ or error).__name__
-            return Reply("lost", f"no connection, or a broken one ({kind})")
-        if len(content) > LARGEST:
-            return Reply("unreadable", "a reply that is too long", content[:LARGEST])
-        return Reply("replied", "a reply that cannot be read", content)
+        except OSError as error:
+            return Reply("lost", str(error))
+        told = from_json(text)
+        answer = question.answer(told)
+        return Reply(
+            "complete" if answer.complete else "unreadable",
+            "a reply that cannot be read",
+            text=self.hidden(text),
+            result=self.hidden(answer.result),
+            tokens=usage(told),
+        )
 
     def _settings(self, question: Question) -> dict[str, Any]:
         """The settings of a request, as far as the server knows them."""

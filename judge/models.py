@@ -34,26 +34,20 @@ def only_model(url: str | None) -> str:
     return name
 
 
-def _listing(client: openai.OpenAI, where: str) -> bytes:
-    """The body of a server's reply to the question which models it has."""
-    import httpx2
+def _listing(client: openai.OpenAI, where: str) -> str | bytes:
+    """The text of a server's reply to the question which models it has."""
     import openai
 
     try:
         return received(client.get, "/models", PATIENCE)
     except openai.APIStatusError as error:
+        told = f"answers HTTP {error.status_code}; name the model: openai:MODEL"
         if 300 <= error.status_code < 400:
             told = redirection(error, client.api_key)
-        else:
-            told = f"answers HTTP {error.status_code}; name the model: openai:MODEL"
-        raise Refused(f"{where} {told}") from None
-    except (openai.OpenAIError, httpx2.HTTPError, TimeoutError) as error:
-        late = isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError))
-        reason = f"within {PATIENCE:g} s" if late else f"({type(error).__name__})"
-        raise Refused(
-            f"{where} does not say {reason} which models it has; check the URL, or name the model: "
-            "openai:MODEL"
-        ) from None
+    except OSError as error:
+        told = f"does not say which models it has ({error}); check the URL, or name the model: "
+        told += "openai:MODEL"
+    raise Refused(f"{where} {told}")
 
 
 def recorded_models(cache: str | Path, kind: str) -> list[str]:
