@@ -288,9 +288,10 @@ class OpenAIJudge:
         For form "scored"."""
         assert isinstance(self.form, Scored), "the other forms give no points"
         rows = [[(str(x), str(y)) for y in ys] for x, ys in zip(prompts, responses, strict=True)]
-        texts = [text for row in rows for text in row]
-        points, counts = self.form.points(texts, self.endpoint.ask(self.form.gradings(texts)))
-        self.counts += counts
+        alone = [(x, y, y) for row in rows for x, y in row]
+        points = self.form.points(alone, self.endpoint.ask(self.form.questions(alone)))
+        self.counts["asked"] += len(points)
+        self.counts["failed"] += sum(map(math.isnan, points.values()))
         return torch.tensor([[points[text] for text in row] for row in rows], dtype=torch.float64)
 
     def questions(

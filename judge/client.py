@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from judge.ledger import Refused, for_terminal
 from judge.questions import Question
-from judge.replies import decoded, from_json, usage
+from judge.replies import from_json, usage
 
 if TYPE_CHECKING:  # openai takes long to import, and most runs ask no server
     import httpx2
@@ -132,7 +132,10 @@ def received(
     except (openai.APIConnectionError, httpx2.HTTPError) as error:
         kind = type(error.__cause__ or error).__name__
         raise ConnectionError(f"no connection, or a broken one ({kind})") from None
-    return decoded(bytes(content[:LARGEST]))
+    try:
+        return content[:LARGEST].decode("utf-8")
+    except UnicodeDecodeError:
+        return bytes(content[:LARGEST])
 
 
 def redirection(error: openai.APIStatusError, key: str) -> str:

@@ -102,6 +102,7 @@ class Endpoint:
         self.url = self.connection.url if self.connection else "no network"
         self._check_name()
         self.ledger = cache if isinstance(cache, Ledger) else Ledger(cache, run, read_only=not live)
+        self.jitter = random.Random()
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()  # for which requests failed
         self._stop, self._lock = threading.Event(), threading.Lock()
@@ -197,22 +198,12 @@ class Endpoint:
         missing = {key: question for key, question in distinct.items() if key not in answers}
         self.counts["asked"] += len(distinct)
         self.counts["cached"] += len(distinct) - len(missing)
-        if missing and not self.live:
-            raise self._not_recorded(missing, len(distinct))
         if missing:
             self._ask_missing(missing, kept, answers)
         failed = count_failed(answers.values())
         self._check_failures(failed, len(distinct))
         self.counts["failed"] += failed
         return [answers[key].result for key in keys]
-
-    def _not_recorded(self, missing: dict[str, Question], total: int) -> Refused:
-        wanted = next(iter(missing.values())).messages[-1]["content"][:120]
-        return Refused(
-            f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {total} "
-            f"questions, of which one is {wanted!r}; give the cache that was recorded with these "
-            "settings"
-        )
 
     def _check_failures(self, failed: int, total: int) -> None:
         if failed > self.max_failed * total:
@@ -229,8 +220,15 @@ class Endpoint:
         answers: dict[str, Answer],
     ) -> None:
         """Add the answers of the missing questions to those that are known."""
+        failed, total = count_failed(answers.values()), len(kept)
+        if not self.live:
+            wanted = next(iter(missing.values())).messages[-1]["content"][:120]
+            raise Refused(
+                f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {total} "
+                f"questions, of which one is {wanted!r}; give the cache that was recorded with "
+                "these settings"
+            )
         self._stop.clear()
-        failed, total = count_failed(answers.values()), len(answers) + len(missing)
         bar = tqdm(
             total=len(missing),
             desc=f"asking {self.model}",
@@ -288,8 +286,9 @@ class Endpoint:
     def _pause(self, attempt: int, asked: float | None) -> float:
         """The seconds before the next attempt, after so many; asked: what the server asks for."""
         if asked is not None:
-            return asked * random.uniform(1, 1.1)
-        return min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+            return asked * self.jitter.uniform(1, 1.1)
+        backoff = min(LONGEST_BACKOFF, self.backoff * 2 ** (attempt - 1))
+        return backoff * self.jitter.uniform(0.5, 1)
 
     def _wait(self, seconds: float) -> None:
         if self._stop.wait(seconds):
@@ -395,6 +394,7 @@ def count_failed(answers: Iterable[Answer]) -> int:
 
 def read_again(question: Question, kept: Kept) -> Answer:
     """The answer in a reply that the ledger kept."""
-    if kept.outcome == "filtered" or kept.parsed is not None:
-        return Answer(kept.parsed, True)
-    return question.answer(from_json(kept.reply))
+    outcome, parsed, reply = kept
+    if outcome == "filtered" or parsed is not None:
+        return Answer(parsed, True)
+    return question.answer(from_json(reply))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 
 class Stopped(Exception):
@@ -53,15 +53,9 @@ SCHEMA = (  # SQLite keeps the text, comments too, in the file
 COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed,
 prompt_tokens, completion_tokens, dollars, seconds"""
 REPLIED = ("complete", "unreadable", "filtered")  # outcomes of requests that need not be sent again
-
-
-class Kept(NamedTuple):
-    """A reply in the ledger: its outcome; what was read of it if it is complete; and its text if
-    that has to be read again (bytes if it is not UTF-8)."""
-
-    outcome: str
-    parsed: Any
-    reply: str | bytes | None
+# a reply in the ledger: its outcome; what was read of it if it is complete; and its text if that has
+# to be read again (bytes if it is not UTF-8)
+Kept = tuple[str, Any, str | bytes | None]
 
 
 class Ledger:
@@ -153,7 +147,7 @@ class Ledger:
                         AND outcome IN {REPLIED} ORDER BY id"""
             with self.lock, self._refusing():
                 for key, outcome, parsed, reply in self.db.execute(query, part):
-                    found[key].append(Kept(outcome, _value(parsed), reply))
+                    found[key].append((outcome, _value(parsed), reply))
         return found
 
     def spent(self) -> float:

@@ -195,8 +195,7 @@ def teacher_question(request: str, max_tokens: int, number: int) -> Question:
 
 # --- Forms: what a judge is asked about comparisons, and what its answers say of them ---
 
-Text = tuple[str, str]  # a prompt and a response
-Comparison = tuple[str, str, str]  # a prompt and two responses that differ
+Comparison = tuple[str, str, str]  # a prompt and two responses
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ class Form(ABC):
 
     @abstractmethod
     def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
-        """What has to be asked about the comparisons."""
+        """What has to be asked about comparisons of texts that differ."""
 
     @abstractmethod
     def preferences(
@@ -232,12 +231,12 @@ class Scored(Form):
 
     both_orders = False
 
-    def sheets(self, texts: Iterable[Text]) -> list[tuple[str, list[str]]]:
+    def sheets(self, comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
         """A prompt, and at most `candidates` distinct responses to it in the order shown; as many
         such sheets as all texts need. The order is shuffled, by the seed and by the texts."""
         groups: dict[str, set[str]] = {}
-        for x, y in texts:
-            groups.setdefault(x, set()).add(y)
+        for x, y, z in comparisons:
+            groups.setdefault(x, set()).update((y, z))
         sheets = []
         for x, ys in groups.items():
             order = sorted(ys)
@@ -246,35 +245,29 @@ class Scored(Form):
             sheets += [(x, order[part::count]) for part in range(count)]
         return sheets
 
-    def gradings(self, texts: Iterable[Text]) -> list[Question]:
-        """One question for each sheet."""
-        return [scored_question(x, shown, self.most) for x, shown in self.sheets(texts)]
+    def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
+        return [scored_question(x, shown, self.most) for x, shown in self.sheets(comparisons)]
 
     def points(
-        self, texts: Iterable[Text], results: Sequence[Any]
-    ) -> tuple[dict[Text, float], Counter[str]]:
-        """Points by text, NaN where there is no answer; and how many texts were asked about, and
-        failed."""
+        self, comparisons: Sequence[Comparison], results: Sequence[Any]
+    ) -> dict[tuple[str, str], float]:
+        """Points by prompt and response, NaN where there is no answer."""
         points = {}
-        for (x, shown), result in zip(self.sheets(texts), results, strict=True):
+        for (x, shown), result in zip(self.sheets(comparisons), results, strict=True):
             scores = result["scores"] if result else [None] * len(shown)
             for y, score in zip(shown, scores, strict=True):
                 points[x, y] = math.nan if score is None else float(score)
-        return points, Counter(asked=len(points), failed=sum(map(math.isnan, points.values())))
-
-    def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
-        return self.gradings((x, y) for x, *ys in comparisons for y in ys)
+        return points
 
     def preferences(
         self, comparisons: Sequence[Comparison], results: Sequence[Any]
     ) -> tuple[dict[Comparison, float], Counter[str]]:
-        points, counts = self.points(((x, y) for x, *ys in comparisons for y in ys), results)
-        P = {}
+        points, P = self.points(comparisons, results), {}
         for x, y, z in comparisons:
             first, second = points[x, y], points[x, z]
             better = 0.5 * (1 + (first > second) - (first < second))
             P[x, y, z] = math.nan if math.isnan(first + second) else better
-        return P, counts
+        return P, Counter(asked=len(points), failed=sum(map(math.isnan, points.values())))
 
 
 class Pairwise(Form):

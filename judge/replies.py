@@ -47,16 +47,8 @@ def dig(body: Any, *path: str | int) -> Any:
     return body
 
 
-def decoded(body: bytes) -> str | bytes:
-    """The text of a reply's body, or its bytes if they are not UTF-8."""
-    try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError:
-        return body
-
-
 def from_json(text: str | bytes | None) -> Any:
-    """The value of a text, or None if it is not JSON, or not `decoded`."""
+    """The value of a text, or None if it is not JSON. Bytes are not UTF-8."""
     try:
         return json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):

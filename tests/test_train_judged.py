@@ -301,9 +301,9 @@ def test_win_rates_are_those_of_the_saved_policies_by_the_judges_mind(finished, 
             sum(win - mean for win, x in zip(wins, prompts, strict=True) if x == prompt)
             for prompt in HELD_OUT
         ]
-        half_width = 1.96 * math.sqrt(24 / 23 * sum(part**2 for part in sums)) / len(wins)
+        half_width = 2.0686576 * math.sqrt(24 / 23 * sum(part**2 for part in sums)) / len(wins)
         assert row["win_rate_vs_teacher"] == pytest.approx(mean, abs=EXACT)
-        assert row["win_rate_vs_teacher_interval"] == pytest.approx(half_width, abs=EXACT)
+        assert row["win_rate_vs_teacher_interval"] == pytest.approx(half_width, rel=1e-7)  # t_23
         assert row["win_rate_vs_teacher_length_controlled"] == pytest.approx(
             at_equal_length(wins, lead), abs=SOLVER
         )
@@ -1066,7 +1066,10 @@ def test_an_option_that_would_do_nothing_is_refused(arguments, recorded, capsys,
 
 def test_a_limit_can_be_set_on_a_teacher_alone(capsys, tmp_path):
     assert "stops below $3" in dry(
-        capsys, *TINY, "--teacher", "openai:gpt-4o", "--max-usd", 3, "--out", tmp_path / "run"
+        capsys,
+        *TINY,
+        *("--teacher", "openai:gpt-4o", "--teacher-prices", "2.5,10", "--max-usd", 3),
+        *("--out", tmp_path / "run"),
     )
 
 
