@@ -53,8 +53,8 @@ SCHEMA = (  # SQLite keeps the text, comments too, in the file
 COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed,
 prompt_tokens, completion_tokens, dollars, seconds"""
 REPLIED = ("complete", "unreadable", "filtered")  # outcomes of requests that need not be sent again
-# a reply in the ledger: its outcome; what was read of it if it is complete; and its text if that has
-# to be read again (bytes if it is not UTF-8)
+# a reply in the ledger: its outcome; what was read of it if it is complete; and its text if that
+# has to be read again (bytes if it is not UTF-8)
 Kept = tuple[str, Any, str | bytes | None]
 
 

@@ -47,8 +47,8 @@ FIRST_BIAS = 0.1  # by which the server prefers the first response, a change of 
 
 
 def test_the_clustered_interval_by_hand():
-    """Mean 3/4; the clusters' sums of deviations are -1/2 and 1/2, so t sqrt(2 (1/4 + 1/4)) / 4. One
-    degree of freedom is Cauchy's distribution, so t = tan(0.475 pi) = 12.7."""
+    """Mean 3/4; the clusters' sums of deviations are -1/2 and 1/2, so t sqrt(2 (1/4 + 1/4)) / 4.
+    One degree of freedom is Cauchy's distribution, so t = tan(0.475 pi) = 12.7."""
     assert mean_interval(np.array([1.0, 0.0, 1.0, 1.0]), list("aabb")) == pytest.approx(
         (0.75, TWO_CLUSTERS / 4), abs=EXACT
     )
