@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -48,18 +49,14 @@ def _spellings(key: str) -> re.Pattern[str]:
     return re.compile(r"\\{0,15}" + r"\\{0,15}".join(letters))
 
 
-def hidden(value: Any, key: str) -> Any:
-    """A text or bytes with "[key]" in place of our key, in case a server sends it back; in a list
-    or dictionary, every text. Keys below `SHORTEST_KEY` are not hidden."""
+def hidden(text: Any, key: str) -> Any:
+    """A text, or bytes, with "[key]" in place of our key, in case a server sends it back. Keys
+    below `SHORTEST_KEY` are not hidden."""
     if len(key) < SHORTEST_KEY:
-        return value
-    if isinstance(value, str):
-        return _spellings(key).sub("[key]", value)
-    if isinstance(value, bytes):
-        return _spellings(key).sub("[key]", value.decode("latin-1")).encode("latin-1")
-    if isinstance(value, dict):
-        return {name: hidden(part, key) for name, part in value.items()}
-    return [hidden(part, key) for part in value] if isinstance(value, list) else value
+        return text
+    if isinstance(text, bytes):
+        return hidden(text.decode("latin-1"), key).encode("latin-1")
+    return _spellings(key).sub("[key]", text)
 
 
 # --- HTTP ---
@@ -183,14 +180,14 @@ Outcome = Literal[
 class Reply:
     """What became of a request, and why. All texts are without our key.
 
-    wait: seconds before the next attempt, if the server says so. If there is a body: its text, what
-    was read of it, and the (prompt, completion) tokens for which the server says it charges."""
+    wait: seconds before the next attempt, if the server says so. If there is a body: its text; what
+    was read of it, as JSON; and the (prompt, completion) tokens that the server says it charges."""
 
     outcome: Outcome
     reason: str
     wait: float | None = None
     text: str | bytes | None = None
-    result: Any = None
+    parsed: str | None = None
     tokens: tuple[int, int] | None = None
 
 
@@ -215,9 +212,9 @@ class Connection:
         self.instead: dict[str, str | None] = {}  # refused settings: what to send, None for nothing
         self._lock = threading.Lock()
 
-    def hidden(self, value: Any) -> Any:
-        """The value without our key (`hidden`)."""
-        return hidden(value, self.client.api_key)
+    def hidden(self, text: Any) -> Any:
+        """The text without our key (`hidden`)."""
+        return hidden(text, self.client.api_key)
 
     def send(self, question: Question, idempotency_key: str) -> Reply:
         """Send one request. A server that honours the idempotency key charges once for all requests
@@ -238,7 +235,7 @@ class Connection:
             "complete" if answer.complete else "unreadable",
             "a reply that cannot be read",
             text=self.hidden(text),
-            result=self.hidden(answer.result),
+            parsed=self.hidden(json.dumps(answer.result)),
             tokens=usage(told),
         )
 

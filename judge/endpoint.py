@@ -361,7 +361,7 @@ class Endpoint:
         return {
             "outcome": reply.outcome,
             "reply": reply.text,
-            "parsed": json.dumps(reply.result),
+            "parsed": reply.parsed,
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "dollars": self.price.dollars(*reply.tokens) if reply.tokens and self.price else None,

@@ -35,7 +35,7 @@ def only_model(url: str | None) -> str:
         ) from None
     ids = [dig(model, "id") for model in models] if isinstance(models, list) else []
     names = [str(name) for name in ids if name]
-    name = only(hidden(names, client.api_key), where)
+    name = only([hidden(name, client.api_key) for name in names], where)
     if name not in names:
         raise Refused(
             f"{where} calls its model {name!r}, after the key; name the model: openai:MODEL"

@@ -208,7 +208,7 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
     "judge/client.py": [
         ('"follow_redirects": False', '"follow_redirects": True'),
         ("status in (408, 409, 425, 429) or status >= 500", "status >= 400"),
-        ("result=self.hidden(answer.result)", "result=answer.result"),
+        ("parsed=self.hidden(json.dumps(answer.result))", "parsed=json.dumps(answer.result)"),
         ("text=self.hidden(text)", "text=text"),
     ],
     "judge/endpoint.py": [

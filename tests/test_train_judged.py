@@ -610,7 +610,8 @@ def test_a_dry_run_says_whom_it_would_ask_at_what_price_and_sends_and_writes_not
 
 def test_a_dry_run_for_openai_needs_neither_network_nor_key(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    said = dry(capsys, *TINY, "--oracle", "openai:gpt-4-turbo", "--out", tmp_path / "run")
+    named = ("--oracle", "openai:gpt-4-turbo", "--judge-prices", "10,30")
+    said = dry(capsys, *TINY, *named, "--out", tmp_path / "run")
     assert "gpt-4-turbo at https://api.openai.com/v1 ($10 and $30 a million tokens)" in said
     requests, dollars = planned(said)
     assert requests == 24 + 3 * (
