@@ -10,19 +10,18 @@ is asked is judge/'s.
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from checks import check_preferences, real_tensor
+from checks import check_preferences, check_whole, real_tensor
 from dno import Preferences
 from judge.endpoint import Endpoint
-from judge.questions import Question, pairwise_question, scored_question, teacher_question
+from judge.questions import FORMS, Comparison, Question, Scored, teacher_question
 from world import VERBS, classify, prompt_class
 
 # Two answers to the same question may differ by float32's rounding, not by opinion.
@@ -243,7 +242,7 @@ class OpenAIJudge:
     or 1.
 
     Equal texts have P = 1/2 without a request, or NaN if the text could not be judged. most: how
-    many characters of a text the judge is shown."""
+    many characters of a text the judge is shown. Another form is a class in judge/questions.py."""
 
     complementary = True
 
@@ -256,158 +255,94 @@ class OpenAIJudge:
         candidates: int = 6,
         most: int = 8000,
     ):
-        if form not in ("scored", "pairwise"):
-            raise ValueError(f"form is {form!r}; expected scored or pairwise")
-        if candidates < 2 or most < 1:
-            raise ValueError(
-                f"candidates is {candidates} and most {most}; expected at least 2 and 1"
-            )
-        self.endpoint, self.form, self.seed = endpoint, form, seed
-        self.candidates, self.most = candidates, most
-        self.deterministic = form == "pairwise"
+        if form not in FORMS:
+            raise ValueError(f"form is {form!r}; expected {' or '.join(FORMS)}")
+        check_whole(2, candidates=candidates)
+        check_whole(1, most=most)
+        self.endpoint, self.form = endpoint, FORMS[form](seed, candidates, most)
+        self.deterministic = self.form.both_orders  # points may depend on who else is asked about
         self.counts: Counter[str] = Counter()
 
     def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:
         """P(a > b | x), [B] float64, NaN where there is no answer. Raises Stopped."""
-        asked = _texts(prompts, a, b)
-        triples = _different(asked)
-        P = self._by_scores(triples) if self.form == "scored" else self._by_verdicts(triples)
+        asked = as_texts(prompts, a, b)
+        comparisons = different(asked)
+        results = self.endpoint.ask(self.form.questions(comparisons))
+        P, counts = self.form.preferences(comparisons, results)
+        self.counts += counts
         judged = {(x, y) for (x, *ys), p in P.items() if not math.isnan(p) for y in ys}
         failed = {(x, y) for x, *ys in P for y in ys} - judged
-        answers = [
-            P[x, y, z] if y != z else math.nan if (x, y) in failed else 0.5 for x, y, z in asked
-        ]
-        return torch.tensor(answers, dtype=torch.float64)
+        P |= {(x, y, z): math.nan if (x, y) in failed else 0.5 for x, y, z in asked if y == z}
+        return torch.tensor([P[triple] for triple in asked], dtype=torch.float64)
 
     def win_rates(self, prompt: str, responses: Sequence[str]) -> Tensor:
         """Mean win rate of each of responses [n] against the others, where it is known, [n]."""
         n = len(responses)
-        i, j = torch.tensor([(i, j) for i in range(n) for j in range(n) if i != j]).T.tolist()
-        P = self.prefer([prompt] * len(i), [responses[m] for m in i], [responses[m] for m in j])
+        pairs = list(permutations(responses, 2))
+        P = self.prefer([prompt] * len(pairs), *zip(*pairs, strict=True))
         return P.view(n, n - 1).nanmean(1)
 
     def scores(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
         """Points of responses [X][n], [X, n] float64 from 0 to 6; NaN where there is no answer.
 
         For form "scored"."""
+        assert isinstance(self.form, Scored), "the other forms give no points"
         rows = [[(str(x), str(y)) for y in ys] for x, ys in zip(prompts, responses, strict=True)]
-        points = self._scores([pair for row in rows for pair in row])
-        return torch.tensor([[points[pair] for pair in row] for row in rows], dtype=torch.float64)
+        alone = [(x, y, y) for row in rows for x, y in row]
+        points = self.form.points(alone, self.endpoint.ask(self.form.questions(alone)))
+        self.counts["asked"] += len(points)
+        self.counts["failed"] += sum(map(math.isnan, points.values()))
+        return torch.tensor([[points[text] for text in row] for row in rows], dtype=torch.float64)
 
     def questions(
         self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]
     ) -> list[Question]:
         """What `prefer` asks, for a plan of its cost."""
-        triples = _different(_texts(prompts, a, b))
-        if self.form == "scored":
-            sheets = self._sheets([(x, y) for x, *ys in triples for y in ys])
-            return [question for question, _, _ in sheets]
-        return [self._compare(x, *two) for x, y, z in _pairs(triples) for two in ((y, z), (z, y))]
+        return self.form.questions(different(as_texts(prompts, a, b)))
 
     def report(self) -> dict[str, float | None]:
         """What this process has judged.
 
         Pairs judged in both orders; the share of them whose verdict flipped with the order; the
         share of verdicts for the first response; the share of judgments that failed."""
-        pairs, asked = self.counts["pairs"], self.counts["asked"]
+        counts = self.counts
         return {
-            "pairs_in_both_orders": pairs,
-            "flip_rate": self.counts["flips"] / pairs if pairs else None,
-            "first_rate": self.counts["first"] / (2 * pairs) if pairs else None,
-            "failed_rate": self.counts["failed"] / asked if asked else None,
+            "pairs_in_both_orders": counts["pairs"],
+            "flip_rate": share(counts["flips"], counts["pairs"]),
+            "first_rate": share(counts["first"], 2 * counts["pairs"]),
+            "failed_rate": share(counts["failed"], counts["asked"]),
         }
 
     def flip_rate(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> float | None:
         """The share of the pairs of responses [X][n] whose verdict changes with the order.
 
-        For form "pairwise"; None if there are no pairs. What was asked before is not asked again.
-        """
-        counts, self.counts = self.counts, Counter()
-        if self.form == "pairwise":
-            pairs = [
-                (str(x), str(y), str(z))
-                for x, ys in zip(prompts, responses, strict=True)
-                for y, z in combinations(ys, 2)
-            ]
-            self._by_verdicts(_different(pairs))
-        rate, self.counts = self.report()["flip_rate"], counts
-        return rate
-
-    def _by_scores(self, triples: list[Triple]) -> dict[Triple, float]:
-        points = self._scores([(x, y) for x, *ys in triples for y in ys])
-        P = {}
-        for x, y, z in triples:
-            first, second = points[x, y], points[x, z]
-            better = 0.5 * (1 + (first > second) - (first < second))
-            P[x, y, z] = math.nan if math.isnan(first + second) else better
-        return P
-
-    def _scores(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        sheets = self._sheets(pairs)
-        results = self.endpoint.ask([question for question, _, _ in sheets])
-        points = {}
-        for (_, x, shown), result in zip(sheets, results, strict=True):
-            scores = result["scores"] if result else [None] * len(shown)
-            for y, score in zip(shown, scores, strict=True):
-                points[x, y] = math.nan if score is None else float(score)
-        self.counts["asked"] += len(points)
-        self.counts["failed"] += sum(math.isnan(score) for score in points.values())
-        return points
-
-    def _sheets(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Question, str, list[str]]]:
-        """One question for at most `candidates` distinct responses of a prompt, with the prompt and
-        the responses in the order shown."""
-        groups: dict[str, set[str]] = {}
-        for x, y in pairs:
-            groups.setdefault(x, set()).add(y)
-        sheets = []
-        for x, ys in groups.items():
-            order = sorted(ys)
-            random.Random(f"{self.seed} {x} {order}").shuffle(order)
-            count = -(-len(order) // self.candidates)
-            for shown in (order[part::count] for part in range(count)):
-                sheets.append((scored_question(x, shown, self.most), x, shown))
-        return sheets
-
-    def _compare(self, x: str, y: str, z: str) -> Question:
-        return pairwise_question(x, y, z, self.most)
-
-    def _by_verdicts(self, triples: list[Triple]) -> dict[Triple, float]:
-        pairs = _pairs(triples)
-        answers = self.endpoint.ask(
-            [self._compare(x, *two) for x, y, z in pairs for two in ((y, z), (z, y))]
+        None if there are no pairs, or if the form does not ask in both orders. What was asked
+        before is not asked again."""
+        if not self.form.both_orders:
+            return None
+        comparisons = different(
+            (str(x), str(y), str(z))
+            for x, ys in zip(prompts, responses, strict=True)
+            for y, z in combinations(ys, 2)
         )
-        P = {}
-        for (x, y, z), there, back in zip(pairs, answers[::2], answers[1::2], strict=True):
-            self.counts["asked"] += 1
-            if there is None or back is None:
-                self.counts["failed"] += 1
-                there = back = math.nan
-            else:
-                self.counts["pairs"] += 1
-                # The same place won in both orders, not the same response.
-                self.counts["flips"] += (there - 0.5) * (back - 0.5) > 0
-                self.counts["first"] += (there > 0.5) + (back > 0.5)
-            P[x, y, z], P[x, z, y] = (there + 1 - back) / 2, (back + 1 - there) / 2
-        return P
+        results = self.endpoint.ask(self.form.questions(comparisons))
+        _, counts = self.form.preferences(comparisons, results)
+        return share(counts["flips"], counts["pairs"])
 
 
-Triple = tuple[str, str, str]  # a prompt and two responses
-
-
-def _texts(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> list[Triple]:
+def as_texts(prompts: Sequence[Any], a: Sequence[Any], b: Sequence[Any]) -> list[Comparison]:
     """The comparisons as plain strings."""
     return [(str(x), str(y), str(z)) for x, y, z in zip(prompts, a, b, strict=True)]
 
 
-def _different(triples: Iterable[Triple]) -> list[Triple]:
-    """The comparisons of texts that differ."""
-    return [triple for triple in triples if triple[1] != triple[2]]
+def different(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Those of texts that differ."""
+    return [(x, y, z) for x, y, z in comparisons if y != z]
 
 
-def _pairs(triples: Iterable[Triple]) -> list[Triple]:
-    """Every unordered pair once, its responses sorted."""
-    return list(dict.fromkeys((x, min(y, z), max(y, z)) for x, y, z in triples))
+def share(part: int, whole: int) -> float | None:
+    """part / whole; None if there is no whole."""
+    return part / whole if whole else None
 
 
 class OpenAITeacher:

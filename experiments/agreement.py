@@ -92,28 +92,25 @@ def read_labels(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
-        item = read_label(line)
-        if item is None:
+        try:
+            items.append(json.loads(line))
+            good = is_label(items[-1])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            good = False
+        if not good:
             wanted = '{"prompt": ..., "a": ..., "b": ..., "label": "a", "b" or "tie"}'
             expected = f'{wanted}, "judge" in [0, 1] if given'
             raise ValueError(f"{path}, line {number} is {line[:60]!r}; expected {expected}")
-        items.append(item)
     if not items:
         raise ValueError(f"{path} is empty; expected a line for each comparison")
     return items
 
 
-def read_label(line: str) -> dict[str, Any] | None:
-    """The label of a line; None if it is malformed."""
-    try:
-        item = json.loads(line)
-        texts = [item[name] for name in ("prompt", "a", "b")]
-        good = all(isinstance(text, str) for text in texts)
-        good = good and item["label"] in ("a", "b", "tie")
-        good = good and (item.get("judge") is None or 0 <= item["judge"] <= 1)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return item if good else None
+def is_label(item: dict[str, Any]) -> bool:
+    """Whether this is a line's label. TypeError or KeyError if it is nothing like one."""
+    texts = all(isinstance(item[name], str) for name in ("prompt", "a", "b"))
+    judged = item.get("judge") is None or 0 <= item["judge"] <= 1
+    return texts and judged and item["label"] in ("a", "b", "tie")
 
 
 # --- Figure ---------------------------------------------------------------------------------------

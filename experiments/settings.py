@@ -128,7 +128,7 @@ class JudgeOptions:
         ("scored", "pairwise"),
     )
     judge_prices: str | None = setting(
-        None, "dollars per million tokens of prompt and completion: 2.5,10 (default: as listed)"
+        None, "dollars per million tokens of prompt and completion: 2.5,10 (default: not known)"
     )
     judge_cache: str | None = setting(
         None, "file of all requests and replies (default: judgments.sqlite in --out)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from judge.ledger import Refused, for_terminal
 from judge.questions import Question
+from judge.replies import from_json, usage
 
 if TYPE_CHECKING:  # openai takes long to import, and most runs ask no server
     import httpx2
@@ -47,18 +49,14 @@ def _spellings(key: str) -> re.Pattern[str]:
     return re.compile(r"\\{0,15}" + r"\\{0,15}".join(letters))
 
 
-def hidden(value: Any, key: str) -> Any:
-    """A text or bytes with "[key]" in place of our key, in case a server sends it back; in a list
-    or dictionary, every text. Keys below `SHORTEST_KEY` are not hidden."""
+def hidden(text: Any, key: str) -> Any:
+    """A text, or bytes, with "[key]" in place of our key, in case a server sends it back. Keys
+    below `SHORTEST_KEY` are not hidden."""
     if len(key) < SHORTEST_KEY:
-        return value
-    if isinstance(value, str):
-        return _spellings(key).sub("[key]", value)
-    if isinstance(value, bytes):
-        return _spellings(key).sub("[key]", value.decode("latin-1")).encode("latin-1")
-    if isinstance(value, dict):
-        return {name: hidden(part, key) for name, part in value.items()}
-    return [hidden(part, key) for part in value] if isinstance(value, list) else value
+        return text
+    if isinstance(text, bytes):
+        return hidden(text.decode("latin-1"), key).encode("latin-1")
+    return _spellings(key).sub("[key]", text)
 
 
 # --- HTTP ---
@@ -105,10 +103,11 @@ def received(
     timeout: float,
     headers: dict[str, str] | None = None,
     **body: Any,
-) -> bytes:
-    """The body of the reply to one request by a client's `get` or `post`. Of a longer one, a little
-    more than `LARGEST` bytes. Redirects are not followed, whatever the client is set to do. Raises
-    openai's errors; httpx2's while the body comes; TimeoutError if it is not there in time."""
+) -> str | bytes:
+    """The text of the reply to one request by a client's `get` or `post`, as bytes if it is not
+    UTF-8; of a longer one the first `LARGEST` bytes. Redirects are not followed, whatever the
+    client is set to do. Raises openai.APIStatusError; OSError, which says why, if no whole reply
+    came in time."""
     import httpx2
     import openai
 
@@ -116,15 +115,24 @@ def received(
     options |= {"follow_redirects": False, "security": {"bearer_auth": True}}
     kinds = {"cast_to": httpx2.Response, "stream": True, "stream_cls": openai.Stream}
     content, deadline = bytearray(), time.monotonic() + timeout
-    response: httpx2.Response = send(path, options=options, **kinds, **body)
-    with closing(response):
-        for part in response.iter_bytes():
-            content += part
-            if len(content) > LARGEST:
-                break
-            if time.monotonic() > deadline:
-                raise TimeoutError
-    return bytes(content)
+    try:
+        response: httpx2.Response = send(path, options=options, **kinds, **body)
+        with closing(response):
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > LARGEST:
+                    break
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+    except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
+        raise TimeoutError("no reply in time") from None
+    except (openai.APIConnectionError, httpx2.HTTPError) as error:
+        kind = type(error.__cause__ or error).__name__
+        raise ConnectionError(f"no connection, or a broken one ({kind})") from None
+    try:
+        return content[:LARGEST].decode("utf-8")
+    except UnicodeDecodeError:
+        return bytes(content[:LARGEST])
 
 
 def redirection(error: openai.APIStatusError, key: str) -> str:
@@ -158,26 +166,29 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 # --- One request to a model ---
 
 Outcome = Literal[
-    "replied",  # there is a body, not read yet
-    "unreadable",  # there is a body, and it cannot be read
+    "complete",  # a full answer
+    "unreadable",  # a reply that is none
     "lost",  # no reply came, though the request may have been charged
     "refused",  # for now
     "negotiated",  # a setting was refused, and is sent in another way from now on
     "filtered",  # this question will never be answered
     "permanent",  # no question will be answered
-    "complete",  # the body was read, and is a full answer
 ]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of a request, with a reason, the body if there is one, and the seconds to wait
-    before the next attempt if the server says so."""
+    """What became of a request, and why. All texts are without our key.
+
+    wait: seconds before the next attempt, if the server says so. If there is a body: its text; what
+    was read of it, as JSON; and the (prompt, completion) tokens that the server says it charges."""
 
     outcome: Outcome
     reason: str
-    body: bytes = b""
     wait: float | None = None
+    text: str | bytes | None = None
+    parsed: str | None = None
+    tokens: tuple[int, int] | None = None
 
 
 class Connection:
@@ -201,32 +212,32 @@ class Connection:
         self.instead: dict[str, str | None] = {}  # refused settings: what to send, None for nothing
         self._lock = threading.Lock()
 
-    def hidden(self, value: Any) -> Any:
-        """The value without our key (`hidden`)."""
-        return hidden(value, self.client.api_key)
+    def hidden(self, text: Any) -> Any:
+        """The text without our key (`hidden`)."""
+        return hidden(text, self.client.api_key)
 
     def send(self, question: Question, idempotency_key: str) -> Reply:
         """Send one request. A server that honours the idempotency key charges once for all requests
         of that key and of the same settings."""
-        import httpx2
         import openai
 
         body = {"model": self.model, **self._settings(question), "messages": question.messages}
         headers = {"Idempotency-Key": f"{idempotency_key}-{len(self.instead)}"}
         try:
-            content = received(
-                self.client.post, "/chat/completions", self.timeout, headers, body=body
-            )
+            text = received(self.client.post, "/chat/completions", self.timeout, headers, body=body)
         except openai.APIStatusError as error:
             return self._refusal(error, body)
-        except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
-            return Reply("lost", "no reply in time")
-        except (openai.APIConnectionError, httpx2.HTTPError) as error:
-            kind = type(error.__cause__ or error).__name__
-            return Reply("lost", f"no connection, or a broken one ({kind})")
-        if len(content) > LARGEST:
-            return Reply("unreadable", "a reply that is too long", content[:LARGEST])
-        return Reply("replied", "a reply that cannot be read", content)
+        except OSError as error:
+            return Reply("lost", str(error))
+        told = from_json(text)
+        answer = question.answer(told)
+        return Reply(
+            "complete" if answer.complete else "unreadable",
+            "a reply that cannot be read",
+            text=self.hidden(text),
+            parsed=self.hidden(json.dumps(answer.result)),
+            tokens=usage(told),
+        )
 
     def _settings(self, question: Question) -> dict[str, Any]:
         """The settings of a request, as far as the server knows them."""

@@ -11,41 +11,26 @@ import hashlib
 import json
 import math
 import random
-import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from judge.client import Connection, Reply
-from judge.ledger import Ledger, Refused, Stopped, TooDear, for_terminal
-from judge.prices import Plan, Price, count_tokens, price_of
+from judge.ledger import Kept, Ledger, Refused, Stopped, TooDear, for_terminal
+from judge.prices import Plan, Price, count_tokens
 from judge.questions import Question
-from judge.replies import decoded, dig, from_json, usage
+from judge.replies import NO_ANSWER, Answer, from_json
 
 if TYPE_CHECKING:
     import openai
 
 LONGEST_BACKOFF = 60.0  # seconds between two attempts if the server does not say how long
-LEAST = {"concurrency": 1, "timeout": 1e-3, "attempts": 1}  # of an endpoint's numbers; others 0
-
-
-class Answer(NamedTuple):
-    """The result that was read of a reply, None if there is none, and whether it is complete. A
-    question that a content filter refused is complete: asking again does not help."""
-
-    result: Any
-    complete: bool
-
-    @property
-    def failed(self) -> bool:
-        return self.result is None or not self.complete
 
 
 class Endpoint:
@@ -63,7 +48,7 @@ class Endpoint:
     backoff: seconds before the second attempt, doubled for each further one to at most 60, less a
         random part of up to half. If the server says how long (Retry-After), we wait that long, or
         up to a tenth longer; if it says more than 120 s, `ask` raises Refused.
-    price: None to look it up in `PRICES`.
+    price: None if it is not known; dollars are then not known either.
     max_usd: most dollars that the run may spend; None for no limit. Needs a price.
     max_failed: the share of the questions of one `ask` that may stay without a full answer. If more
         do, `ask` raises Stopped.
@@ -90,23 +75,29 @@ class Endpoint:
         max_failed: float = 0.05,
         run: str = "",
     ):
-        _check_numbers(
-            concurrency=concurrency,
-            timeout=timeout,
-            attempts=attempts,
-            backoff=backoff,
-            max_failed=max_failed,
-            max_usd=max_usd or 0,
-            temperature=temperature,
-        )
+        least = {"concurrency": 1, "attempts": 1, "timeout": 1e-3}
+        numbers = {
+            "temperature": temperature,
+            "concurrency": concurrency,
+            "timeout": timeout,
+            "attempts": attempts,
+            "backoff": backoff,
+            "max_usd": max_usd or 0,
+            "max_failed": max_failed,
+        }
+        for name, value in numbers.items():
+            if not least.get(name, 0) <= value < math.inf:
+                expected = f"expected a number of at least {least.get(name, 0)}"
+                raise ValueError(f"{name} is {value}; {expected}")
+        if max_usd is not None and live and price is None:
+            raise ValueError(
+                f"max_usd is {max_usd} and needs price=Price(prompt, completion): the price of "
+                f"{model!r} is not known; give prices too"
+            )
         self.model, self.temperature, self.live = model, temperature, live
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
-        self.backoff, self.max_usd, self.max_failed = backoff, max_usd, max_failed
-        self.price = price or price_of(model)
-        if max_usd is not None and live and self.price is None:
-            raise ValueError(
-                f"max_usd is {max_usd}, but the price of {model!r} is not known; give prices too"
-            )
+        self.backoff, self.max_failed = backoff, max_failed
+        self.price, self.max_usd = price, max_usd
         self.connection = Connection(model, url, client, temperature, timeout) if live else None
         self.url = self.connection.url if self.connection else "no network"
         self._check_name()
@@ -116,7 +107,6 @@ class Endpoint:
         self.reasons: Counter[str] = Counter()  # for which requests failed
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._flying = 0  # requests that are sent and not answered yet
-        self._first_error: BaseException | None = None
 
     def _check_name(self) -> None:
         if not self.model.isprintable():
@@ -162,46 +152,35 @@ class Endpoint:
         size += len(json.dumps(question.wishes))
         return self.price.dollars(size, question.max_tokens) if self.price else 0.0
 
-    def _earlier(self, distinct: dict[str, Question]) -> dict[str, list[Answer]]:
-        """The answers in the ledger by key, the oldest first. Replies that could not be read, or
-        whose parsed form is NULL, are read again."""
-        replies = self.ledger.replies(distinct)
-        with self.ledger.refusing():
-            return {
-                key: [_reread(distinct[key], *reply) for reply in replies[key]] for key in replies
-            }
+    def _kept(self, distinct: dict[str, Question]) -> dict[str, list[Answer]]:
+        """The answers in the ledger by key, the oldest first."""
+        kept = self.ledger.replies(distinct)
+        return {
+            key: [read_again(question, reply) for reply in kept[key]]
+            for key, question in distinct.items()
+        }
 
-    def _settled(self, answers: list[Answer]) -> Answer | None:
-        """The answer if there is no need to ask again: the first complete one, or the fullest if we
-        may not ask again. Else None."""
-        for answer in answers:
-            if answer.complete:
-                return answer
-        final = answers and (len(answers) >= self.attempts or not self.live)
-        return max(answers, key=_fullness) if final else None
-
-    def _known(
-        self, distinct: dict[str, Question], earlier: dict[str, list[Answer]]
-    ) -> dict[str, Answer]:
-        """The answers that need no request. If more of them failed than may fail, questions without
-        a complete answer are asked again: perhaps the endpoint can answer now."""
-        settled = {key: self._settled(earlier.get(key, [])) for key in distinct}
-        known = {key: answer for key, answer in settled.items() if answer is not None}
-        if self.live and _count_failed(known) > self.max_failed * len(distinct):
+    def _known(self, kept: dict[str, list[Answer]]) -> dict[str, Answer]:
+        """The answers that need no request: complete ones, and the fullest of as many as may be
+        asked for. But if more of them failed than may fail, incomplete ones are asked for again:
+        perhaps the endpoint can answer now."""
+        enough = self.attempts if self.live else 1
+        known = {}
+        for key, answers in kept.items():
+            best = fullest(answers)
+            if best.complete or len(answers) >= enough:
+                known[key] = best
+        if self.live and count_failed(known.values()) > self.max_failed * len(kept):
             return {key: answer for key, answer in known.items() if answer.complete}
         return known
 
     def plan(self, questions: Sequence[Question]) -> Plan:
         """What `ask` would send now, if one request were enough for each answer. Sends nothing."""
         distinct = {self.key(question): question for question in questions}
-        earlier = self._earlier(distinct)
-        new = [
-            question
-            for key, question in distinct.items()
-            if self._settled(earlier.get(key, [])) is None
-        ]
+        known = self._known(self._kept(distinct))
+        new = [question for key, question in distinct.items() if key not in known]
         texts = [message["content"] for question in new for message in question.messages]
-        prompt = sum(count_tokens(text, self.model) for text in texts) + 4 * len(texts)
+        prompt = sum(map(count_tokens, texts)) + 4 * len(texts)
         completion = sum(question.max_tokens for question in new)
         dollars = self.price.dollars(prompt, completion) if self.price else None
         return Plan(len(new), prompt, completion, dollars)
@@ -214,27 +193,17 @@ class Endpoint:
         the replies to what was sent by then are waited for, and kept."""
         keys = [self.key(question) for question in questions]
         distinct = dict(zip(keys, questions, strict=True))
-        earlier = self._earlier(distinct)
-        answers = self._known(distinct, earlier)
+        kept = self._kept(distinct)
+        answers = self._known(kept)
         missing = {key: question for key, question in distinct.items() if key not in answers}
         self.counts["asked"] += len(distinct)
         self.counts["cached"] += len(distinct) - len(missing)
         if missing:
-            if not self.live:
-                raise self._not_recorded(missing, len(distinct))
-            self._ask_missing(missing, earlier, answers)
-        failed = _count_failed(answers)
+            self._ask_missing(missing, kept, answers)
+        failed = count_failed(answers.values())
         self._check_failures(failed, len(distinct))
         self.counts["failed"] += failed
         return [answers[key].result for key in keys]
-
-    def _not_recorded(self, missing: dict[str, Question], total: int) -> Refused:
-        wanted = next(iter(missing.values())).messages[-1]["content"][:120]
-        return Refused(
-            f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {total} "
-            f"questions, of which one is {wanted!r}; give the cache that was recorded with these "
-            "settings"
-        )
 
     def _check_failures(self, failed: int, total: int) -> None:
         if failed > self.max_failed * total:
@@ -247,13 +216,19 @@ class Endpoint:
     def _ask_missing(
         self,
         missing: dict[str, Question],
-        earlier: dict[str, list[Answer]],
+        kept: dict[str, list[Answer]],
         answers: dict[str, Answer],
     ) -> None:
         """Add the answers of the missing questions to those that are known."""
+        failed, total = count_failed(answers.values()), len(kept)
+        if not self.live:
+            wanted = next(iter(missing.values())).messages[-1]["content"][:120]
+            raise Refused(
+                f"{self.ledger.path} has no reply of {self.model} to {len(missing)} of {total} "
+                f"questions, of which one is {wanted!r}; give the cache that was recorded with "
+                "these settings"
+            )
         self._stop.clear()
-        self._first_error = None
-        failed, total = _count_failed(answers), len(answers) + len(missing)
         bar = tqdm(
             total=len(missing),
             desc=f"asking {self.model}",
@@ -263,19 +238,19 @@ class Endpoint:
         )
         with bar, ThreadPoolExecutor(min(self.concurrency, len(missing))) as pool:
             futures = {
-                pool.submit(self._answer_or_stop, key, question, earlier.get(key, [])): key
+                pool.submit(self._answer_or_stop, key, question, kept[key]): key
                 for key, question in missing.items()
             }
             try:
                 for future in as_completed(futures):
+                    if isinstance(future.exception(), CancelledError):
+                        continue  # another question's error stopped it, which comes too
                     answer = future.result()
                     answers[futures[future]] = answer
                     failed += answer.failed
                     bar.update()
                     self._check_failures(failed, total)
                     bar.set_postfix_str(f"{self.spent()}, {failed} failed", refresh=False)
-            except Stopped as error:
-                raise self._first_error or error from None
             except KeyboardInterrupt:
                 tqdm.write("interrupted: waiting for the replies under way, which may be paid for")
                 raise
@@ -283,45 +258,30 @@ class Endpoint:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _answer_or_stop(self, key: str, question: Question, earlier: list[Answer]) -> Answer:
-        """`_answer`. An error stops all threads that have not sent their request yet; the first one
-        is what `ask` raises."""
+    # --- One question, in a thread of its own ---
+
+    def _answer_or_stop(self, key: str, question: Question, answers: list[Answer]) -> Answer:
+        """`_answer`. An error stops all threads that have not sent their request yet."""
         try:
-            return self._answer(key, question, earlier)
-        except BaseException as error:
-            with self._lock:
-                self._first_error = self._first_error or error
+            return self._answer(key, question, answers)
+        except BaseException:
             self._stop.set()
             raise
 
-    def _answer(self, key: str, question: Question, earlier: list[Answer]) -> Answer:
-        """Ask until there is a complete answer, at most `attempts` times; if there is none, the
-        fullest. Earlier attempts count, but if they were all used up, counting starts anew."""
-        answers, attempt = list(earlier), len(earlier) % self.attempts
-        while attempt < self.attempts:
-            number = self._reserved(key, question, len(answers))
-            if number is None:  # another process was faster
-                found = self._earlier({key: question})[key]
-                attempt, answers = attempt + len(found) - len(answers), found
-                complete = [answer for answer in answers if answer.complete]
-                if complete:
-                    return complete[0]
-                continue
-            result, reply = self._exchange(number, f"{key}-{len(answers)}", question)
-            if reply.outcome == "complete":
-                return Answer(result, True)
-            if reply.outcome == "negotiated":
-                continue
-            with self._lock:
-                self.reasons[reply.reason] += 1
-            if reply.outcome == "filtered":
-                return Answer(None, True)
-            attempt += 1
-            if reply.outcome == "unreadable":
-                answers.append(Answer(result, False))
-            elif attempt < self.attempts:
-                self._wait(self._pause(attempt, reply.wait))
-        return max(answers, key=_fullness, default=Answer(None, False))
+    def _answer(self, key: str, question: Question, answers: list[Answer]) -> Answer:
+        """Ask until the ledger has a complete answer, at most `attempts` times; if there is none,
+        the fullest. The answers that were there count, but if they used up all attempts, counting
+        starts anew."""
+        used, lost, pause = len(answers) // self.attempts * self.attempts, 0, 0.0
+        while not fullest(answers).complete and len(answers) + lost < used + self.attempts:
+            self._wait(pause)
+            reply = self._exchange(key, question, len(answers))
+            pause = 0.0
+            if reply and reply.outcome in ("lost", "refused"):
+                lost += 1
+                pause = self._pause(len(answers) - used + lost, reply.wait)
+            answers = self._kept({key: question})[key]
+        return fullest(answers)
 
     def _pause(self, attempt: int, asked: float | None) -> float:
         """The seconds before the next attempt, after so many; asked: what the server asks for."""
@@ -332,11 +292,35 @@ class Endpoint:
 
     def _wait(self, seconds: float) -> None:
         if self._stop.wait(seconds):
-            raise Stopped("asking was stopped")
+            raise CancelledError
 
     # --- One request ---
 
-    def _reserved(self, key: str, question: Question, known: int) -> int | None:
+    def _exchange(self, key: str, question: Question, known: int) -> Reply | None:
+        """Send a request, with a row in the ledger from before it is sent, which is completed with
+        what became of it. None if there are more replies than the `known` ones: another process was
+        faster. Raises Refused on a permanent error."""
+        assert self.connection, "only a live endpoint sends requests"
+        bound = self._bound(question)
+        number = self._reserved(key, question, known, bound)
+        if number is None:
+            return None
+        try:
+            start = time.perf_counter()
+            reply = self.connection.send(question, f"{key}-{known}")
+            columns = self._columns(reply) | {"seconds": time.perf_counter() - start}
+            self.ledger.complete(number, bound, **columns)
+        finally:
+            with self._lock:
+                self._flying -= 1
+        if reply.outcome == "permanent":
+            raise Refused(reply.reason)
+        if reply.outcome not in ("complete", "negotiated"):
+            with self._lock:
+                self.reasons[reply.reason] += 1
+        return reply
+
+    def _reserved(self, key: str, question: Question, known: int, bound: float) -> int | None:
         """The ledger's row for a request that may be sent now, which counts as flying from then on.
         None if there are more replies than the `known` ones."""
         row = {
@@ -344,7 +328,7 @@ class Endpoint:
             "model": self.model,
             "url": self.url,
             "question": json.dumps(self._settings(question)),
-            "bound": self._bound(question),
+            "bound": bound,
         }
         limit = math.inf if self.max_usd is None else self.max_usd
         while True:
@@ -362,50 +346,26 @@ class Endpoint:
             if number == "too dear" and not waiting:
                 raise TooDear(
                     f"stopped below the limit of ${limit:g}: ${self.ledger.spent():.4f} are spent, "
-                    f"and the next request can cost ${row['bound']:.4f}"
+                    f"and the next request can cost ${bound:.4f}"
                 )
             self._wait(0.05)
 
-    def _exchange(self, number: int, idempotency_key: str, question: Question) -> tuple[Any, Reply]:
-        """Send the request of a row, and complete the row with what became of it. Returns (result,
-        reply). Raises Refused on a permanent error."""
-        assert self.connection, "only a live endpoint sends requests"
-        try:
-            start = time.perf_counter()
-            reply = self.connection.send(question, idempotency_key)
-            result, reply, columns = self._understood(question, reply)
-            columns["seconds"] = time.perf_counter() - start
-            self.ledger.complete(number, self._bound(question), **columns)
-        finally:
-            with self._lock:
-                self._flying -= 1
-        if reply.outcome == "permanent":
-            raise Refused(reply.reason)
-        return result, reply
-
-    def _understood(self, question: Question, reply: Reply) -> tuple[Any, Reply, dict[str, Any]]:
-        """(result, reply, columns of the ledger); the reply's outcome is "complete" if its body
-        could be read and was a full answer, "unreadable" if not."""
+    def _columns(self, reply: Reply) -> dict[str, Any]:
+        """What the ledger keeps of a reply."""
         if reply.outcome == "lost":  # it may have been charged: its bound stays spent
-            return None, reply, {"outcome": "lost", "reply": reply.reason}
-        if reply.outcome in ("refused", "negotiated", "filtered", "permanent"):
+            return {"outcome": "lost", "reply": reply.reason}
+        if reply.text is None:
             outcome = "filtered" if reply.outcome == "filtered" else "refused"
-            return None, reply, {"outcome": outcome, "reply": reply.reason, "dollars": 0.0}
-        assert self.connection
-        answer = _read(question, reply.body)
-        whole = answer.complete and reply.outcome == "replied"
-        reply = replace(reply, outcome="complete" if whole else "unreadable")
-        result = self.connection.hidden(answer.result)
-        columns: dict[str, Any] = {
+            return {"outcome": outcome, "reply": reply.reason, "dollars": 0.0}
+        prompt, completion = reply.tokens or (None, None)
+        return {
             "outcome": reply.outcome,
-            "reply": self.connection.hidden(decoded(reply.body)),
-            "parsed": json.dumps(result),
+            "reply": reply.text,
+            "parsed": reply.parsed,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "dollars": self.price.dollars(*reply.tokens) if reply.tokens and self.price else None,
         }
-        tokens = usage(reply.body)
-        if tokens:
-            columns["prompt_tokens"], columns["completion_tokens"] = tokens
-            columns["dollars"] = self.price.dollars(*tokens) if self.price else None
-        return result, reply, columns
 
     # --- What was spent ---
 
@@ -422,37 +382,19 @@ class Endpoint:
         return f"${self.ledger.spent():.4f}" if self.price or not self.live else "price not known"
 
 
-def _check_numbers(**numbers: float) -> None:
-    for name, value in numbers.items():
-        least = LEAST.get(name, 0)
-        if not least <= value < math.inf:
-            raise ValueError(f"{name} is {value}; expected a number of at least {least}")
+def fullest(answers: Iterable[Answer]) -> Answer:
+    """The first complete answer, or the one with most scores; no answer of none."""
+    return max(answers, key=lambda answer: answer.fullness, default=NO_ANSWER)
 
 
-def _fullness(answer: Answer) -> int:
-    """How many scores an answer has."""
-    return sum(score is not None for score in dig(answer.result, "scores") or [])
+def count_failed(answers: Iterable[Answer]) -> int:
+    """How many of the answers failed."""
+    return sum(answer.failed for answer in answers)
 
 
-def _count_failed(answers: dict[str, Answer]) -> int:
-    return sum(answer.failed for answer in answers.values())
-
-
-def _read(question: Question, body: bytes) -> Answer:
-    """The answer in a reply's body; Answer(None, False) if the body is not even JSON."""
-    choice = dig(from_json(body), "choices", 0)
-    return Answer(*question.read(choice)) if isinstance(choice, dict) else Answer(None, False)
-
-
-def _reread(
-    question: Question, outcome: str, parsed: str | None, reply: str | bytes | None
-) -> Answer:
+def read_again(question: Question, kept: Kept) -> Answer:
     """The answer in a reply that the ledger kept."""
-    if outcome == "filtered":
-        return Answer(None, True)
-    if outcome == "complete" and parsed is not None:
-        try:
-            return Answer(json.loads(parsed), True)
-        except (ValueError, TypeError, RecursionError):
-            raise sqlite3.DatabaseError("damaged: what was read of a reply is no JSON") from None
-    return _read(question, reply.encode() if isinstance(reply, str) else reply or b"")
+    outcome, parsed, reply = kept
+    if outcome == "filtered" or parsed is not None:
+        return Answer(parsed, True)
+    return question.answer(from_json(reply))

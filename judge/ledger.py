@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,10 @@ SCHEMA = (  # SQLite keeps the text, comments too, in the file
 )
 COLUMNS = """id, key, run, model, url, question, pid, sent, bound, outcome, reply, parsed,
 prompt_tokens, completion_tokens, dollars, seconds"""
+REPLIED = ("complete", "unreadable", "filtered")  # outcomes of requests that need not be sent again
+# a reply in the ledger: its outcome; what was read of it if it is complete; and its text if that
+# has to be read again (bytes if it is not UTF-8)
+Kept = tuple[str, Any, str | bytes | None]
 
 
 class Ledger:
@@ -66,34 +70,34 @@ class Ledger:
     def __init__(self, path: str | Path | None, run: str = "", read_only: bool = False):
         self.path = path or "memory"
         self.run, self.read_only, self.lock = run, read_only, threading.RLock()
-        with self.lock, self.refusing():
+        self._db: sqlite3.Connection | None = None
+        with self._refusing():
             folders = Path(path or ".").absolute().parents
-            above = next((folder for folder in folders if folder.exists()), Path("/"))
+            above = next(folder for folder in folders if folder.exists())
             if not above.is_dir():
-                raise Refused(
-                    f"{path} cannot be used as a cache of judgments: {above} is no folder; "
-                    "choose another file"
-                )
+                raise NotADirectoryError(f"{above} is no folder")
             there = read_only or (path and Path(path).exists())
         if there:
             _ = self.db  # opened now, so that a file that is no ledger is refused at once
 
-    @cached_property
+    @property
     def db(self) -> sqlite3.Connection:
         """The connection, which is opened when it is first needed."""
-        with self.lock, self.refusing():  # another thread may have opened it meanwhile
-            return self.__dict__["db"] if "db" in self.__dict__ else self._open()
+        with self.lock, self._refusing():
+            if self._db is None:
+                self._db = self._open()
+            return self._db
 
     def _open(self) -> sqlite3.Connection:
         if self.path == "memory":
-            return _prepare(_connect(":memory:"))
+            return _prepared(_connect(":memory:"))
         path = Path(self.path)
         if self.read_only:
             return self._examined(path)
         if path.exists():
             self._examined(path).close()
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _prepare(_connect(path.resolve().as_uri()))
+        return _prepared(_connect(path.resolve().as_uri()))
 
     def _examined(self, path: Path) -> sqlite3.Connection:
         """A connection that cannot write. The file must be a sound ledger; it may be empty unless
@@ -117,7 +121,7 @@ class Ledger:
                     raise
 
     @contextmanager
-    def refusing(self) -> Iterator[None]:
+    def _refusing(self) -> Iterator[None]:
         """Stands around every use of the file. Raises Refused, with a reason in one line, if the
         file cannot be read or written. It takes no lock, since Control-C between this function and
         its caller would leave it locked."""
@@ -131,29 +135,25 @@ class Ledger:
                 f"{self.path} cannot be used as a cache of judgments ({told}); {_remedy(error)}"
             ) from None
 
-    def replies(
-        self, keys: Iterable[str]
-    ) -> dict[str, list[tuple[str, str | None, str | bytes | None]]]:
-        """(outcome, parsed, reply) of each reply that is complete, unreadable or filtered, by key,
-        the oldest first. The raw text of a complete one is read only if its parsed form is NULL."""
-        found: dict[str, list[tuple[str, str | None, str | bytes | None]]] = {}
+    def replies(self, keys: Iterable[str]) -> dict[str, list[Kept]]:
+        """The replies that are complete, unreadable or filtered, by key, the oldest first."""
         keys = list(keys)
+        found: dict[str, list[Kept]] = {key: [] for key in keys}
         for at in range(0, len(keys), 500):
             part = keys[at : at + 500]
-            query = f"""SELECT key, outcome, parsed,
+            query = f"""SELECT key, outcome, CASE WHEN outcome = 'complete' THEN parsed END,
                                CASE WHEN outcome = 'unreadable' OR parsed IS NULL THEN reply END
                         FROM requests WHERE key IN ({",".join("?" * len(part))})
-                        AND outcome IN ('complete', 'unreadable', 'filtered') ORDER BY id"""
-            with self.lock, self.refusing():
-                rows = self.db.execute(query, part).fetchall()
-            for key, outcome, parsed, reply in rows:
-                found.setdefault(key, []).append((outcome, parsed, reply))
+                        AND outcome IN {REPLIED} ORDER BY id"""
+            with self.lock, self._refusing():
+                for key, outcome, parsed, reply in self.db.execute(query, part):
+                    found[key].append((outcome, _value(parsed), reply))
         return found
 
     def spent(self) -> float:
         """Dollars that this run has spent. A request whose cost is not known counts with the most
         that it can have cost."""
-        with self.lock, self.refusing():
+        with self.lock, self._refusing():
             (dollars,) = self.db.execute(
                 "SELECT TOTAL(dollars) FROM spending WHERE run = ?", (self.run,)
             ).fetchone()
@@ -163,27 +163,24 @@ class Ledger:
         """The models that were asked a teacher's questions, or else a judge's."""
         sql = """SELECT DISTINCT model FROM requests
                  WHERE (json_extract(question, '$.version') LIKE 'teacher%') = ?"""
-        with self.lock, self.refusing():
+        with self.lock, self._refusing():
             return [model for (model,) in self.db.execute(sql, (teacher,))]
 
     def totals(self) -> dict[str, float]:
         """Requests sent in this run, how many of them were never answered, tokens, dollars known to
         be paid, and the most that the others can have cost."""
-        query = """SELECT COUNT(*), COALESCE(SUM(outcome IS NULL OR outcome = 'lost'), 0),
-                   COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0),
-                   COALESCE(SUM(dollars), 0),
+        query = """SELECT COUNT(*) AS requests,
+                   COALESCE(SUM(outcome IS NULL OR outcome = 'lost'), 0) AS unanswered,
+                   COALESCE(SUM(prompt_tokens), 0) AS prompt_tokens,
+                   COALESCE(SUM(completion_tokens), 0) AS completion_tokens,
+                   COALESCE(SUM(dollars), 0) AS dollars,
                    COALESCE(SUM(CASE WHEN dollars IS NULL THEN bound END), 0)
+                       AS dollars_unknown_at_most
                    FROM requests WHERE run = ?"""
-        names = (
-            "requests",
-            "unanswered",
-            "prompt_tokens",
-            "completion_tokens",
-            "dollars",
-            "dollars_unknown_at_most",
-        )
-        with self.lock, self.refusing():
-            return dict(zip(names, self.db.execute(query, (self.run,)).fetchone(), strict=True))
+        with self.lock, self._refusing():
+            found = self.db.execute(query, (self.run,))
+            names = [column[0] for column in found.description]
+            return dict(zip(names, found.fetchone(), strict=True))
 
     def reserve(
         self, row: dict[str, Any], known: int, limit: float, patience: float
@@ -196,10 +193,7 @@ class Ledger:
             others = self.db.execute(
                 "SELECT outcome, pid, sent FROM requests WHERE key = ?", (row["key"],)
             ).fetchall()
-            replied = [
-                outcome in ("complete", "unreadable", "filtered") for outcome, _, _ in others
-            ]
-            if sum(replied) > known:
+            if sum(outcome in REPLIED for outcome, _, _ in others) > known:
                 return "answered"
             for outcome, pid, sent in others:
                 recent = outcome is None and row["sent"] - sent < patience
@@ -227,7 +221,7 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self.lock, self.refusing():
+        with self.lock, self._refusing():
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -268,36 +262,36 @@ def _connect(uri: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, timeout=60, isolation_level=None, check_same_thread=False, uri=True)
 
 
-def _prepare(db: sqlite3.Connection) -> sqlite3.Connection:
+def _prepared(db: sqlite3.Connection) -> sqlite3.Connection:
     """The connection, with the tables made. Another process may be making them, and SQLite does not
     wait by itself when it changes the mode of the journal."""
-    for wait in (0.01, 0.1, 0.5, 1.0, 2.0):
+    last = time.monotonic() + 5
+    while True:
         try:
-            return _with_tables(db)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.executescript(SCHEMA)
+            return db
         except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
+            if "locked" not in str(error) or time.monotonic() > last:
                 raise
-            time.sleep(wait)
-    return _with_tables(db)
+        time.sleep(0.05)
 
 
-def _with_tables(db: sqlite3.Connection) -> sqlite3.Connection:
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")
-    db.executescript(SCHEMA)
-    return db
+def _value(parsed: str | bytes | None) -> Any:
+    """What the ledger keeps as JSON; None if it keeps nothing."""
+    try:
+        return None if parsed is None else json.loads(parsed)
+    except (ValueError, RecursionError):
+        raise sqlite3.DatabaseError("damaged: what was read of a reply is no JSON") from None
 
 
 def _alive(pid: int) -> bool:
     """Whether there is such a process, and it is no zombie, which sends nothing."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        pass  # no such process, or no such file system
-    try:
         os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
-    return True
+    except OSError:
+        return True  # of another user, or there is no such file system

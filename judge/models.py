@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from judge.client import hidden, make_client, received, redirection
 from judge.ledger import Ledger, Refused, for_terminal
 from judge.replies import dig, from_json
-
-if TYPE_CHECKING:
-    import openai
 
 PATIENCE = 10.0  # seconds in which a server must say which models it has
 
@@ -19,41 +15,32 @@ PATIENCE = 10.0  # seconds in which a server must say which models it has
 def only_model(url: str | None) -> str:
     """The name of the only model that a server offers. Raises Refused if it offers several, or does
     not say within `PATIENCE` seconds."""
+    import openai
+
     if url is None and not os.environ.get("OPENAI_BASE_URL"):
         raise Refused("the model's name is missing, and OpenAI has many; name one, openai:MODEL")
     client = make_client(url)
     where = str(client.base_url).rstrip("/")
-    models = dig(from_json(_listing(client, where)), "data")
+    try:
+        models = dig(from_json(received(client.get, "/models", PATIENCE)), "data")
+    except openai.APIStatusError as error:
+        told = f"answers HTTP {error.status_code}; name the model: openai:MODEL"
+        if 300 <= error.status_code < 400:
+            told = redirection(error, client.api_key)
+        raise Refused(f"{where} {told}") from None
+    except OSError as error:
+        raise Refused(
+            f"{where} does not say which models it has ({error}); check the URL, or name the "
+            "model: openai:MODEL"
+        ) from None
     ids = [dig(model, "id") for model in models] if isinstance(models, list) else []
     names = [str(name) for name in ids if name]
-    name = only(hidden(names, client.api_key), where)
+    name = only([hidden(name, client.api_key) for name in names], where)
     if name not in names:
         raise Refused(
             f"{where} calls its model {name!r}, after the key; name the model: openai:MODEL"
         )
     return name
-
-
-def _listing(client: openai.OpenAI, where: str) -> bytes:
-    """The body of a server's reply to the question which models it has."""
-    import httpx2
-    import openai
-
-    try:
-        return received(client.get, "/models", PATIENCE)
-    except openai.APIStatusError as error:
-        if 300 <= error.status_code < 400:
-            told = redirection(error, client.api_key)
-        else:
-            told = f"answers HTTP {error.status_code}; name the model: openai:MODEL"
-        raise Refused(f"{where} {told}") from None
-    except (openai.OpenAIError, httpx2.HTTPError, TimeoutError) as error:
-        late = isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError))
-        reason = f"within {PATIENCE:g} s" if late else f"({type(error).__name__})"
-        raise Refused(
-            f"{where} does not say {reason} which models it has; check the URL, or name the model: "
-            "openai:MODEL"
-        ) from None
 
 
 def recorded_models(cache: str | Path, kind: str) -> list[str]:

@@ -1,35 +1,44 @@
 """What language models are asked: to grade by points, to compare, to answer.
 
 Prompts and responses are untrusted text. They are cleaned, cut, and set between marks with a number
-that they cannot know.
+that they cannot know. A judge's form of question is a `Form`, named in `FORMS`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import random
 import re
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
-from judge.replies import LONGEST, read_answer, read_scores, read_verdict
+from judge.replies import LONGEST, NO_ANSWER, Answer, dig, read_answer, read_scores, read_verdict
 
 
 @dataclass(frozen=True)
 class Question:
     """One request to a language model.
 
-    read(choice) turns the first choice of a reply into (result, whether it is complete). The result
-    can be written as JSON; None means that there is none. wishes: settings that are sent only to
-    endpoints which know them. They are not part of the key under which a question is remembered."""
+    read(choice) is the answer in the first choice of a reply. wishes: settings that are sent only
+    to endpoints which know them. They are not part of the key under which a question is
+    remembered."""
 
     version: str
     messages: list[dict[str, str]]
     max_tokens: int
-    read: Callable[[dict[str, Any]], tuple[Any, bool]] = field(repr=False)
+    read: Callable[[dict[str, Any]], Answer] = field(repr=False)
     wishes: dict[str, Any] = field(default_factory=dict, repr=False)
     number: int = 0  # tells apart several answers to the same question
+
+    def answer(self, body: Any) -> Answer:
+        """The answer in a reply's body, which may be any JSON."""
+        choice = dig(body, "choices", 0)
+        return self.read(choice) if isinstance(choice, dict) else NO_ANSWER
 
 
 # Recordings are found by a hash of these texts, so their line breaks must stay where they are.
@@ -182,3 +191,119 @@ def teacher_question(request: str, max_tokens: int, number: int) -> Question:
         {"role": "user", "content": clean(request, LONGEST)},
     ]
     return Question("teacher-1", messages, max_tokens, read_answer, number=number)
+
+
+# --- Forms: what a judge is asked about comparisons, and what its answers say of them ---
+
+Comparison = tuple[str, str, str]  # a prompt and two responses
+
+
+@dataclass(frozen=True)
+class Form(ABC):
+    """A way to ask a judge about comparisons. A new one is a subclass, and an entry in `FORMS`.
+
+    seed: of the order in which responses are shown. candidates: how many responses of a prompt are
+    shown at most. most: how many characters of a text are shown."""
+
+    seed: int = 0
+    candidates: int = 6
+    most: int = 8000
+
+    both_orders: ClassVar[bool]  # asks about each pair in both orders, and about no other response
+
+    @abstractmethod
+    def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
+        """What has to be asked about comparisons of texts that differ."""
+
+    @abstractmethod
+    def preferences(
+        self, comparisons: Sequence[Comparison], results: Sequence[Any]
+    ) -> tuple[dict[Comparison, float], Counter[str]]:
+        """P(a > b) by comparison, NaN where there is no answer, from the result of each question;
+        and the numbers of judgments asked for and failed. With both orders also: of pairs, of flips
+        (the same place won in both orders, not the same response), and of verdicts for the
+        first."""
+
+
+class Scored(Form):
+    """As in section 5: responses to a prompt stand side by side, and each is given 0 to 6 points.
+    P(a > b) is 1 if a has more points than b, 1/2 if as many, 0 if fewer."""
+
+    both_orders = False
+
+    def sheets(self, comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
+        """A prompt, and at most `candidates` distinct responses to it in the order shown; as many
+        such sheets as all texts need. The order is shuffled, by the seed and by the texts."""
+        groups: dict[str, set[str]] = {}
+        for x, y, z in comparisons:
+            groups.setdefault(x, set()).update((y, z))
+        sheets = []
+        for x, ys in groups.items():
+            order = sorted(ys)
+            random.Random(f"{self.seed} {x} {order}").shuffle(order)
+            count = -(-len(order) // self.candidates)
+            sheets += [(x, order[part::count]) for part in range(count)]
+        return sheets
+
+    def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
+        return [scored_question(x, shown, self.most) for x, shown in self.sheets(comparisons)]
+
+    def points(
+        self, comparisons: Sequence[Comparison], results: Sequence[Any]
+    ) -> dict[tuple[str, str], float]:
+        """Points by prompt and response, NaN where there is no answer."""
+        points = {}
+        for (x, shown), result in zip(self.sheets(comparisons), results, strict=True):
+            scores = result["scores"] if result else [None] * len(shown)
+            for y, score in zip(shown, scores, strict=True):
+                points[x, y] = math.nan if score is None else float(score)
+        return points
+
+    def preferences(
+        self, comparisons: Sequence[Comparison], results: Sequence[Any]
+    ) -> tuple[dict[Comparison, float], Counter[str]]:
+        points, P = self.points(comparisons, results), {}
+        for x, y, z in comparisons:
+            first, second = points[x, y], points[x, z]
+            better = 0.5 * (1 + (first > second) - (first < second))
+            P[x, y, z] = math.nan if math.isnan(first + second) else better
+        return P, Counter(asked=len(points), failed=sum(map(math.isnan, points.values())))
+
+
+class Pairwise(Form):
+    """Two requests for each pair, in both orders. P(a > b) is the mean of what they say."""
+
+    both_orders = True
+
+    @staticmethod
+    def pairs(comparisons: Iterable[Comparison]) -> list[Comparison]:
+        """Every unordered pair once, its responses sorted."""
+        return list(dict.fromkeys((x, min(y, z), max(y, z)) for x, y, z in comparisons))
+
+    def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
+        return [
+            pairwise_question(x, *shown, self.most)
+            for x, y, z in self.pairs(comparisons)
+            for shown in ((y, z), (z, y))
+        ]
+
+    def preferences(
+        self, comparisons: Sequence[Comparison], results: Sequence[Any]
+    ) -> tuple[dict[Comparison, float], Counter[str]]:
+        P: dict[Comparison, float] = {}
+        counts: Counter[str] = Counter()
+        pairs = self.pairs(comparisons)
+        for (x, y, z), there, back in zip(pairs, results[::2], results[1::2], strict=True):
+            counts["asked"] += 1
+            if there is None or back is None:
+                counts["failed"] += 1
+                there = back = math.nan
+            else:
+                counts["pairs"] += 1
+                counts["flips"] += (there - 0.5) * (back - 0.5) > 0
+                counts["first"] += (there > 0.5) + (back > 0.5)
+            P[x, y, z], P[x, z, y] = (there + 1 - back) / 2, (back + 1 - there) / 2
+        return P, counts
+
+
+FORMS: dict[str, type[Form]] = {"scored": Scored, "pairwise": Pairwise}

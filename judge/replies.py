@@ -9,9 +9,31 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 LONGEST = 50_000  # a text of more characters is not read
+
+
+class Answer(NamedTuple):
+    """What was read of a reply: the result, which JSON can hold, or None if there is none; and
+    whether it is complete. A question that a content filter refused is complete, without a result:
+    asking again does not help."""
+
+    result: Any
+    complete: bool
+
+    @property
+    def failed(self) -> bool:
+        return self.result is None or not self.complete
+
+    @property
+    def fullness(self) -> tuple[bool, int]:
+        """Whether it is complete, and how many scores it has, to find the fullest of several."""
+        scores = dig(self.result, "scores") or []
+        return self.complete, sum(score is not None for score in scores)
+
+
+NO_ANSWER = Answer(None, False)
 
 
 def dig(body: Any, *path: str | int) -> Any:
@@ -25,26 +47,18 @@ def dig(body: Any, *path: str | int) -> Any:
     return body
 
 
-def decoded(body: bytes) -> str | bytes:
-    """The text of a reply's body, or its bytes if they are not UTF-8."""
+def from_json(text: str | bytes | None) -> Any:
+    """The value of a text, or None if it is not JSON. Bytes are not UTF-8."""
     try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError:
-        return body
-
-
-def from_json(body: bytes) -> Any:
-    """The value of a reply's body, or None if it is not JSON in UTF-8."""
-    try:
-        return json.loads(body.decode("utf-8"))
+        return json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         return None
 
 
-def usage(body: bytes) -> tuple[int, int] | None:
-    """(prompt, completion) tokens that the endpoint says it charges for. None if it does not say so
-    in whole numbers from 0 to 2^40."""
-    told = dig(from_json(body), "usage")
+def usage(body: Any) -> tuple[int, int] | None:
+    """(prompt, completion) tokens for which the endpoint says it charges, in a reply's body. None
+    if it does not say so in whole numbers from 0 to 2^40."""
+    told = dig(body, "usage")
     prompt, completion = dig(told, "prompt_tokens"), dig(told, "completion_tokens")
     known = all(type(count) is int and 0 <= count < 1 << 40 for count in (prompt, completion))
     return (prompt, completion) if known else None
@@ -122,8 +136,8 @@ def read_score(value: Any) -> int | None:
     return int(value) if type(value) in (int, float) and value in range(7) else None
 
 
-def read_scores(choice: dict[str, Any], n: int) -> tuple[dict[str, list[Any]] | None, bool]:
-    """({"scores": [n], "reasons": [n]}, whether it is complete) from a dictionary with the keys
+def read_scores(choice: dict[str, Any], n: int) -> Answer:
+    """{"scores": [n], "reasons": [n]} from a dictionary with the keys
     id1_score .. idn_score and id1_justification .. idn_justification.
 
     A score that is missing or out of range is None, and then the result is not complete. There is
@@ -135,14 +149,14 @@ def read_scores(choice: dict[str, Any], n: int) -> tuple[dict[str, list[Any]] | 
         if any(re.fullmatch(r"id\d+_score", str(key)) for key in found)
     ]
     if len(graded) != 1:
-        return None, False
+        return NO_ANSWER
     ids = [f"id{i}" for i in range(1, n + 1)]
     if not {str(key).rpartition("_")[0] for key in graded[0]} <= set(ids):
-        return None, False
+        return NO_ANSWER
     scores = [read_score(graded[0].get(f"{name}_score")) for name in ids]
     reasons = [graded[0].get(f"{name}_justification") for name in ids]
     reasons = [reason if isinstance(reason, str) else "" for reason in reasons]
-    return {"scores": scores, "reasons": reasons}, None not in scores
+    return Answer({"scores": scores, "reasons": reasons}, None not in scores)
 
 
 # A or B, with a word or two before it, but not in a sentence or in a choice between the two
@@ -163,15 +177,15 @@ def _letter(text: str) -> str | None:
     return letter[1] if letter and set(re.findall(r"\b[AB]\b", text)) == {letter[1]} else None
 
 
-def read_verdict(choice: dict[str, Any]) -> tuple[float | None, bool]:
-    """(P(A is better), True), or (None, False) if the reply gives no verdict.
+def read_verdict(choice: dict[str, Any]) -> Answer:
+    """P(A is better), which is complete, or no answer if the reply gives no verdict.
 
     P is the probability of A over that of A and B together, if the endpoint tells those of the
     verdict's token, the first that is the verdict's letter. If not, it is 1 or 0."""
     text = said(choice)
     verdict = _letter(text) if text else None
     if verdict is None:
-        return None, False
+        return NO_ANSWER
     chance = {"A": 0.0, "B": 0.0}
     spoken = [token for token in _listed(choice, "logprobs", "content") if _bare(token) == verdict]
     for token in _listed(spoken, 0, "top_logprobs"):
@@ -180,8 +194,8 @@ def read_verdict(choice: dict[str, Any]) -> tuple[float | None, bool]:
             chance[name] += math.exp(logprob)
     total = sum(chance.values())
     if chance[verdict] > 0 and total <= 1.01:
-        return chance["A"] / total, True
-    return float(verdict == "A"), True
+        return Answer(chance["A"] / total, True)
+    return Answer(float(verdict == "A"), True)
 
 
 def _listed(body: Any, *path: str | int) -> list[Any]:
@@ -196,7 +210,7 @@ def _bare(token: Any) -> str:
     return text.strip(' \n":*') if isinstance(text, str) else ""
 
 
-def read_answer(choice: dict[str, Any]) -> tuple[str | None, bool]:
-    """(a teacher's answer, True), or (None, False) if it was cut off or there is none."""
+def read_answer(choice: dict[str, Any]) -> Answer:
+    """A teacher's answer, which is complete, or none if it was cut off or there is none."""
     text = said(choice) if dig(choice, "finish_reason") != "length" else None
-    return (text.strip().encode("utf-8", "replace").decode(), True) if text else (None, False)
+    return Answer(text.strip().encode("utf-8", "replace").decode(), True) if text else NO_ANSWER

@@ -9,27 +9,33 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest
+from scipy.stats import t as student_t
 from torch import Tensor
 
 
-def clustered_mean(values: np.ndarray, clusters: Sequence[Any]) -> tuple[float, float]:
-    """The mean of values [n], and the half width of its 95% interval if values of one cluster (of
-    one prompt) depend on each other.
+def mean_interval(values: ArrayLike, clusters: Sequence[Any] | None = None) -> tuple[float, float]:
+    """The mean of values [n], and the half width of its 95% interval.
 
-    With G clusters it is 1.96 sqrt(G/(G - 1) sum_g (sum_{i in g} (v_i - mean))^2) / n, and NaN for
-    fewer than two. NaN values are left out; if there are no others, both results are NaN."""
-    known = ~np.isnan(values)
+    clusters: of each value (its prompt, say), if values of one cluster depend on each other; None
+    if all are independent, so that each is a cluster. With G clusters the half width is
+    t sqrt(G/(G - 1) sum_g (sum_{i in g} (v_i - mean))^2) / n, where t is the 97.5% quantile of
+    Student's t with G - 1 degrees of freedom. It is NaN for fewer than two clusters. NaN values are
+    left out; if there are no others, both results are NaN."""
+    v = np.asarray(values, dtype=float)
+    names = np.arange(len(v)) if clusters is None else np.asarray(clusters)
+    known = ~np.isnan(v)
     if not known.any():
         return math.nan, math.nan
-    values = values[known]
-    mean = float(values.mean())
-    places = np.unique(np.asarray(clusters)[known], return_inverse=True)[1]
-    sums = np.bincount(places, values - mean)
+    v, numbers = v[known], np.unique(names[known], return_inverse=True)[1]
+    mean = float(v.mean())
+    sums = np.bincount(numbers, v - mean)
     G = len(sums)
     if G < 2:
         return mean, math.nan
-    return mean, float(1.96 * np.sqrt(G / (G - 1) * (sums**2).sum()) / len(values))
+    error = np.sqrt(G / (G - 1) * (sums**2).sum()) / len(v)
+    return mean, float(student_t.ppf(0.975, G - 1) * error)
 
 
 def length_controlled(wins: np.ndarray, lead: np.ndarray) -> float:
@@ -69,7 +75,7 @@ def win_rate_report(
     half width of its 95% interval clustered by prompt, the number of comparisons and of answers,
     and the length-controlled win rate."""
     values = wins.numpy()
-    mean, interval = clustered_mean(values, prompts)
+    mean, interval = mean_interval(values, prompts)
     return {
         "win_rate": mean,
         "interval": interval,
@@ -138,7 +144,7 @@ def agreement(
     known = [i for i, verdict in enumerate(said) if verdict != "none"]
     judge, human = [said[i] for i in known], [items[i]["label"] for i in known]
     same = np.array([float(a == b) for a, b in zip(judge, human, strict=True)])
-    rate, interval = clustered_mean(same, [items[i]["prompt"] for i in known])
+    rate, interval = mean_interval(same, [items[i]["prompt"] for i in known])
     prompts, a, b = ([item[name] for item in items] for name in ("prompt", "a", "b"))
     cyclic, triples = cyclic_triples(prompts, a, b, P)
     lead = [len(a[i]) - len(b[i]) for i in known]

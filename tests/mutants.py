@@ -178,6 +178,15 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
         ("seed * len(self.states) + t", "seed"),
     ],
     "oracle.py": [
+        ("math.nan if (x, y) in failed else 0.5", "0.5"),
+        ("self.deterministic = self.form.both_orders", "self.deterministic = False"),
+    ],
+    "judge/replies.py": [
+        ("if len(graded) != 1:", "if len(graded) < 1:"),
+        ('if dig(choice, "finish_reason") != "length" else', "if choice else"),
+    ],
+    "judge/questions.py": [
+        ("if len(text) <= most else", "if True else"),
         ('random.Random(f"{self.seed} {x} {order}").shuffle(order)', "pass"),
         (
             "(there + 1 - back) / 2, (back + 1 - there) / 2",
@@ -188,11 +197,6 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
         ("= math.nan if score is None else", "= 0.0 if score is None else"),
         ("+= (there - 0.5) * (", "+= -(there - 0.5) * ("),
     ],
-    "judge/replies.py": [
-        ("if len(graded) != 1:", "if len(graded) < 1:"),
-        ('if dig(choice, "finish_reason") != "length" else', "if choice else"),
-    ],
-    "judge/questions.py": [("if len(text) <= most else", "if True else")],
     "judge/ledger.py": [
         ('self.spent() + row["bound"] > limit', "self.spent() > limit"),
         ('return "busy"', "pass"),
@@ -204,9 +208,11 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
     "judge/client.py": [
         ('"follow_redirects": False', '"follow_redirects": True'),
         ("status in (408, 409, 425, 429) or status >= 500", "status >= 400"),
+        ("parsed=self.hidden(json.dumps(answer.result))", "parsed=json.dumps(answer.result)"),
+        ("text=self.hidden(text)", "text=text"),
     ],
     "judge/endpoint.py": [
-        ("result = self.connection.hidden(answer.result)", "result = answer.result"),
+        ("used + self.attempts:", "self.attempts:"),
         ("failed > self.max_failed * total", "failed > total"),
         (
             '"number": question.number',
@@ -215,6 +221,7 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
     ],
     "judge/statistics.py": [
         ("G / (G - 1) * (sums**2)", "(sums**2)"),
+        ("student_t.ppf(0.975, G - 1)", "1.96"),
         ("(observed - chance) / (1 - chance) if chance", "observed if chance"),
         ("wins == [1, 1, 1]", "wins != [1, 1, 1]"),
     ],

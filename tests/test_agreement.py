@@ -19,15 +19,16 @@ from endpoint_server import quality, serving
 from games import EXACT
 from scipy.optimize import minimize
 from scipy.stats import binomtest
+from scipy.stats import t as student_t
 from test_train import ROOT
 
 from experiments.agreement import AgreementOptions, main, read_labels
 from judge.statistics import (
     agreement,
-    clustered_mean,
     cohens_kappa,
     cyclic_triples,
     length_controlled,
+    mean_interval,
     verdicts,
     win_rate_report,
 )
@@ -35,6 +36,7 @@ from oracle import RegisterJudge
 from world import PROMPTS, REGISTERS, topic
 
 NAN = math.nan
+TWO_CLUSTERS = math.tan(0.475 * math.pi)  # t with one degree of freedom
 SOLVER = 1e-6  # scipy's optimum
 SPREAD = 5  # standard deviations a mean of many draws may lie off; the seeds are fixed
 PRINTED = 5e-4  # three digits after the point
@@ -45,10 +47,10 @@ FIRST_BIAS = 0.1  # by which the server prefers the first response, a change of 
 
 
 def test_the_clustered_interval_by_hand():
-    """Mean 3/4; the clusters' sums of deviations are -1/2 and 1/2, so 1.96 sqrt(2 (1/4 + 1/4)) / 4
-    = 0.49."""
-    assert clustered_mean(np.array([1.0, 0.0, 1.0, 1.0]), list("aabb")) == pytest.approx(
-        (0.75, 0.49), abs=EXACT
+    """Mean 3/4; the clusters' sums of deviations are -1/2 and 1/2, so t sqrt(2 (1/4 + 1/4)) / 4.
+    One degree of freedom is Cauchy's distribution, so t = tan(0.475 pi) = 12.7."""
+    assert mean_interval(np.array([1.0, 0.0, 1.0, 1.0]), list("aabb")) == pytest.approx(
+        (0.75, TWO_CLUSTERS / 4), abs=EXACT
     )
 
 
@@ -64,30 +66,34 @@ def test_the_clustered_interval_is_the_sandwich_of_a_regression_on_a_constant(se
         score = X[clusters == g].T @ residuals[clusters == g]
         meat += np.outer(score, score)
     G = len(set(clusters.tolist()))
-    half_width = 1.96 * math.sqrt((bread @ meat @ bread).item() * G / (G - 1))
-    assert clustered_mean(values, clusters) == pytest.approx((values.mean(), half_width), abs=EXACT)
+    t = student_t.ppf(0.975, G - 1)
+    half_width = t * math.sqrt((bread @ meat @ bread).item() * G / (G - 1))
+    assert mean_interval(values, clusters) == pytest.approx((values.mean(), half_width), abs=EXACT)
 
 
 def test_with_a_value_a_cluster_the_interval_is_the_classic_one():
     values = np.array([0.0, 1.0, 1.0, 0.5, 0.25])
-    classic = 1.96 * values.std(ddof=1) / math.sqrt(5)
-    assert clustered_mean(values, list("abcde")) == pytest.approx((0.55, classic), abs=EXACT)
+    low, high = student_t.interval(0.95, 4, 0.55, values.std(ddof=1) / math.sqrt(5))
+    for clusters in (list("abcde"), None):
+        found = mean_interval(values, clusters)
+        assert found == pytest.approx((0.55, (high - low) / 2), abs=EXACT)
+    assert mean_interval(torch.tensor([*values, NAN])) == found
 
 
 def test_saying_the_same_again_for_the_same_prompt_makes_no_interval_narrower():
     values, prompts = np.array([0.0, 1.0, 1.0, 0.5, 0.25]), np.arange(5)
     once, often = (
-        clustered_mean(values, prompts),
-        clustered_mean(values.repeat(7), prompts.repeat(7)),
+        mean_interval(values, prompts),
+        mean_interval(values.repeat(7), prompts.repeat(7)),
     )
     assert often == pytest.approx(once, abs=EXACT)
-    assert clustered_mean(values.repeat(7), range(35))[1] < 0.5 * once[1], (
+    assert mean_interval(values.repeat(7), range(35))[1] < 0.5 * once[1], (
         "if they were independent it would be narrower"
     )
 
 
 def test_the_clustered_interval_is_that_of_drawing_prompts_anew():
-    """1.96 standard deviations of the mean of 60 clusters drawn with replacement, of 1 to 6
+    """Two standard deviations of the mean of 60 clusters drawn with replacement, of 1 to 6
     dependent values each."""
     generator = np.random.default_rng(0)
     groups = [
@@ -98,20 +104,20 @@ def test_the_clustered_interval_is_that_of_drawing_prompts_anew():
         np.concatenate([groups[g] for g in generator.integers(0, 60, 60)]).mean()
         for _ in range(4000)
     ]
-    _, half_width = clustered_mean(
+    _, half_width = mean_interval(
         np.concatenate(groups), np.repeat(np.arange(60), [len(group) for group in groups])
     )
-    assert half_width == pytest.approx(1.96 * np.std(means), rel=0.1)
+    assert half_width == pytest.approx(2.001 * np.std(means), rel=0.1)  # t_59
 
 
 def test_what_was_not_judged_is_left_out_of_mean_and_interval():
     values, clusters = np.array([NAN, 1.0, 0.0, NAN, 1.0, 1.0]), ["c", "a", "a", "b", "b", "b"]
-    assert clustered_mean(values, clusters) == pytest.approx((0.75, 0.49), abs=EXACT)
+    assert mean_interval(values, clusters) == pytest.approx((0.75, TWO_CLUSTERS / 4), abs=EXACT)
 
 
 def test_there_is_no_mean_of_nothing_and_no_interval_of_one_cluster():
-    assert all(map(math.isnan, clustered_mean(np.array([NAN, NAN]), list("ab"))))
-    mean, half_width = clustered_mean(np.array([1.0, 0.0, 1.0, NAN]), list("aaab"))
+    assert all(map(math.isnan, mean_interval(np.array([NAN, NAN]), list("ab"))))
+    mean, half_width = mean_interval(np.array([1.0, 0.0, 1.0, NAN]), list("aaab"))
     assert mean == pytest.approx(2 / 3)
     assert math.isnan(half_width)
 
@@ -206,7 +212,7 @@ def test_the_report_of_a_win_rate_by_hand():
     )
     found = win_rate_report(wins.double(), prompts, lead)
     judged = np.array([1.0, 0.0, 1.0, 1.0]), np.array([3.0, -1.0, 2.0, 2.0])
-    expected = {"win_rate": 0.75, "interval": 0.49, "n": 5, "n_parsed": 4}
+    expected = {"win_rate": 0.75, "interval": TWO_CLUSTERS / 4, "n": 5, "n_parsed": 4}
     assert found == pytest.approx(
         {**expected, "length_controlled": at_equal_length(*judged)}, abs=SOLVER
     )

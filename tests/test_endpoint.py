@@ -2,7 +2,6 @@
 whose mind is known."""
 
 import email.utils
-import hashlib
 import io
 import json
 import math
@@ -16,7 +15,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -24,19 +22,18 @@ from pathlib import Path
 
 import openai
 import pytest
-import tiktoken
 import torch
 from endpoint_server import BROKEN, DRIPS, FAULTS, HARMLESS, LOST, quality, serving
 from tqdm import tqdm
 
 import judge.models
-import judge.prices
 from judge.client import retry_after
 from judge.endpoint import Endpoint
 from judge.ledger import Ledger, Refused, Stopped, TooDear
 from judge.models import only_model
-from judge.prices import Plan, Price, count_tokens, price_of
+from judge.prices import Plan, Price, count_tokens
 from judge.questions import Question, pairwise_question, teacher_question
+from judge.replies import NO_ANSWER
 from oracle import OpenAIJudge
 
 HERE = Path(__file__).parent
@@ -60,10 +57,8 @@ def server(running):
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path_factory):
-    # tiktoken keeps its files there
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.getbasetemp()))
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+def surroundings(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
@@ -780,7 +775,7 @@ def test_whatever_changes_the_answer_changes_the_key_and_nothing_else_does(askin
     ]
     assert len({here.key(question), *keys}) == 8
     same = Question(
-        question.version, question.messages, 16, lambda choice: (None, False), {"logprobs": True}
+        question.version, question.messages, 16, lambda choice: NO_ANSWER, {"logprobs": True}
     )
     assert (
         here.key(question)
@@ -793,50 +788,6 @@ def test_whatever_changes_the_answer_changes_the_key_and_nothing_else_does(askin
 
 
 @pytest.mark.parametrize(
-    ("model", "price"),
-    [
-        ("gpt-4o", (2.5, 10)),
-        ("gpt-4o-2024-08-06", (2.5, 10)),
-        ("gpt-4-0613", (30, 60)),
-        ("gpt-4-1106-preview", (10, 30)),
-        ("gpt-4o-mini-2024-07-18", (0.15, 0.6)),
-        ("gpt-4.1-2025-04-14", (2, 8)),
-        ("gpt-4-turbo-2024-04-09", (10, 30)),
-        ("gpt-4-32k-0613", (60, 120)),
-    ],
-)
-def test_the_price_of_a_model_is_that_of_its_dated_versions(model, price):
-    assert price_of(model) == Price(*price)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        "gpt-4o-audio-preview",
-        "gpt-4o-audio-preview-2024-12-17",
-        "gpt-4o-realtime-preview",
-        "ft:gpt-4o-2024-08-06:me::1",
-        "gpt-4.5-preview-2025-02-27",
-        "gpt-5-pro-2025-10-06",
-        "gpt-3.5-turbo",
-        "gpt-4o-08-06",
-        "my/gpt-4o",
-        "GPT-4o",
-        "local-judge",
-        "",
-    ],
-)
-def test_no_price_is_guessed_for_another_model(model):
-    assert price_of(model) is None
-
-
-def test_the_first_version_of_gpt_4o_cost_twice_as_much_as_the_later_ones():
-    """5 and 15 dollars a million tokens: it must not pass for one at 2.5 and 10, or a limit would
-    not hold."""
-    assert price_of("gpt-4o-2024-05-13") in (None, Price(5, 15))
-
-
-@pytest.mark.parametrize(
     "price", [(-1, 1), (1, -1), (math.nan, 1), (1, math.nan), (math.inf, 1), (1, math.inf)]
 )
 def test_a_price_below_nothing_or_that_is_none_is_refused(price):
@@ -845,10 +796,9 @@ def test_a_price_below_nothing_or_that_is_none_is_refused(price):
 
 
 def test_a_limit_on_dollars_needs_a_price(asking):
-    with pytest.raises(ValueError, match="price of 'judge' is not known"):
+    with pytest.raises(ValueError, match=r"price=Price\(.*price of 'judge' is not known"):
         asking(price=None, max_usd=1.0)
     asking(price=None)
-    asking(model="gpt-4o", price=None, max_usd=1.0)
 
 
 @pytest.mark.parametrize(
@@ -974,8 +924,9 @@ def test_a_plan_leaves_out_what_failed_to_the_last_attempt(server, asking):
     server.control(faults=["not-json"], mode="always")
     questions = [pairwise_question(f"Prompt {i}", "a", "b", 100) for i in range(3)]
     asking(attempts=2, max_failed=1).ask(questions[:1])
-    assert asking(attempts=2).plan(questions).requests == 2
-    assert asking(attempts=3).plan(questions).requests == 3
+    assert asking(attempts=2, max_failed=0.4).plan(questions).requests == 2
+    assert asking(attempts=3, max_failed=0.4).plan(questions).requests == 3
+    assert asking(attempts=2, max_failed=0.3).plan(questions).requests == 3, "`ask` would try again"
 
 
 @pytest.fixture
@@ -990,62 +941,11 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    judge.prices.encoding_of.cache_clear()
-    yield
-    judge.prices.encoding_of.cache_clear()
 
 
-def test_without_the_file_of_an_encoding_a_token_is_taken_for_four_bytes(
-    no_network, tmp_path, monkeypatch
-):
-    assert count_tokens("four by four bytes!!", "gpt-4o") == 5
-    assert count_tokens("éé", "some-local-model") == 1
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # empty
-    judge.prices.encoding_of.cache_clear()
-    assert count_tokens("four by four bytes!!", "gpt-4o") == 5
-
-
-def cached_encoding(folder, name="o200k_base"):
-    url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
-    return folder / hashlib.sha1(url.encode()).hexdigest()
-
-
-def test_with_the_file_of_an_encoding_tokens_are_counted(no_network, tmp_path, monkeypatch):
-    """An encoding of bytes and "ab" stands in for the one that the file holds; special tokens in a
-    text are text."""
-    ranks = {**{bytes([byte]): byte for byte in range(256)}, b"ab": 256}
-    tiny = tiktoken.Encoding(
-        "o200k_base",
-        pat_str=r"\S+|\s+",
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": 257},
-    )
-    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "o200k_base", tiny)
-    monkeypatch.setitem(judge.prices.ENCODINGS, "o200k_base", hashlib.sha256(b"").hexdigest())
-    cached_encoding(tmp_path).write_bytes(b"")
-    assert count_tokens("abab c<|endoftext|>", "gpt-4o") == 19 / 4
-    judge.prices.encoding_of.cache_clear()
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    assert count_tokens("abab c", "gpt-4o") == 4
-    assert count_tokens("<|endoftext|>", "gpt-4o") == 13
-
-
-def test_a_damaged_file_of_an_encoding_is_no_reason_to_download_another(
-    no_network, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    cached_encoding(tmp_path).write_bytes(b"cut off")
-    assert count_tokens("four by four bytes!!", "gpt-4o") == 5
-
-
-def test_no_encoding_is_downloaded_where_tiktokens_own_cache_is_switched_off(
-    no_network, tmp_path, monkeypatch
-):
-    """To tiktoken an empty TIKTOKEN_CACHE_DIR means no cache, whatever DATA_GYM_CACHE_DIR says."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setenv("DATA_GYM_CACHE_DIR", str(tmp_path))
-    cached_encoding(tmp_path).write_bytes(b"")
-    assert count_tokens("four by four bytes!!", "gpt-4o") == 5
+def test_a_token_is_taken_for_four_bytes():
+    assert count_tokens("four by four bytes!!") == 5
+    assert count_tokens("éé") == 1
 
 
 # --- The ledger as a cache ---
@@ -1079,9 +979,7 @@ def test_replies_are_read_anew_without_a_request_where_their_parsed_form_is_gone
 
 def test_a_better_parser_reads_what_the_old_one_could_not_without_a_request(server, asking):
     good, answers = golds(4)
-    poor = [
-        Question(q.version, q.messages, q.max_tokens, lambda choice: (None, False)) for q in good
-    ]
+    poor = [Question(q.version, q.messages, q.max_tokens, lambda choice: NO_ANSWER) for q in good]
     assert asking(attempts=2, max_failed=1).ask(poor) == [None] * 4
     assert asking().ask(good) == answers
     assert server.stats()["requests"] == 8
@@ -1328,8 +1226,7 @@ def test_a_replay_repeats_failures_too(server, asking):
     in none of one so far."""
     questions, answers = golds(4)
     unreadable = [
-        Question(q.version, q.messages, q.max_tokens, lambda choice: (None, False))
-        for q in questions
+        Question(q.version, q.messages, q.max_tokens, lambda choice: NO_ANSWER) for q in questions
     ]
     asking(attempts=2, max_failed=1).ask(unreadable[1:3])
     asking().ask(questions[:1])

@@ -25,7 +25,7 @@ from judge.questions import (
     scored_question,
     teacher_question,
 )
-from judge.replies import objects, read_answer, read_score, read_scores, read_verdict
+from judge.replies import Answer, objects, read_answer, read_score, read_scores, read_verdict
 from oracle import OpenAIJudge, OpenAITeacher, check_oracle
 
 SPREAD = 5  # standard deviations a count of many draws may lie off
@@ -226,7 +226,11 @@ def naive_question(form, request, a, b):
     """The same task in a careless prompt."""
     first, second = ("id1", "id2") if form == "scored" else ("response A", "response B")
     system, order, read = {
-        "scored": (RUBRIC, "Reply with id1_score and id2_score.", lambda choice: (choice, True)),
+        "scored": (
+            RUBRIC,
+            "Reply with id1_score and id2_score.",
+            lambda choice: Answer(choice, True),
+        ),
         "pairwise": ("You compare two responses.", "A or B?", read_verdict),
     }[form]
     user = f"[request] {request}\n[{first}] {a}\n[{second}] {b}\n[form] {order}"
