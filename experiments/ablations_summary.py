@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import t as student_t
 
 from experiments.ablation_methods import METHODS, ORDERINGS, Setting
 from experiments.ablations_settings import AblationsConfig
 from experiments.sampled_summary import late
 from experiments.validation import KINDS
+from judge.statistics import mean_interval
 
 Rows = list[dict[str, Any]]  # of one run, an iteration each
 Curves = dict[str, list[Rows]]  # the runs of each method, a seed each
@@ -30,14 +29,6 @@ PANELS = {
 
 
 # --- Numbers --------------------------------------------------------------------------------------
-
-
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean, and the half width of its 95% interval by Student's t."""
-    values = np.asarray(values)
-    n = len(values)
-    half = student_t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5
-    return float(values.mean()), float(half)
 
 
 def as_csv(rows: Rows) -> str:
@@ -76,7 +67,7 @@ def methods_table(
     methods = {}
     for label, runs in curves.items():
         names = ("win_rate_vs_teacher", "gap_last", "gap_average", "share_malformed")
-        row = {name: interval([late(rows, name) for rows in runs]) for name in names}
+        row = {name: mean_interval([late(rows, name) for rows in runs]) for name in names}
         tried = {f"lr {lr:g}, eta {eta:g}": score for (lr, eta), score in scores[label].items()}
         lr, eta = tuned[label]
         methods[label] = {"lr": lr, "eta": eta, "tuning": tried, **row}
@@ -95,7 +86,7 @@ def orderings_table(curves: Curves) -> list[dict[str, Any]]:
             continue
         name = "win_rate_vs_teacher"
         pairs = zip(curves[better], curves[worse], strict=True)
-        mean, half = interval([late(a, name) - late(b, name) for a, b in pairs])
+        mean, half = mean_interval([late(a, name) - late(b, name) for a, b in pairs])
         verdict = verdict_of(mean, half)
         found = {"difference": mean, "interval": half, "verdict": verdict}
         orderings.append({"better": better, "worse": worse, **found})
@@ -160,7 +151,7 @@ def ablations_figure(curves: Curves) -> plt.Figure:
 def draw_curve(axes: plt.Axes, runs: list[Rows], column: str, style: str, name: str) -> None:
     """Mean and interval of a column over a method's runs."""
     values = np.array([[row[column] for row in rows] for rows in runs])  # (seeds, T)
-    mean, half = np.array([interval(at_t) for at_t in values.T]).T
+    mean, half = np.array([mean_interval(at_t) for at_t in values.T]).T
     t = np.arange(1, len(mean) + 1)
     (line,) = axes.plot(t, mean, style, lw=1.6, label=name)
     axes.fill_between(t, mean - half, mean + half, color=line.get_color(), alpha=0.15, lw=0)

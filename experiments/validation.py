@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dno
 from judge.ledger import Stopped
-from judge.statistics import win_rate_report
+from judge.statistics import mean_interval, win_rate_report
 from model import choose
 from oracle import RegisterJudge
 from pairs import repeats_ngrams
@@ -126,9 +126,8 @@ class TableValidation(Validation):
         return {**share_columns(new), **super().watched(new)}
 
     def gap(self, shares: Tensor) -> tuple[float, float]:
-        """Duality gap, and half of its 95% interval, over prompts (normal approximation)."""
-        by_prompt = 2 * dno.expected_win_rate(self.P, shares).amax(-1) - 1
-        return by_prompt.mean().item(), 1.96 * by_prompt.std().item() / len(by_prompt) ** 0.5
+        """Duality gap, and half of its 95% interval, over prompts."""
+        return mean_interval(2 * dno.expected_win_rate(self.P, shares).amax(-1) - 1)
 
     @cached_property
     def nash(self) -> Tensor:

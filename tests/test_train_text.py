@@ -38,7 +38,7 @@ from experiments.ablation_methods import (
 )
 from experiments.ablations import run_method
 from experiments.ablations_settings import AblationsConfig, settings_to_try
-from experiments.ablations_summary import interval, summarise_ablations
+from experiments.ablations_summary import summarise_ablations
 from experiments.judging import Judging, demonstrations
 from experiments.rounds import METRICS, RULES, Round, Stage, columns
 from experiments.settings import parse
@@ -67,6 +67,7 @@ ROUNDING = 1e-9  # .6 - .2 is below .4 in floating point, by far less than this
 # float64 log-probabilities of the same response, read alone, in a batch, or while it was sampled
 DOUBLE = 1e-9
 SINGLE = 1e-4  # relative to numbers of up to 100: sums of float32 log-probabilities
+T_23 = 2.0686576  # the 97.5% quantile of Student's t with 23 degrees of freedom, from tables
 SPREAD = 5  # standard deviations a mean of many draws may lie off; the seeds are fixed
 
 
@@ -827,7 +828,7 @@ def test_always_concise_has_by_hand_a_gap_of_seven_tenths_and_beats_the_teacher_
     assert not set(HELD_OUT) & set(TRAINING)
     gap, half = validation.gap(validation.shares[0])
     assert gap == pytest.approx((0.8 + 0.7 + 0.6) / 3)
-    assert half == pytest.approx(1.96 * (8 * (0.1**2 + 0 + 0.1**2) / 23) ** 0.5 / 24**0.5)
+    assert half == pytest.approx(T_23 * (8 * (0.1**2 + 0 + 0.1**2) / 23) ** 0.5 / 24**0.5)
     assert dno.win_rate(validation.P, validation.shares[0], validation.teacher) == pytest.approx(
         (0.1 + 0.15 + 0.75) / 3
     )
@@ -876,18 +877,6 @@ def test_the_noise_floor_by_hand_for_one_sample_and_below_a_bound_that_goes_down
     assert (
         floors[1] > 3 * floors[4] > 9 * floors[16] > 27 * floors[64] > 0
     )  # like 1/k; independent samples: like 1/sqrt(k)
-
-
-def test_the_t_interval_by_hand():
-    """The 97.5% quantile of Student's t is tan(.475 pi) with 1 degree of freedom, .95 / sqrt(2 *
-    .975 * .025) with 2."""
-    mean, half = interval([0.2, 0.6])
-    assert (mean, half) == (pytest.approx(0.4), pytest.approx(math.tan(0.475 * math.pi) * 0.2))
-    mean, half = interval([1.0, 2.0, 6.0])
-    assert (mean, half) == (
-        pytest.approx(3.0),
-        pytest.approx(0.95 / math.sqrt(2 * 0.975 * 0.025) * math.sqrt(7 / 3)),
-    )
 
 
 # --- The run as it comes, with fewer iterations ---
