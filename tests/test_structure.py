@@ -17,6 +17,7 @@ LAYERS = (  # each may import from those above it, and from what stands before i
     "chat.processes chat.policy chat.checkpoints",
     "experiments.settings experiments.folder experiments.figures experiments.judging "
     "experiments.validation experiments.rounds experiments.game experiments.game_figures "
+    "experiments.sampled_settings "
     "experiments.text_settings experiments.fine_tuning experiments.text_costs "
     "experiments.text_summary experiments.text experiments.ablation_methods "
     "experiments.ablations_settings experiments.ablations_summary experiments.ablations "
