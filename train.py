@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports below
@@ -29,7 +29,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dno
-from checks import check_positive
 from experiments.folder import Run, claimed, like
 from experiments.game import (
     MOVING_ETA,
@@ -43,14 +42,15 @@ from experiments.game import (
 )
 from experiments.settings import (
     DTYPES,
-    THREADS,
+    ETAS,
+    RATES,
     BadInput,
-    changed,
+    RunOptions,
     check_device,
-    check_ranges,
     guarded,
     hear_ctrl_c,
     leave_team,
+    only_the_first_prints,
     parse,
     setting,
 )
@@ -62,127 +62,114 @@ from regularized import algorithm3, check_regularization
 
 
 @dataclass
-class GameConfig:
+class GameConfig(RunOptions):
     """game: Algorithm 1 (or 3) with a transformer policy on an enumerable intransitive game; every
     number reported is exact."""
 
+    preset: ClassVar[str] = "game"
     game: str | None = setting(
-        None, "FILE.npz with P [X, Y, Y] and optionally rho [X]; the default game when left out"
+        None,
+        "FILE.npz with P [X, Y, Y], and rho [X] if not uniform",
+        "data",
+        common=True,
+        otherwise="styles",
     )
-    num_prompts: int | None = setting(None, "X, prompts of the default game (8 when left out)")
+    num_prompts: int | None = setting(
+        None, "X, of the default game", "data", within=(1, 10_000), otherwise="8"
+    )
     vocabulary: int | None = setting(
-        None, "V, words, Y = V^L (6 in the default game; without it, FILE gets a table)"
+        None, "V, words, Y = V^L", "data", within=(1, 5_000), otherwise="6; of FILE a table"
     )
-    length: int | None = setting(None, "L, words of a response (3 in the default game)")
-    algorithm: int = setting(1, "1: DNO; 3: regularised DNO (appendix A)", choices=(1, 3))
-    option: str = setting(
-        "I",
-        "of Algorithm 3: rewards against pi_t (I) or against the mixture with pi_ref (II)",
-        ("I", "II"),
+    length: int | None = setting(
+        None, "L, words of a response", "data", within=(1, 12), otherwise="3; of FILE a table"
     )
-    iterations: int = setting(100, "T")
+    algorithm: int = setting(
+        1, "1: DNO; 3: regularised DNO (appendix A)", "algorithm", common=True, choices=(1, 3)
+    )
+    iterations: int = setting(100, "T", "algorithm", common=True, within=(1, 10**5))
     eta: float = setting(
-        None, "> 0, divides the rewards: larger is slower (1.0 for Algorithm 1, 0.25 for 3)"
+        None,
+        "divides rewards: larger is slower",
+        "algorithm",
+        common=True,
+        within=ETAS,
+        otherwise=f"1, in 3 {MOVING_ETA}",
     )
     tau: float = setting(
-        None, "in [0, eta], pull towards pi_ref in Algorithm 3 (eta / 2 when left out)"
+        None,
+        "pull to pi_ref in Algorithm 3, at most eta",
+        "algorithm",
+        within=(0, ETAS[1]),
+        otherwise="eta / 2",
+    )
+    option: str = setting(
+        "I", "Algorithm 3: rewards against pi_t or, II, a mixture", "algorithm", choices=("I", "II")
     )
     move_reference_every: int = setting(
-        0, "iterations after which Algorithm 3 sets pi_ref to the current policy; 0: never"
+        0, "iterations until pi_ref becomes pi_t; 0: never", "algorithm", within=(0, 10**5)
     )
     mu: str = setting(
-        "on-policy", "where both responses of a training pair come from", tuple(dno.MU)
+        "on-policy", "where both of a pair come from", "algorithm", choices=tuple(dno.MU)
     )
-    steps: int = setting(24, "Adam steps an iteration")
-    pairs: int = setting(2048, "tuples (x, y1, y2) a step; N of Theorem 1 is steps * pairs")
+    steps: int = setting(24, "Adam steps an iteration", "algorithm", common=True, within=(1, 10**6))
+    pairs: int = setting(
+        2048, "tuples (x, y1, y2) a step", "algorithm", common=True, within=(1, 10**7)
+    )
     lr: float = setting(
-        5e-3, "Adam's learning rate at the start of each iteration; falls linearly to 0 within it"
+        5e-3, "Adam's; falls to 0 in each iteration", "algorithm", common=True, within=RATES
     )
     tolerance: float = setting(
-        0.0, "nats; end an iteration early when the loss is this close to its lower bound"
+        0.0, "nats above its bound at which the loss will do", "algorithm", within=(0, 10)
     )
-    layers: int = setting(2, "of the transformer")
-    width: int = setting(64, "channels of the transformer")
-    seed: int = setting(0, "of the default game, the transformer's weights and the pairs drawn")
-    out: str = setting(None, "folder of the run (default: runs/game-SEED)")
-    resume: bool = setting(
-        False, "go on with the run in --out, to the same result as if it had never stopped"
-    )
-    device: str = setting("cpu", "cpu, cuda or cuda:N")
-    dtype: str = setting(
-        "float32", "of the transformer; exact quantities are float64 always", tuple(DTYPES)
-    )
-    threads: int = setting(1, "CPU threads; for a model this small two are no faster than one")
+    layers: int = setting(2, "of the transformer", "model", within=(1, 100))
+    width: int = setting(64, "channels of the transformer", "model", within=(1, 4096))
+    threads: int = setting(1, "of the CPU; two are no faster for a small model")
 
     def __post_init__(self) -> None:
         """Fill in the defaults that depend on other fields, and check every number.
 
         ValueError naming the field."""
-        self.check_what_belongs_together()
-        self.eta = self.eta if self.eta is not None else {1: 1.0, 3: MOVING_ETA}[self.algorithm]
-        self.tau = self.tau if self.tau is not None else {1: 0.0, 3: self.eta / 2}[self.algorithm]
-        self.out = self.out or f"runs/game-{self.seed}"
-        check_ranges(
-            self,
-            num_prompts=(1, 10_000),
-            vocabulary=(1, 5_000),
-            length=(1, 12),
-            iterations=(1, 10**5),
-            steps=(1, 10**6),
-            pairs=(1, 10**7),
-            layers=(1, 100),
-            width=(1, 4096),
-            seed=(0, 10**9),
-            threads=THREADS,
-            tolerance=(0, 10),
-            move_reference_every=(0, 10**5),
-        )
-        check_ranges(self, eta=(0, 10**6), lr=(0, 10))
-        check_positive(eta=self.eta, lr=self.lr)
-        check_regularization(self.tau, self.eta)
-        self.check_size()
-        self.transformer(1)  # checks its shape
-
-    def check_what_belongs_together(self) -> None:
-        """ValueError naming a field that is given without what it belongs to."""
-        if self.game is not None and self.num_prompts is not None:
-            raise ValueError(
-                "num-prompts belongs to the default game; the game in a file has its own, so leave "
-                "it out"
-            )
-        if self.game is None:
-            self.num_prompts = 8 if self.num_prompts is None else self.num_prompts
-            self.vocabulary = 6 if self.vocabulary is None else self.vocabulary
-            self.length = 3 if self.length is None else self.length
-        if (self.vocabulary is None) != (self.length is None):
-            raise ValueError(
-                "vocabulary and length go together: give both (a transformer) or neither (a table)"
-            )
-        if self.vocabulary is None and changed(self, "layers", "width"):
-            raise ValueError(
-                f"{changed(self, 'layers', 'width')} belong to a transformer, and without "
-                "--vocabulary and --length the game in a file gets a table; give these, or leave "
-                "the others out"
-            )
+        super().__post_init__()
         if self.algorithm == 1 and (self.tau or self.move_reference_every or self.option != "I"):
             raise ValueError(
                 "tau, option and move-reference-every belong to Algorithm 3; add --algorithm 3"
             )
+        self.eta = self.eta if self.eta is not None else {1: 1.0, 3: MOVING_ETA}[self.algorithm]
+        self.tau = self.tau if self.tau is not None else {1: 0.0, 3: self.eta / 2}[self.algorithm]
+        check_regularization(self.tau, self.eta)
+        if self.game is None:
+            self.num_prompts = 8 if self.num_prompts is None else self.num_prompts
+            self.vocabulary = 6 if self.vocabulary is None else self.vocabulary
+            self.length = 3 if self.length is None else self.length
+        self.check_size()
+        self.transformer(1)  # checks its shape
 
     def check_size(self) -> None:
-        """ValueError if the table P is too large."""
+        """ValueError if the number of responses is not known, or the table P too large."""
+        if (self.vocabulary is None) != (self.length is None):
+            raise ValueError(
+                "vocabulary and length go together: give both (a transformer) or neither (a table)"
+            )
         if self.responses is not None and self.responses > 5_000:
             raise ValueError(
                 f"{self.vocabulary}^{self.length} responses are too many for a table P; "
                 "expected at most 5,000"
             )
-        if self.num_prompts is not None and self.responses is not None:
-            entries = self.num_prompts * self.responses**2
-            if entries > 10**9:
-                raise ValueError(
-                    f"num_prompts is {self.num_prompts}, which makes P of {entries:,} entries; "
-                    "expected at most 10^9"
-                )
+        entries = (self.num_prompts or 0) * (self.responses or 0) ** 2
+        if entries > 10**9:
+            raise ValueError(
+                f"num_prompts is {self.num_prompts}, which makes P of {entries:,} entries; "
+                "expected at most 10^9"
+            )
+
+    def idle(self) -> dict[str, str]:
+        """The fields that a game in a file, a table or tau = 0 leave without effect."""
+        idle = {} if self.game is None else {"num_prompts": "the game in the file has its own"}
+        if self.responses is None:
+            idle |= dict.fromkeys(("layers", "width"), "without vocabulary the policy is a table")
+        if self.tau == 0:
+            idle |= dict.fromkeys(("option", "move_reference_every"), "tau is 0")
+        return idle
 
     @property
     def responses(self) -> int | None:
@@ -220,13 +207,15 @@ def announce(config: GameConfig, game: Game, policy: GamePolicy, others: Compari
     parameters = sum(parameter.numel() for parameter in policy.parameters())
     kind = f"a transformer over {config.vocabulary}^{config.length} sequences"
     kind = "a table" if config.vocabulary is None else kind
-    support = (game.nash > 1e-6).sum(-1).tolist()
+    least, most = (game.nash > 1e-6).sum(-1).aminmax()
     more = f", tau {config.tau:g}, option {config.option}" if config.algorithm == 3 else ""
     print(
-        f"Algorithm {config.algorithm}, {config.iterations} iterations, eta {config.eta:g}{more}: "
-        f"{kind}, {parameters:,} parameters, on {X} prompts x {Y} responses\n"
-        f"Nash by linear programming: gap {others.gap_nash:.1e}, {support} responses in support\n"
-        f"The uniform policy's gap: {others.gap_first:.3f}. Writing to {config.out}\n",
+        f"Algorithm {config.algorithm}, {config.iterations} iterations, eta {config.eta:g}{more}, "
+        f"on {X} prompts x {Y} responses\n"
+        f"The policy: {kind}, {parameters:,} parameters, uniform at first, gap "
+        f"{others.gap_first:.3f}\n"
+        f"Nash by linear programming: gap {others.gap_nash:.1e}, {least} to {most} responses of a "
+        f"prompt in support\nWriting to {config.out}\n",
         flush=True,
     )
 
@@ -351,7 +340,8 @@ def loop_of(
 def train_game(
     config: GameConfig, game: Game, policy: GamePolicy, others: Comparisons, run: Run
 ) -> Tensor:
-    """Run the algorithm from the run's last checkpoint on, a line and a checkpoint an iteration.
+    """Run the algorithm from the run's last checkpoint on, a row and a checkpoint an iteration, a
+    line every tenth.
 
     Returns pi_1..pi_{T+1}, [T+1, X, Y]."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -376,7 +366,8 @@ def train_game(
             "game": game_hash,
         }
         run.save(row, state)
-        tqdm.write(line_of(row))
+        if T <= 20 or it.t % 10 == 0 or it.t in (1, T):
+            tqdm.write(line_of(row))
         seconds = time.perf_counter()
     return torch.stack(policies)
 
@@ -414,12 +405,20 @@ def line_of(row: dict[str, Any]) -> str:
 
 # --- Command line ---------------------------------------------------------------------------------
 
-PRESETS = {  # those but the first are in experiments/, imported when chosen
-    "game": "Algorithm 1 (or 3) on a game whose Nash policy is known; every number is exact",
-    "text": "fine-tuning on a small world of text, then Algorithm 2 and a regression",
-    "ablations": "the paper's comparisons on the world of text, many seeds, a table and a figure",
-    "llm": "Algorithm 2 (or 1, 3, 4) on a real chat model, with your prompts and your judge",
-}
+PRESETS = ("game", "text", "ablations", "llm")  # all but the first are imported when chosen
+HELP = """usage: python train.py [PRESET] [--option value ...]
+
+presets (default: game):
+  game       Algorithm 1 (or 3) on a game whose Nash policy is known; every number is exact
+             python train.py game --algorithm 3 --move-reference-every 6
+  text       fine-tuning on a small world of text, then Algorithm 2 and a regression
+             python train.py text --algorithm 4 --iterations 10
+  ablations  the paper's comparisons on the world of text, many seeds, a table and a figure
+             python train.py ablations --seeds 3 --jobs 4
+  llm        Algorithm 2 (or 1, 3, 4) on a real chat model, with your prompts and your judge
+             python train.py llm --model DIRECTORY --prompts FILE.jsonl --oracle openai:MODEL
+
+python train.py PRESET --help lists the options of one."""
 
 
 def preset(name: str) -> tuple[type, Callable[[Any], None]]:
@@ -429,29 +428,19 @@ def preset(name: str) -> tuple[type, Callable[[Any], None]]:
     return importlib.import_module(f"experiments.{name}").PRESET
 
 
-def help_on_presets() -> str:
-    """What `--help` alone prints."""
-    lines = [f"  {name:10} {what}" for name, what in PRESETS.items()]
-    usage = "usage: python train.py [PRESET] [--field value ...]\n\npresets (default: game):\n"
-    return usage + "\n".join(lines) + "\n\npython train.py PRESET --help lists the fields of one."
-
-
 def chosen(argv: list[str]) -> tuple[Callable[[Any], None], Any]:
     """(function, settings) of the command line; prints the help and exits 0 if asked to.
 
     BadInput on anything unknown or out of range."""
     named = bool(argv) and not argv[0].startswith("-")
-    name, fields = (argv[0], argv[1:]) if named else ("game", argv)
+    name = argv[0] if named else "game"
     if name not in PRESETS:
         raise BadInput(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     if not named and ("-h" in argv or "--help" in argv):
-        print(help_on_presets())
+        print(HELP)
         sys.exit(0)
     settings, function = preset(name)
-    try:
-        return function, parse([name, *fields], {name: settings}, name)[1]
-    except ValueError as error:  # a config's own checks
-        raise BadInput(str(error)) from error
+    return function, parse(argv[named:], settings, f"train.py {name}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -459,8 +448,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         function, config = chosen(sys.argv[1:] if argv is None else argv)
+        config.note()
+        name = config.preset
         if dist.is_torchelastic_launched() and not hasattr(config, "fsdp"):
-            name = function.__name__.removeprefix("run_")
             raise BadInput(
                 f"preset {name} runs in one process; start it by python train.py {name}, without "
                 "torchrun"
@@ -475,7 +465,8 @@ def main(argv: list[str] | None = None) -> int:
                 dist.barrier()  # the work of all is done, or those who wait here hear of it
 
     try:
-        return guarded("train.py", work)
+        with only_the_first_prints():
+            return guarded("train.py", work)
     finally:
         leave_team()
 

@@ -3,79 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from checks import check_positive
 from experiments.ablation_methods import METHODS, Setting
 from experiments.rounds import RULES, Stage
-from experiments.settings import DTYPES, THREADS, changed, check_ranges, setting
-from experiments.text_settings import TextConfig
+from experiments.settings import ETAS, SHARE, THREADS, setting
+from experiments.text_settings import TextConfig, WorldOptions
 from pairs import SamplingSettings
 from regularized import check_regularization
 
 
 @dataclass
-class AblationsConfig:
+class AblationsConfig(WorldOptions):
     """ablations: the paper's comparisons on the world of text: each method tuned on its own seeds,
     then run on fresh ones."""
 
+    preset: ClassVar[str] = "ablations"
     algorithm: int | None = setting(
-        None, "only the methods that are variants of this algorithm", choices=(2, 3, 4)
+        None,
+        "only the methods that are variants of this algorithm",
+        "algorithm",
+        common=True,
+        choices=(2, 3, 4),
+        otherwise="all",
     )
-    iterations: int = setting(40, "T of the reported runs")
-    seeds: int = setting(5, "fresh seeds to report")
-    tuning_iterations: int = setting(20, "T of the tuning runs")
+    iterations: int = setting(
+        40, "T of the reported runs", "algorithm", common=True, within=(1, 10**5)
+    )
+    seeds: int = setting(5, "fresh seeds to report", "algorithm", common=True, within=(2, 1000))
+    tuning_iterations: int = setting(20, "T of the tuning runs", "algorithm", within=(1, 10**5))
     tuning_seeds: int = setting(
-        2, "seeds to tune on; the settings tried are the same number for each method"
+        2, "seeds to try each of a method's settings on", "algorithm", within=(1, 1000)
     )
-    eta: float | None = setting(None, "> 0; fixes eta and eta~ instead of tuning them")
+    eta: float | None = setting(
+        None,
+        "fixes eta and eta~ instead of tuning them",
+        "algorithm",
+        within=ETAS,
+        otherwise="tuned",
+    )
     tau: float | None = setting(
-        None, "in [0, eta]; of the regularised methods (eta / 20, and eta / 2 with soft targets)"
+        None,
+        "of the regularised methods, at most eta",
+        "algorithm",
+        within=(0, ETAS[1]),
+        otherwise="eta / 20, eta / 2",
     )
     margin: float = setting(
-        0.4, "in [0, 1], least difference of the win rates of a pair, where there is a margin"
+        0.4, "least difference of the win rates of a pair", "algorithm", within=SHARE
     )
-    prompts: int = setting(48, "X, prompts an iteration")
-    prompts_per_step: int = setting(8, "whose pairs make up a batch")
-    survey: int = setting(24, "samples of each held-out prompt by which a policy is measured")
-    sft_steps: int = setting(
-        400, "Adam steps of supervised fine-tuning of the policy that all start from"
+    prompts: int = 48
+    prompts_per_step: int = 8
+    survey: int = 24
+    seed: int = setting(0, "of the corpus and the policy that all runs start from")
+    threads: int = setting(1, "of the CPU, of each run")
+    jobs: int = setting(
+        2, "runs at a time", "hardware", common=True, may_differ=True, within=THREADS
     )
-    seed: int = setting(
-        0, "of the world: the corpus and the fine-tuned policy, the same for all runs"
-    )
-    out: str = setting(None, "folder (default: runs/ablations-SEED)")
-    resume: bool = setting(False, "go on: runs that are finished are not repeated")
-    device: str = setting("cpu", "cpu, cuda or cuda:N")
-    dtype: str = setting("float32", "of the transformer", tuple(DTYPES))
-    threads: int = setting(1, "CPU threads of each run")
-    jobs: int = setting(2, "runs at a time")
 
     def __post_init__(self) -> None:
         """Check every number. ValueError naming the field."""
-        self.out = self.out or f"runs/ablations-{self.seed}"
-        check_ranges(
-            self,
-            iterations=(1, 10**5),
-            seeds=(2, 1000),
-            tuning_iterations=(1, 10**5),
-            tuning_seeds=(1, 1000),
-            prompts_per_step=(1, 10_000),
-            threads=THREADS,
-            jobs=THREADS,
-        )
-        if self.eta is not None:
-            check_positive(eta=self.eta)
-            check_ranges(self, eta=(0, 10**6))
+        super().__post_init__()
         if self.tau is not None and self.algorithm == 2:
             methods = "the regularised methods, variants of Algorithms 3 and 4"
             raise ValueError(f"tau belongs to {methods}; leave it out")
-        if self.algorithm == 3 and changed(self, "margin"):
-            raise ValueError("margin belongs to variants of Algorithms 2 and 4; leave it out")
         for label, settings in settings_to_try(self).items():
             if self.tau is not None and METHODS[label].algorithm != 2:
                 for _, eta in settings:
                     check_regularization(self.tau, eta)
-        self.world()
+
+    def idle(self) -> dict[str, str]:
+        """The margin, where no method has one."""
+        return {"margin": "Algorithm 3 trains on all pairs"} if self.algorithm == 3 else {}
 
     def stage(self, lr: float, eta: float, seed: int, iterations: int) -> Stage:
         """Algorithm 2 with these numbers, of which the methods are variants."""
@@ -91,7 +90,7 @@ class AblationsConfig:
 
     def world(self) -> TextConfig:
         """The text preset's config of the policy that all methods start from."""
-        names = "prompts survey sft_steps margin seed out device dtype threads".split()
+        names = "prompts survey sft_steps seed out device dtype threads".split()
         return TextConfig(**{name: getattr(self, name) for name in names})
 
 

@@ -26,14 +26,7 @@ import numpy as np
 from experiments.figures import STYLE
 from experiments.folder import claimed
 from experiments.judging import open_judge
-from experiments.settings import (
-    BadInput,
-    JudgeOptions,
-    guarded,
-    hear_ctrl_c,
-    options_parser,
-    setting,
-)
+from experiments.settings import BadInput, JudgeOptions, guarded, hear_ctrl_c, parse, setting
 from judge.statistics import agreement
 from oracle import OpenAIJudge, RegisterJudge
 
@@ -47,14 +40,14 @@ Labels = Sequence[dict[str, Any]]  # the lines that `read_labels` reads
 class AgreementOptions(JudgeOptions):
     """agreement: how far a judge agrees with people, on comparisons in a file."""
 
-    figure: str = setting(None, "file to draw in (default: agreement.png in --out)")
-    out: str = setting("runs/agreement", "folder for the figure and the judge's cache")
+    figure: str = setting(None, "file to draw in", "run", otherwise="agreement.png in --out")
+    out: str = setting("runs/agreement", "folder for figure and cache", "run", common=True)
 
     def __post_init__(self) -> None:
         """Settle who judges: the answers recorded in the file if nobody is named. ValueError on a
         bad option."""
         named = self.oracle or self.judge_url or self.judge_model
-        self.check_judge()
+        super().__post_init__()
         self.oracle = self.oracle if named else "recorded"
         if self.figure is not None and not os.path.isdir(os.path.dirname(self.figure) or "."):
             raise ValueError(f"figure is {self.figure}; expected a file in a folder that exists")
@@ -69,18 +62,12 @@ class AgreementOptions(JudgeOptions):
 def parse_agreement(argv: list[str]) -> tuple[str, AgreementOptions]:
     """(file, options) of `python -m experiments.agreement`. Prints the help and exits 0 if asked
     to. BadInput on what is unknown."""
-    parser = options_parser("experiments.agreement", AgreementOptions)
-    if "-h" in argv or "--help" in argv:
-        print("usage: python -m experiments.agreement FILE.jsonl [--option value ...]\n")
-        print(parser.format_help())
-        sys.exit(0)
-    if not argv or argv[0].startswith("-"):
+    named = bool(argv) and not argv[0].startswith("-")
+    options = parse(argv[named:], AgreementOptions, "-m experiments.agreement FILE.jsonl")
+    if not named:
         found = f"the arguments are {' '.join(argv)!r}"
         raise BadInput(f"{found}; expected FILE.jsonl, and options after it")
-    try:
-        return argv[0], AgreementOptions(**vars(parser.parse_args(argv[1:])))
-    except ValueError as error:
-        raise BadInput(str(error)) from error
+    return argv[0], options
 
 
 def read_labels(path: str | Path) -> list[dict[str, Any]]:
@@ -254,6 +241,7 @@ def main(argv: list[str]) -> int:
 
     def work() -> None:
         file, options = parse_agreement(argv)
+        options.note()
         asked = options.oracle.startswith("openai") and not options.dry_run  # and kept in --out
         with claimed(options.out, resume=None) if asked else nullcontext():
             compare_with_people(file, options)

@@ -16,10 +16,9 @@ from types import UnionType
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from chat.team import Team
-from experiments.settings import BadInput
+from experiments.settings import BadInput, first_process, may_differ
 from judge.ledger import Refused
 
 if TYPE_CHECKING:
@@ -30,11 +29,6 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]  # a module is optional in no other way
 
-MAY_DIFFER = (  # between the start of a run and its resumption
-    "out resume device threads jobs fsdp checkpointing compile dry_run "
-    "judge_url judge_prices judge_cache judge_concurrency judge_timeout max_failed max_usd "
-    "teacher_url teacher_prices"
-).split()
 # may lie in the folder before a run starts
 BESIDE = (".part", ".lock", ".sqlite", ".sqlite-wal", ".sqlite-shm")
 # why a file cannot grow, though it could be made
@@ -52,7 +46,7 @@ def claimed(out: str, resume: bool | None) -> Iterator[None]:
     anything is loaded, if the folder cannot be written to, if another living process has it, or if
     it is to be resumed and does not exist; later, if its disk is full."""
     folder, begun = Path(out), False
-    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+    if not first_process():
         yield  # the first of torchrun's processes has it for all
         return
     try:
@@ -147,7 +141,8 @@ class Run:
         team = Team()
         self.out, self.device, self.classes = Path(config.out), device or config.device, classes
         settings = {"preset": preset, **dataclasses.asdict(config)}
-        fixed = {name: value for name, value in settings.items() if name not in MAY_DIFFER}
+        self.may_differ = may_differ(type(config))
+        fixed = {name: value for name, value in settings.items() if name not in self.may_differ}
         # marks what this run writes to go on from
         self.mark = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
         started = self.out.exists() and any(
@@ -176,7 +171,7 @@ class Run:
             raise another_out(fault) from error
         for name in sorted(settings.keys() | earlier.keys()):
             there, here = earlier.get(name), settings.get(name)
-            if name not in MAY_DIFFER and here != there:
+            if name not in self.may_differ and here != there:
                 difference = f"{name} is {there!r} there and {here!r} here"
                 raise another_out(f"{self.out} holds another run: {difference}")
         if not settings["resume"]:

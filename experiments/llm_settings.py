@@ -3,138 +3,90 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.distributed as dist
 
-from checks import check_positive
-from experiments.rounds import RULES, Stage, check_scored
-from experiments.settings import MOST, TEMPERATURES, THREADS, JudgeOptions, check_ranges, setting
+from experiments.rounds import RULES, Stage
+from experiments.sampled_settings import SampledOptions
+from experiments.settings import COMPUTE, MOST, setting
 from pairs import SamplingSettings
 from regularized import check_regularization
 
 
 @dataclass
-class LlmConfig(JudgeOptions):
+class LlmConfig(SampledOptions):
     """llm: Algorithm 2 (or 4, or 1 and 3 from samples) on a real chat model, with your prompts and
     your judge."""
 
-    model: str = setting("", "a Hugging Face directory or a GGUF file of the Llama family")
+    preset: ClassVar[str] = "llm"
+    algorithm: int = 2
+    iterations: int = setting(3, "T; each has its own part of the prompts")
+    eta: float = setting(0.1, "larger is slower; the paper: 0.05 to 0.1")
+    tau: float = 0.0
+    move_reference_every: int = 0
+    margin: float = 0.2  # few pairs of a small model have 0.4
+    judgments: str = "probabilities"
+    samples: int = setting(5, within=(2, 10_000))
+    temperature: float = 0.7
+    top_p: float = 0.95
+    lr: float = 5e-5  # the paper's
+    momentum: float = 0.9
+    max_new_tokens: int = 64
+    dtype: str = setting("bfloat16", "of computation; weights are float32", choices=tuple(COMPUTE))
+    threads: int = setting(2, "of the CPU, for all processes of a machine")
+    model: str = setting(
+        "",
+        "a Hugging Face directory or a GGUF file of the Llama family; required",
+        "model",
+        common=True,
+    )
     prompts: str = setting(
         "prompts/general.jsonl",
-        'FILE.jsonl, a line {"prompt": ..., "gold": optional, "split": optional}',
-    )
-    chat_format: str = setting(
-        "model",
-        "the model's chat template, or the plain prompt and an empty line",
-        ("model", "plain"),
-    )
-    algorithm: int = setting(
-        2, "2, 4: contrast sampled pairs; 1, 3: regress on soft targets", (1, 2, 3, 4)
-    )
-    iterations: int = setting(
-        3, "T; the prompts are cut into as many disjoint parts, as in the paper"
-    )
-    eta: float = setting(
-        0.1, "> 0, larger is slower; for Algorithms 2 and 4 eta~, 0.05 to 0.1 in the paper"
-    )
-    tau: float = setting(0.0, "in [0, eta], pull towards pi_1 in Algorithms 3 and 4")
-    option: str = setting(
-        "I",
-        "of Algorithm 4: samples of pi_t (I) or of its mixture with pi_ref by token (II)",
-        ("I", "II"),
-    )
-    move_reference_every: int = setting(0, "iterations; 0: never")
-    momentum: float = setting(0.9, "in [0, 1), Adam's beta_1")
-    rule: str = setting("large-margin", "which pairs Algorithms 2 and 4 train on", tuple(RULES))
-    margin: float = setting(
-        0.2, "in [0, 1], least difference of the win rates of a pair; few have .4"
-    )
-    judgments: str = setting(
-        "probabilities",
-        "rank by {0, 1} samples of P, as in Algorithm 2; by P; or by a judge's points",
-        ("outcomes", "probabilities", "scores"),
-    )
-    samples: int = setting(5, "K, responses a prompt, as in the paper")
-    temperature: float = setting(0.7, "in [0.01, 100], of sampling, the paper's")
-    top_p: float = setting(0.95, "in (0, 1], of sampling, the paper's")
-    max_new_tokens: int = setting(
-        64, "after which a response is cut off; prompt and response fit the model's context"
-    )
-    max_prompt_tokens: int = setting(512, "longer prompts are refused")
-    replay: float = setting(
-        0.3, "in [0, 1], share of the last iteration's pairs to train on again, as in the paper"
+        'lines {"prompt": ..., "gold": optional, "split": optional}',
+        "data",
+        common=True,
     )
     train_prompts: int | None = setting(
-        None, "of the file, the first so many are trained on (default: all)"
+        None, "how many to train on, the first ones", "data", otherwise="all", within=(1, MOST)
     )
     held_out: int = setting(
-        24, "prompts for validation: those of the split validation, else the last ones"
+        24, "for validation: of split validation, or the last", "data", within=(2, MOST)
     )
-    judged: int = setting(2, "samples of each held-out prompt by which a policy is measured")
-    batch_size: int = setting(64, "pairs a step, about; the paper's is 64")
-    prompts_at_once: int = setting(
-        4, "prompts whose responses are scored together; gradients add up to a step's"
+    max_prompt_tokens: int = setting(512, "longer prompts are refused", "data", within=(1, MOST))
+    chat_format: str = setting(
+        "model", "its chat template, or the plain prompt", "model", choices=("model", "plain")
     )
-    sample_batch: int = setting(64, "responses sampled together")
-    lr: float = setting(
-        5e-5, "Adam's learning rate in iteration 1, the paper's; falls with the iterations"
-    )
-    seed: int = setting(0, "of the parts, the samples and the outcomes")
-    out: str = setting(None, "folder of the run (default: runs/llm-SEED)")
-    resume: bool = setting(
-        False, "go on with the run in --out, to the same result as if it had never stopped"
-    )
-    device: str = setting("cpu", "cpu, cuda or cuda:N")
-    dtype: str = setting(
-        "bfloat16", "of the computation; weights are float32 besides", ("bfloat16", "float32")
-    )
-    threads: int = setting(2, "CPU threads, of all processes of a machine together")
     low_rank: int = setting(
-        0,
-        "r of the low-rank terms (LoRA) that are trained in place of the weights, at most the "
-        "width",
+        0, "r of low-rank terms (LoRA) to train in place of weights", "model", within=(0, MOST)
     )
-    checkpointing: bool = setting(False, "compute activations twice rather than keep them")
-    compile: bool = setting(False, "compile the blocks for training (torch.compile; cuda)")
+    batch_size: int = setting(
+        64, "pairs a step, about, as in the paper", "algorithm", common=True, within=(1, MOST)
+    )
+    prompts_at_once: int = setting(
+        4, "prompts whose responses are scored together", "hardware", within=(1, MOST)
+    )
+    sample_batch: int = setting(64, "responses sampled together", "hardware", within=(1, MOST))
+    checkpointing: bool = setting(
+        False, "compute activations twice rather than keep them", "hardware", may_differ=True
+    )
+    compile: bool = setting(
+        False, "compile the blocks for training (torch.compile; cuda)", "hardware", may_differ=True
+    )
     fsdp: bool = setting(
         False,
-        "under torchrun, cut weights, gradients and Adam's state into as many parts as processes",
+        "under torchrun, cut weights, gradients and Adam's state into parts",
+        "hardware",
+        may_differ=True,
     )
 
     def __post_init__(self) -> None:
         """Check every number. ValueError naming the field."""
-        self.out = self.out or f"runs/llm-{self.seed}"
-        self.check_judge()
+        super().__post_init__()
+        check_regularization(self.tau, self.eta)
         if not self.model:
             expected = "give --model with a Hugging Face directory or a .gguf file"
             raise ValueError(f"model is missing; {expected}")
-        check_positive(eta=self.eta, lr=self.lr, temperature=self.temperature)
-        check_regularization(self.tau, self.eta)
-        if self.tau and self.algorithm in (1, 2):
-            fault = f"tau belongs to Algorithms 3 and 4, and algorithm is {self.algorithm}"
-            raise ValueError(fault)
-        check_scored(self)
-        counts = (
-            "iterations max_new_tokens max_prompt_tokens judged batch_size prompts_at_once "
-            "sample_batch train_prompts"
-        ).split()
-        check_ranges(
-            self,
-            **dict.fromkeys(counts, (1, MOST)),
-            samples=(2, MOST),
-            held_out=(2, MOST),
-            seed=(0, MOST),
-            margin=(0, 1),
-            replay=(0, 1),
-            low_rank=(0, MOST),
-            temperature=TEMPERATURES,
-            threads=THREADS,
-        )
-        self.check_machine()
-        self.stage()  # checks its numbers
-
-    def check_machine(self) -> None:
-        """ValueError naming an option that this machine or number of processes does not allow."""
         if self.compile and not self.device.startswith("cuda"):
             fault = f"compile is for a GPU, and device is {self.device}"
             raise ValueError(f"{fault}; add --device cuda")

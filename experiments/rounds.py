@@ -36,14 +36,6 @@ RULES: dict[str, Callable[[float], dno.Rule]] = {
 }
 
 
-def check_scored(config: Any) -> None:
-    """ValueError unless rule scored, judgments scores and a judge that scores come together."""
-    scored = config.rule == "scored"
-    if scored != (config.judgments == "scores") or (scored and config.oracle == "synthetic"):
-        needed = "rule scored, judgments scores and a language model that scores"
-        raise ValueError(f"{needed} belong together; give all three")
-
-
 @dataclass(frozen=True)
 class Stage:
     """An algorithm of a run with its numbers; 1 and 3 with r_t estimated from samples."""

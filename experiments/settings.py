@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import os
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Callable
-from typing import Any, NoReturn
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,7 +24,13 @@ from judge.prices import Price
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of real models
+GROUPS = ("data", "algorithm", "model", "judge", "hardware", "run")  # of the help, in this order
+METAVARS = {int: "N", float: "X", str: "NAME"}
 MOST = 10**9  # of counts and seeds: what torch and the machine take ends below it
+SHARE = (0, 1)
+UNASKED = {"synthetic", "recorded"}  # who is no language model
+ETAS = (1e-9, 10**6)
+RATES = (1e-9, 10)  # of Adam
 TEMPERATURES = (0.01, 100)  # of sampling
 THREADS = (1, 1024)  # with many more the OpenMP library ends the process
 
@@ -30,157 +39,266 @@ class BadInput(Exception):
     """The user can correct it: one line, exit code 2, nothing overwritten."""
 
 
-# --- Options from dataclasses ---------------------------------------------------------------------
+# --- A setting is declared once -------------------------------------------------------------------
 
 
-def setting(
-    default: Any, help: str, choices: tuple[str, ...] | tuple[int, ...] | None = None
-) -> Any:
-    """A field of a preset's dataclass: its default, and help that gives unit, range and the paper's
-    value if it has one.
+def setting(default: Any, help: str = "", group: str = "", **declared: Any) -> Any:
+    """A field of a preset's dataclass: its default, its help with its unit, and what else holds.
 
-    A field that is None by default and whose type is not optional is filled in by __post_init__."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    group: of GROUPS. common: is it among the first of its group in the help? within: (least,
+    most). choices: what it may be. otherwise: what counts where the default is None. may_differ:
+    may a run be resumed with another value? A preset that inherits a field and says only some of
+    this, or gives it a plain default, keeps the rest (see `declarations`). A field that is None by
+    default and whose type is not optional is filled in by __post_init__."""
+    said = {"help": help, "group": group, **declared}
+    return dataclasses.field(default=default, metadata={k: v for k, v in said.items() if v})
+
+
+def declarations(config: type) -> dict[str, dict[str, Any]]:
+    """What `setting` says of each field of a dataclass, a subclass's words before its base's."""
+    found: dict[str, dict[str, Any]] = {}
+    for base in reversed(config.__mro__):
+        for name, field in getattr(base, "__dataclass_fields__", {}).items():
+            found.setdefault(name, {}).update(field.metadata)
+    return {field.name: found[field.name] for field in dataclasses.fields(config)}
+
+
+def may_differ(config: type) -> set[str]:
+    """The fields that may differ between the start of a run and its resumption."""
+    return {name for name, said in declarations(config).items() if said.get("may_differ")}
+
+
+def spelt(name: str) -> str:
+    """A field's name as on the command line."""
+    return name.replace("_", "-")
+
+
+def span(within: tuple[float, float]) -> str:
+    """A range in words."""
+    return "{:,g} to {:,g}".format(*within).replace("e+0", "e").replace("e-0", "e-")
+
+
+@dataclasses.dataclass
+class Options:
+    """What the options of all programs share."""
+
+    def __post_init__(self) -> None:
+        """ValueError naming the first field that is given and not within its range; NaN never
+        is."""
+        for name, said in declarations(type(self)).items():
+            value, within = getattr(self, name), said.get("within")
+            if value is not None and within and not within[0] <= value <= within[1]:
+                raise ValueError(f"{name} is {value}; expected {span(within)}")
+
+    def idle(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        return {}
+
+    def given(self, *names: str) -> list[str]:
+        """Those of the fields that differ from their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def note(self) -> None:
+        """Say in a line what is given and has no effect."""
+        idle = self.idle()
+        found = [f"{spelt(name)} has no effect: {idle[name]}" for name in self.given(*idle)]
+        if found:
+            print("note: " + "; ".join(found))
+
+
+# --- The command line -----------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        program = self.prog.partition(" ")[0]
-        raise BadInput(f"{message}; `python {program} --help` lists what there is")
+        raise BadInput(f"{message}; `python {self.prog} --help` lists what there is")
 
 
-def options_parser(name: str, config: type) -> argparse.ArgumentParser:
-    """A parser with one --option for each field of the dataclass, inherited ones last. BadInput on
-    what it does not know."""
-    summary = (config.__doc__ or "").strip().splitlines()[0]
-    parser = _Parser(name, description=summary, allow_abbrev=False, add_help=False)
-    hints, own = typing.get_type_hints(config), config.__annotations__
-    for field in sorted(dataclasses.fields(config), key=lambda field: field.name not in own):
-        add_option(parser, field, hints[field.name])
+def parse(words: list[str], config: type, command: str) -> Any:
+    """The config of a command line.
+
+    command: the words before the options, such as "train.py game". Prints the help and exits 0 if
+    asked to. BadInput on what is unknown or out of range."""
+    parser = options_parser(config, command)
+    try:
+        return config(**vars(parser.parse_args(words)))
+    except ValueError as error:  # a config's own checks
+        raise BadInput(str(error)) from error
+
+
+def options_parser(config: type, command: str) -> argparse.ArgumentParser:
+    """A parser with one --option for each field of the dataclass, in groups, common ones first."""
+    parser = _Parser(
+        command,
+        f"python {command} [--option value ...]",
+        " ".join((config.__doc__ or "").split()),
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=28, width=100),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    hints, declared = typing.get_type_hints(config), declarations(config)
+    fields = dataclasses.fields(config)
+    for field in sorted(fields, key=lambda field: not declared[field.name].get("common")):
+        said = declared[field.name]
+        add_option(groups[said["group"]], field, hints[field.name], said)
     return parser
 
 
-def add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+def add_option(
+    group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any, said: dict[str, Any]
+) -> None:
     """Add the --option of a field, whose type is `hint`, with or without None."""
     kind = next(part for part in typing.get_args(hint) or (hint,) if part is not type(None))
-    flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+    flag, help, default = "--" + spelt(field.name), said["help"], field.default
     if kind is bool:
-        parser.add_argument(flag, action="store_true", help=help)
+        group.add_argument(flag, action="store_true", help=help)
         return
-    default, choices = field.default, field.metadata["choices"]
-    shown = "" if default is None else f" (default: {default})"
-    metavar = None if choices else kind.__name__.upper()
-    parser.add_argument(
-        flag, type=kind, default=default, choices=choices, metavar=metavar, help=help + shown
+    choices, shown = said.get("choices"), said.get("otherwise") if default is None else default
+    known = [f"default {shown}"] if shown not in (None, "") else []
+    known += [span(said["within"])] if "within" in said else []
+    if choices and kind is str:
+        known += ["or " + ", ".join(choice for choice in choices if choice != default)]
+    group.add_argument(
+        flag,
+        type=kind,
+        default=default,
+        choices=choices,
+        metavar=METAVARS[kind],
+        help=f"{help} ({'; '.join(known)})" if known else help,
     )
 
 
-def parse(argv: list[str], presets: dict[str, type], default: str) -> tuple[str, Any]:
-    """(preset, its config) from the command line; prints the help and exits 0 if asked to. BadInput
-    on anything unknown."""
-    preset, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (default, argv)
-    if preset not in presets:
-        raise BadInput(f"unknown preset {preset!r}; expected one of {', '.join(presets)}")
-    if "-h" in rest or "--help" in rest:
-        print(f"usage: python train.py {preset} [--field value ...]\n")
-        print(options_parser(f"train.py {preset}", presets[preset]).format_help())
-        sys.exit(0)
-    parser = options_parser(f"train.py {preset}", presets[preset])
-    return preset, presets[preset](**vars(parser.parse_args(rest)))
-
-
-def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
-    """ValueError naming the first field that is given and not within its range; NaN never is."""
-    for name, (least, most) in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"{name} is {value}; expected at least {least} and at most {most}")
-
-
-def changed(config: Any, *names: str) -> str:
-    """Those of the fields that differ from their defaults, spelt as on the command line."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    found = [name for name in names if getattr(config, name, None) != defaults.get(name)]
-    return ", ".join(name.replace("_", "-") for name in found)
-
-
-# --- Options of judges ----------------------------------------------------------------------------
+# --- Options of runs and judges -------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class JudgeOptions:
+class RunOptions(Options):
+    """Where a run is written, what it starts from, and the machine that it is on."""
+
+    preset: ClassVar[str]
+    seed: int = setting(0, "of all that is drawn at random", "run", common=True, within=(0, MOST))
+    out: str = setting(
+        None, "folder of the run", "run", common=True, may_differ=True, otherwise="runs/PRESET-SEED"
+    )
+    resume: bool = setting(
+        False,
+        "go on with the run in --out, as if it had never stopped",
+        "run",
+        common=True,
+        may_differ=True,
+    )
+    device: str = setting("cpu", "cpu, cuda or cuda:N", "hardware", common=True, may_differ=True)
+    dtype: str = setting("float32", "of the transformer", "hardware", choices=tuple(DTYPES))
+    threads: int = setting(2, "of the CPU", "hardware", may_differ=True, within=THREADS)
+
+    def __post_init__(self) -> None:
+        """Name the folder, and check every number. ValueError naming the field."""
+        super().__post_init__()
+        self.out = self.out or f"runs/{self.preset}-{self.seed}"
+
+
+@dataclasses.dataclass
+class JudgeOptions(Options):
     """Who judges, and what it may cost."""
 
     oracle: str = setting(
         None,
-        "synthetic, openai:MODEL, or replay:CACHE (recorded replies, no network); when left out "
-        "openai if --judge-url or --judge-model is given, else synthetic",
+        "synthetic, openai:MODEL, or replay:CACHE of recorded replies",
+        "judge",
+        common=True,
+        otherwise="openai with a --judge-url or --judge-model, else synthetic",
     )
     judge_url: str | None = setting(
-        None, "of an OpenAI-compatible endpoint, http://localhost:8000/v1 say (default: OpenAI's)"
+        None,
+        "of an OpenAI-compatible endpoint, ending in /v1",
+        "judge",
+        common=True,
+        may_differ=True,
+        otherwise="OpenAI's",
     )
     judge_model: str | None = setting(
-        None, "the judge's name there (default: the only one that the endpoint has)"
+        None, "its name at the endpoint", "judge", otherwise="the only one there"
     )
     judge_form: str = setting(
-        "scored",
-        "0 to 6 points for all candidates at once, or two at a time",
-        ("scored", "pairwise"),
+        "scored", "all at once by points, or two at a time", "judge", choices=("scored", "pairwise")
     )
     judge_prices: str | None = setting(
-        None, "dollars per million tokens of prompt and completion: 2.5,10 (default: not known)"
+        None,
+        "dollars per million tokens in and out, as in 2.5,10",
+        "judge",
+        may_differ=True,
+        otherwise="not known",
     )
     judge_cache: str | None = setting(
-        None, "file of all requests and replies (default: judgments.sqlite in --out)"
+        None,
+        "file of all requests and replies",
+        "judge",
+        may_differ=True,
+        otherwise="judgments.sqlite in --out",
     )
-    judge_concurrency: int = setting(16, "requests under way at a time")
-    judge_timeout: float = setting(120.0, "seconds that a request may take")
+    judge_concurrency: int = setting(
+        16, "requests under way at a time", "judge", may_differ=True, within=(1, 1000)
+    )
+    judge_timeout: float = setting(
+        120.0, "seconds that a request may take", "judge", may_differ=True, within=(1e-3, 1e5)
+    )
     max_failed: float = setting(
-        0.05, "in [0, 1], share of the questions of a round that may stay without an answer"
+        0.05, "share of a round's questions that may fail", "judge", may_differ=True, within=SHARE
     )
     max_usd: float | None = setting(
-        None, "dollars that the run may spend on requests; it stops below, resumable"
+        None,
+        "dollars that the run may spend; it stops below, resumable",
+        "judge",
+        common=True,
+        may_differ=True,
+        within=(0, MOST),
     )
     dry_run: bool = setting(
-        False, "say what would be asked, and at what price; send and write nothing"
+        False,
+        "say what would be asked, and at what price; send and write nothing",
+        "judge",
+        common=True,
+        may_differ=True,
     )
 
-    def check_judge(self) -> None:
+    def __post_init__(self) -> None:
         """Settle who judges, and check the judge's options. ValueError naming the field."""
+        super().__post_init__()
         named = self.judge_url or self.judge_model
         self.oracle = self.oracle or ("openai" if named else "synthetic")
-        check_source("oracle", self.oracle)
-        check_source("teacher", getattr(self, "teacher", "synthetic"))
-        for name in ("judge_prices", "teacher_prices"):
-            prices(getattr(self, name, None) or "0,0")
-        idle = changed(self, *self.unused())
-        if idle:
-            fault = f"{idle} belong to a language model, and oracle is {self.oracle}"
+        for name, source in self.sources().items():
+            check_source(name, source)
+        prices(self.judge_prices or "0,0")
+        asked, _, model = self.oracle.partition(":")
+        if asked == "openai" and model and self.judge_model not in (None, model):
+            fault = f"judge_model is {self.judge_model} and oracle {self.oracle}"
+            raise ValueError(f"{fault}; leave one of them out")
+        misled = self.given("judge_model") if asked == "synthetic" else []
+        misled += [] if self.live() else self.given("judge_url", "max_usd")
+        if misled:  # someone may believe that a language model is asked
+            fault = f"{spelt(misled[0])} belongs to a language model, and oracle is {self.oracle}"
             raise ValueError(f"{fault}; add --oracle openai:MODEL")
-        check_ranges(
-            self,
-            judge_concurrency=(1, 1000),
-            judge_timeout=(1e-3, 10**5),
-            max_failed=(0, 1),
-            max_usd=(0, 10**9),
-        )
 
-    def unused(self) -> list[str]:
-        """The options that have no effect with this judge and teacher."""
-        teacher = getattr(self, "teacher", "synthetic")
-        sources = (self.oracle, teacher)
-        names = []
-        if sources == ("synthetic", "synthetic"):
-            names += ["judge_concurrency", "judge_timeout", "max_failed"]
-        if self.oracle == "synthetic":
-            names += ["judge_form"]
-        how, _, model = self.oracle.partition(":")
-        stated = how == "openai" and model  # the source itself names the model
-        if self.judge_model != model if stated else self.oracle == "synthetic":
-            names += ["judge_model"]
-        if "openai" not in [source.partition(":")[0] for source in sources]:
-            names += ["judge_cache", "judge_prices", "judge_url", "max_usd"]
-        return names
+    def sources(self) -> dict[str, str]:
+        """Who answers what, by the name of the field."""
+        return {"oracle": self.oracle}
+
+    def live(self) -> bool:
+        """Is anybody asked who may have to be paid?"""
+        return any(source.startswith("openai") for source in self.sources().values())
+
+    def idle(self) -> dict[str, str]:
+        """The judge's options that have no effect where no language model is asked."""
+        idle, sources = super().idle(), self.sources()
+        reason = " and ".join(f"{name} is {source}" for name, source in sources.items())
+        names = "judge_prices judge_cache judge_concurrency judge_timeout".split()
+        names = [] if self.live() else names
+        names += ["max_failed"] if {*sources.values()} <= UNASKED else []
+        names += ["judge_form"] if self.oracle in UNASKED else []
+        return idle | dict.fromkeys(names, reason)
 
 
 def check_source(name: str, source: str) -> None:
@@ -239,12 +357,25 @@ def guarded(program: str, work: Callable[[], Any]) -> int:
         say(f"{program}: {error}")
         return 1
     except RuntimeError as error:
-        if not (dist.is_initialized() and any(name in str(error) for name in ("gloo", "NCCL"))):
+        if not of_the_group(error):
             raise
         reason = f"another process of the run is gone ({str(error).splitlines()[0]})"
         say(f"{program}: {reason}; {command_to_go_on('train.py', False)} goes on from there")
         return 1
     return 0
+
+
+def of_the_group(error: RuntimeError) -> bool:
+    """Is the error one of the exchange between processes, as when one of them is gone?
+
+    NCCL and the store raise DistError, gloo a plain RuntimeError. So of those it counts in which
+    module the error was met, and backpropagation counts too: DistributedDataParallel exchanges
+    gradients there, by hooks that leave no frame. The error's text is printed, so that nothing is
+    hidden if it is another one."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    exchanging = ("torch.distributed", "torch.nn.parallel", "torch.autograd")
+    plain = type(error) is RuntimeError and frame.f_globals["__name__"].startswith(exchanging)
+    return dist.is_initialized() and (plain or isinstance(error, dist.DistError))
 
 
 def command_to_go_on(program: str, too_dear: bool) -> str:
@@ -264,11 +395,22 @@ def say(line: str) -> None:
 # --- Processes and devices ------------------------------------------------------------------------
 
 
+def first_process() -> bool:
+    """Is this the first of torchrun's processes, or the only one?"""
+    return not dist.is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"
+
+
+def only_the_first_prints() -> AbstractContextManager:
+    """Around the work of a program that torchrun may have started: what other processes print is
+    thrown away."""
+    return nullcontext() if first_process() else redirect_stdout(open(os.devnull, "w"))
+
+
 def join_team(device: str, threads: int) -> str:
     """Under torchrun, join the other processes; returns the device that this process has.
 
-    Each takes its own GPU, or its part of the CPU threads. Only the first prints. BadInput if a
-    machine has fewer GPUs than processes."""
+    Each takes its own GPU, or its part of the CPU threads. BadInput if a machine has fewer GPUs
+    than processes."""
     if not dist.is_torchelastic_launched():
         torch.set_num_threads(threads)
         return device
@@ -283,8 +425,6 @@ def join_team(device: str, threads: int) -> str:
         device = f"cuda:{place}"
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     return device
 
 

@@ -743,7 +743,7 @@ def refused(capsys, *arguments):
         ("labels.jsonl --oracle gpt-4", "oracle is 'gpt-4'"),
         ("labels.jsonl --oracle openai:", "oracle is 'openai:'; the model's name is missing"),
         ("labels.jsonl --oracle openai", "the model's name is missing, and OpenAI has many"),
-        ("labels.jsonl --max-usd 3", "belong to a language model"),
+        ("labels.jsonl --max-usd 3", "max-usd belongs to a language model"),
         (
             "labels.jsonl --oracle openai:local-judge --max-usd 3",
             "the price of 'local-judge' is not known",

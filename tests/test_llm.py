@@ -745,7 +745,13 @@ def test_some_gold_responses_and_not_all_are_refused(directory, tmp_path, capsys
     [
         ("--model nowhere", "nowhere is no checkpoint"),
         ("", "model is missing"),
-        ("--model x --tau 0.05", "tau belongs to"),
+        ("--model x --tau 0.05", "tau and move-reference-every belong to Algorithms 3 and 4"),
+        ("--model x --algorithm 1 --move-reference-every 2", "belong to Algorithms 3 and 4"),
+        ("--model x --option II", "option II belongs to Algorithm 4"),
+        ("--model x --algorithm 3 --tau 0.05 --option II", "option II belongs to Algorithm 4"),
+        ("--model x --algorithm 4 --tau 0.2", "tau is 0.2 and eta 0.1; expected 0 <= tau <= eta"),
+        ("--model x --algorithm 4 --move-reference-every -1", "move_reference_every is -1"),
+        ("--model x --momentum 1", "momentum is 1.0; expected 0 to 0.9999"),
         ("--model x --samples 1", "samples is 1"),
         ("--model x --rule scored", "belong together"),
         *(

@@ -206,8 +206,9 @@ def measure_memory(do, command, server, monkeypatch):
 def by_torchrun(do, command, server, monkeypatch):
     """Two processes are run by test_team.py; here, that the options are right."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    preset, config = parse(shlex.split(command.split("train.py ")[1]), {"llm": LlmConfig}, "game")
+    preset, *words = shlex.split(command.split("train.py ")[1])
     assert preset == "llm"
+    config = parse(words, LlmConfig, "train.py llm")
     assert config.fsdp == ("--fsdp" in command)
 
 

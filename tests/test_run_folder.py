@@ -5,6 +5,7 @@ processes in one folder, checkpoints of other runs, Ctrl-C at any moment, output
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -22,7 +23,7 @@ import experiments.folder
 import train
 from experiments.agreement import main
 from experiments.folder import Run, claimed, lock
-from experiments.settings import hear_ctrl_c
+from experiments.settings import guarded, hear_ctrl_c, may_differ
 
 PRESETS = {"game": [], "text": [], "ablations": [], "llm": ["--model", "x"]}
 AGREEMENT = '{"prompt": "x", "a": "y", "b": "z", "label": "a", "judge": 0.9}\n'
@@ -321,7 +322,79 @@ def test_a_config_that_is_none_is_refused(content, capsys, tmp_path):
     assert "no readable config.json" in refused(capsys, *SMALL, "--out", tmp_path, "--resume")
 
 
+# --- What may differ on resumption ---
+
+OF_RUNS = {"out", "resume", "device", "threads"}
+OF_JUDGES = set(
+    "dry_run judge_url judge_prices judge_cache judge_concurrency judge_timeout max_failed "
+    "max_usd".split()
+)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("game", OF_RUNS),
+        ("text", OF_RUNS | OF_JUDGES | {"teacher_url", "teacher_prices"}),
+        ("ablations", OF_RUNS | {"jobs"}),
+        ("llm", OF_RUNS | OF_JUDGES | {"checkpointing", "compile", "fsdp"}),
+    ],
+)
+def test_only_what_leaves_the_result_alone_may_differ_on_resumption(preset, expected):
+    assert may_differ(train.preset(preset)[0]) == expected
+
+
+def test_what_may_differ_does_not_stop_a_resumption(finished, tmp_path):
+    out = tmp_path / "moved"
+    shutil.copytree(finished, out)
+    assert train.main([*SMALL, "--threads", "2", "--out", str(out), "--resume"]) == 0
+    assert timeless(out) == timeless(finished)
+
+
 # --- How a program ends ---
+
+
+class OutOfMemory(RuntimeError):
+    """As torch.OutOfMemoryError, which is a RuntimeError too."""
+
+
+def ended_by(error, module, capsys, monkeypatch):
+    """What is said on stderr when the error is met in the module, by one process of several."""
+    names = {"__name__": module, "error": error}
+    exec("def fail(): raise error", names)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert guarded("train.py", names["fail"]) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "module"),
+    [
+        (RuntimeError("Connection closed by peer"), "torch.distributed.distributed_c10d"),
+        (RuntimeError("Connection closed by peer"), "torch.nn.parallel.distributed"),
+        (RuntimeError("Connection closed by peer"), "torch.autograd.graph"),
+        (torch.distributed.DistNetworkError("no answer"), "chat.team"),
+        (torch.distributed.DistBackendError("no answer"), "torch.distributed.distributed_c10d"),
+    ],
+)
+def test_an_error_of_the_exchange_between_processes_is_a_line_with_its_text(
+    error, module, capsys, monkeypatch
+):
+    said = ended_by(error, module, capsys, monkeypatch)
+    assert f"another process of the run is gone ({error}); the same command with --resume" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "module"),
+    [
+        (RuntimeError("size mismatch: gloo and NCCL"), "model"),
+        (OutOfMemory("no memory"), "torch.autograd.graph"),
+        (RuntimeError("size mismatch"), "torch.nn.modules.linear"),
+    ],
+)
+def test_another_error_is_raised_also_by_one_process_of_several(error, module, capsys, monkeypatch):
+    with pytest.raises(type(error), match=str(error)):
+        ended_by(error, module, capsys, monkeypatch)
 
 
 def started(*command, **options):

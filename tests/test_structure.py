@@ -18,8 +18,8 @@ LAYERS = (  # each may import from those above it, and from what stands before i
     "experiments.settings experiments.folder experiments.figures experiments.judging "
     "experiments.validation experiments.rounds experiments.recalling experiments.training "
     "experiments.sampled_summary experiments.costs experiments.game experiments.game_figures "
-    "experiments.text_settings experiments.fine_tuning experiments.text "
-    "experiments.ablation_methods "
+    "experiments.sampled_settings experiments.text_settings experiments.fine_tuning "
+    "experiments.text experiments.ablation_methods "
     "experiments.ablations_settings experiments.ablations_summary experiments.ablations "
     "experiments.llm_settings experiments.prompts experiments.llm experiments.agreement",
     "train",

@@ -299,7 +299,11 @@ def test_other_presets_refuse_torchrun(preset, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("option", "said"),
-    [("--fsdp", "torchrun"), ("--compile", "--device cuda"), ("--low-rank=-1", "at least 0")],
+    [
+        ("--fsdp", "torchrun"),
+        ("--compile", "--device cuda"),
+        ("--low-rank=-1", "expected 0 to 1e9"),
+    ],
 )
 def test_options_for_many_processes_or_a_gpu_are_refused_without(option, said, capsys):
     assert said in refused(capsys, "llm", "--model", "x", option)

@@ -19,6 +19,7 @@ import dno
 import solvers
 import train
 from experiments.game import bound
+from experiments.settings import GROUPS, declarations, parse, span, spelt
 from oracle import random_feature_game, rock_paper_scissors, style_game
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +156,10 @@ def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
     assert summary["win_rate_vs_previous_min"] > 0.5
     assert summary["gap_nash"] < LP
     assert not summary["last_iterate_converged"]
-    assert "it did NOT converge" in capsys.readouterr().out
+    console = capsys.readouterr().out
+    assert "it did NOT converge" in console
+    assert len(console.splitlines()) <= 40
+    assert max(map(len, console.splitlines())) <= 100
     gaps = summary["gaps"]
     assert gaps["reward maximiser (Bradley-Terry)"] > 2 * summary["gap_average"]
     assert gaps["table with moving reference, last"] < summary["gap_average"]
@@ -321,33 +325,33 @@ def test_a_foreign_checkpoint_is_refused(capsys, tmp_path):
     [
         ("nope", "unknown preset 'nope'; expected one of game"),
         ("game --bogus 3", "unrecognized arguments: --bogus 3"),
-        ("--eta 0", "eta is 0.0; expected a finite number above 0"),
+        ("--eta 0", "eta is 0.0; expected 1e-9 to 1e6"),
         ("--eta -1", "eta is -1.0"),
         ("--eta nan", "eta is nan"),
         ("--eta x", "invalid float value: 'x'"),
-        ("--iterations 0", "iterations is 0; expected at least 1"),
+        ("--iterations 0", "iterations is 0; expected 1 to 100,000"),
         ("--steps 0", "steps is 0"),
         ("--lr inf", "lr is inf"),
-        ("--lr 1e300", "lr is 1e+300; expected at least 0 and at most 10"),
-        ("--eta 1e300", "eta is 1e+300; expected at least 0 and at most 1000000"),
-        ("--tolerance nan", "tolerance is nan; expected at least 0"),
+        ("--lr 1e300", "lr is 1e+300; expected 1e-9 to 10"),
+        ("--eta 1e300", "eta is 1e+300; expected 1e-9 to 1e6"),
+        ("--tolerance nan", "tolerance is nan; expected 0 to 10"),
         ("--tolerance inf", "tolerance is inf"),
-        ("--seed 100000000000000000000", "at most 1000000000"),
-        ("--threads 100000000000", "threads is 100000000000; expected at least 1 and at most 1024"),
+        ("--seed 100000000000000000000", "seed is 100000000000000000000; expected 0 to 1e9"),
+        ("--threads 100000000000", "threads is 100000000000; expected 1 to 1,024"),
         ("--pairs 1000000000000", "pairs is 1000000000000"),
         ("--iterations 10000000000", "iterations is 10000000000"),
         ("--layers 100000000", "layers is 100000000"),
         ("--width 100000000", "width is 100000000"),
-        ("--vocabulary 0", "vocabulary is 0; expected at least 1"),
-        ("--length 1000000000", "length is 1000000000; expected at least 1 and at most 12"),
+        ("--vocabulary 0", "vocabulary is 0; expected 1 to 5,000"),
+        ("--length 1000000000", "length is 1000000000; expected 1 to 12"),
         ("--num-prompts 1000000000", "num_prompts is 1000000000"),
         ("--num-prompts 9999 --length 4", "which makes P of 16,794,480,384 entries"),
         ("--algorithm 3 --tau nan", "tau is nan"),
-        ("--game x.npz --num-prompts 3", "num-prompts belongs to the default game"),
-        ("--game x.npz --width 32 --layers 3", "layers, width belong to a transformer"),
+        ("--option II", "add --algorithm 3"),
+        ("--move-reference-every 2", "add --algorithm 3"),
         ("--seed -1", "seed"),
         ("--seed 10000000000", "seed is 10000000000"),
-        ("--threads 1000000000", "threads is 1000000000; expected at least 1 and at most 1024"),
+        ("--threads 1000000000", "threads is 1000000000; expected 1 to 1,024"),
         ("--device tpu9", "device 'tpu9' cannot be used"),
         ("--device meta", "device 'meta' cannot be used"),
         ("--dtype float8", "invalid choice: 'float8'"),
@@ -503,22 +507,111 @@ def test_a_transitive_game_that_is_still_being_learnt_is_said_to_be(capsys, tmp_
     assert "it is still falling." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("T", "shown"), [(6, range(1, 7)), (25, [1, 10, 20, 25])])
+def test_the_console_shows_every_tenth_iteration_of_many_and_the_file_all(
+    T, shown, capsys, tmp_path
+):
+    assert train.main([*SMALL, "--iterations", str(T), "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line[:4]) for line in lines if re.match(r" +\d+ \|", line)] == [*shown]
+    assert len(rows(tmp_path)) == T
+    assert max(map(len, lines)) <= 100
+
+
+# --- Help -----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", train.PRESETS)
-def test_help_on_a_preset_lists_every_field(name, capsys):
+def test_help_on_a_preset_has_each_field_in_its_group_with_range_and_default(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main([name, "-h"])
     said = capsys.readouterr().out
     assert f"usage: python train.py {name} " in said
-    for field in fields(train.preset(name)[0]):
-        assert "--" + field.name.replace("_", "-") in said
+    assert max(map(len, said.splitlines())) <= 100
+    groups = re.findall(r"^(\w+):\n((?:  .*\n)+)", said, re.M)
+    assert [title for title, _ in groups] == [title for title in GROUPS if f"\n{title}:\n" in said]
+    config, found = train.preset(name)[0], set()
+    declared = {"--" + spelt(name): said for name, said in declarations(config).items()}
+    defaults = {"--" + spelt(field.name): field.default for field in fields(config)}
+    for title, text in groups:
+        options = re.findall(r"^  (--[\w-]+)((?:.*\n)(?:   .*\n)*)", text, re.M)
+        found |= {option for option, _ in options}
+        common = [bool(declared[option].get("common")) for option, _ in options]
+        assert common == sorted(common, reverse=True), "common ones first"
+        for option, help in options:
+            words, said = re.sub(r"(-?)\s+", r"\1 ", help).replace("- ", "-"), declared[option]
+            assert said["group"] == title
+            assert "within" not in said or span(said["within"]) in words
+            assert defaults[option] in (None, "", False) or f"default {defaults[option]}" in words
+    assert found == set(declared)
 
 
 @pytest.mark.parametrize("asked", ["-h", "--help"])
-def test_help_lists_the_presets(asked, capsys):
+def test_help_lists_the_presets_on_a_screen_each_with_an_example_that_is_one(asked, capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main([asked])
     said = capsys.readouterr().out
     assert re.findall(r"^  (\w+) ", said, re.M) == ["game", "text", "ablations", "llm"]
+    assert len(said.splitlines()) <= 40
+    assert max(map(len, said.splitlines())) <= 100
+    examples = re.findall(r"^ +python train.py (\w+) (--.*)", said, re.M)
+    assert [name for name, _ in examples] == [*train.PRESETS]
+    for name, words in examples:
+        parse(words.split(), train.preset(name)[0], f"train.py {name}")
+
+
+# --- What has no effect ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        ("game --game x.npz --num-prompts 3", "num-prompts has no effect: the game in the file"),
+        ("game --game x.npz --width 32", "width has no effect: without vocabulary the policy is"),
+        ("game --algorithm 3 --tau 0 --option II", "option has no effect: tau is 0"),
+        ("text --algorithm 3 --margin 0.1", "margin has no effect: Algorithms 1 and 3 train on"),
+        ("text --algorithm 1 --replay 0.1", "replay has no effect: Algorithms 1 and 3 train on"),
+        ("text --algorithm 3 --judgments probabilities", "judgments has no effect: Algorithms 1"),
+        ("text --rule spin --margin 0.1", "margin has no effect: rule is spin"),
+        ("text --judged 5", "judged has no effect: oracle is synthetic"),
+        ("text --judge-concurrency 4", "judge-concurrency has no effect: oracle is synthetic and"),
+        ("text --judge-timeout 9", "judge-timeout has no effect: oracle is synthetic and teacher"),
+        ("text --max-failed 0.5", "max-failed has no effect: oracle is synthetic and teacher is"),
+        ("text --judge-form pairwise", "judge-form has no effect: oracle is synthetic"),
+        ("text --judge-prices 1,2", "judge-prices has no effect: oracle is synthetic and"),
+        ("text --judge-cache x.sqlite", "judge-cache has no effect: oracle is synthetic"),
+        ("text --oracle replay:x --judge-cache y", "judge-cache has no effect: oracle is replay:x"),
+        ("text --teacher-prices 1,2", "teacher-prices has no effect: teacher is synthetic"),
+        ("ablations --algorithm 3 --margin 0.1", "margin has no effect: Algorithm 3 trains on all"),
+        ("llm --model x --algorithm 4 --option II", "option has no effect: tau is 0"),
+        ("llm --model x --algorithm 3 --margin 0.1", "margin has no effect: Algorithms 1 and 3"),
+        ("llm --model x --algorithm 3 --move-reference-every 2", "move-reference-every has no"),
+        ("llm --model x --judge-form pairwise", "judge-form has no effect: oracle is synthetic"),
+        ("game --algorithm 3 --option II", ""),
+        ("text --algorithm 4 --option II --rule teacher --margin 0.1", ""),
+        ("text --oracle openai:x --judge-timeout 9 --judged 5 --judge-form pairwise", ""),
+        ("text --teacher openai:x --judge-timeout 9 --judge-prices 1,2 --max-failed 0.1", ""),
+        ("text --oracle replay:x --max-failed 0.1 --judge-form pairwise", ""),
+        ("llm --model x --algorithm 4 --tau 0.05 --option II --move-reference-every 2", ""),
+    ],
+)
+def test_what_is_given_and_has_no_effect_is_said_with_the_reason(words, idle, capsys):
+    name, *words = words.split()
+    parse(words, train.preset(name)[0], f"train.py {name}").note()
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {idle}") if idle else not said
+
+
+def test_all_that_has_no_effect_is_said_in_one_line_at_the_start(capsys, tmp_path):
+    np.savez(tmp_path / "game.npz", P=rock_paper_scissors(0.4, 0.3, 0.2).P)
+    idle = "--num-prompts 3 --width 32 --iterations 1 --steps 1 --pairs 4 --game".split()
+    assert train.main([*idle, str(tmp_path / "game.npz"), "--out", str(tmp_path / "run")]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == (
+        "note: num-prompts has no effect: the game in the file has its own; "
+        "width has no effect: without vocabulary the policy is a table"
+    )
+    assert not [line for line in others if "no effect" in line]
 
 
 def test_importing_the_modules_runs_nothing(tmp_path):

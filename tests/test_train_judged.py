@@ -1000,6 +1000,7 @@ def test_what_a_content_filter_refused_is_not_asked_again(server, tmp_path):
 
 # --- What is refused ---
 
+SCORED = "rule scored, judgments scores, Algorithm 2 or 4 and a language model of judge-form scored"
 CASES = [
     ("--oracle gpt-4", "oracle is 'gpt-4'; expected synthetic, openai:MODEL or replay:CACHE"),
     ("--oracle replay:", "oracle is 'replay:'"),
@@ -1011,7 +1012,7 @@ CASES = [
     ("--judge-url URL --judge-prices 10", "prices are '10'; expected dollars per million tokens"),
     ("--judge-url URL --judge-prices=-1,2", "prices are -1.0 and 2.0"),
     ("--judge-url URL --judge-prices nan,2", "prices are nan and 2.0"),
-    ("--judge-url URL --max-failed 2", "max_failed is 2.0; expected at least 0 and at most 1"),
+    ("--judge-url URL --max-failed 2", "max_failed is 2.0; expected 0 to 1"),
     ("--judge-url URL --max-failed nan", "max_failed is nan"),
     ("--judge-url URL --judge-concurrency 0", "judge_concurrency is 0"),
     ("--judge-url URL --judge-timeout 0", "judge_timeout is 0"),
@@ -1030,16 +1031,17 @@ CASES = [
     ("--judge-url ftp://localhost/v1", "must be like http://localhost:8000/v1"),
     ("--judge-url http://me:secret@localhost/v1", "with no key in it"),
     ("--judge-url http://localhost/v1?key=secret", "with no key in it"),
-    ("--oracle synthetic --judge-model m", "belong to a language model"),
-    ("--oracle synthetic --judge-url URL", "belong to a language model"),
-    ("--max-usd 5", "belong to a language model"),
-    ("--judge-url URL --rule scored", "rule scored, judgments scores"),
-    ("--judge-url URL --judgments scores", "rule scored, judgments scores"),
-    ("--rule scored --judgments scores", "a language model that scores belong together"),
-    (
-        "--judge-url URL --rule scored --judgments scores --judge-form pairwise",
-        "leave --judge-form out",
-    ),
+    ("--oracle synthetic --judge-model m", "judge-model belongs to a language model"),
+    ("--oracle synthetic --judge-url URL", "judge-url belongs to a language model"),
+    ("--oracle replay:CACHE --judge-url URL", "judge-url belongs to a language model"),
+    ("--oracle replay:CACHE --max-usd 1", "max-usd belongs to a language model"),
+    ("--oracle openai:gpt-4o --judge-model gpt-4", "leave one of them out"),
+    ("--max-usd 5", "max-usd belongs to a language model"),
+    ("--judge-url URL --rule scored", SCORED),
+    ("--judge-url URL --judgments scores", SCORED),
+    ("--rule scored --judgments scores", SCORED),
+    ("--judge-url URL --rule scored --judgments scores --judge-form pairwise", SCORED),
+    ("--judge-url URL --rule scored --judgments scores --algorithm 3", SCORED),
 ]
 
 
@@ -1054,21 +1056,6 @@ def test_bad_options_of_a_judge_are_one_line_exit_code_2_and_nothing_written(
     assert "secret" not in line
     assert list(tmp_path.iterdir()) == []
     assert server.stats()["requests"] == 0
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--oracle openai:gpt-4o --judge-model gpt-4 --dry-run",
-        "--judge-form pairwise --dry-run",
-        "--judge-prices 1,2 --dry-run",
-        "--judge-cache cache.sqlite --dry-run",
-        "--oracle replay:CACHE --max-usd 1 --dry-run",
-    ],
-)
-def test_an_option_that_would_do_nothing_is_refused(arguments, recorded, capsys, tmp_path):
-    cache = str(recorded("scored")) if "CACHE" in arguments else ""
-    refused(capsys, *TINY, *arguments.replace("CACHE", cache).split(), "--out", tmp_path / "run")
 
 
 def test_a_limit_can_be_set_on_a_teacher_alone(capsys, tmp_path):
