@@ -260,7 +260,7 @@ class OpenAIJudge:
         check_whole(2, candidates=candidates)
         check_whole(1, most=most)
         self.endpoint, self.form = endpoint, FORMS[form](seed, candidates, most)
-        self.deterministic = self.form.both_orders  # points may depend on who else is asked about
+        self.deterministic = self.form.deterministic
         self.counts: Counter[str] = Counter()
 
     def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:

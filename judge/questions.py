@@ -209,7 +209,8 @@ class Form(ABC):
     candidates: int = 6
     most: int = 8000
 
-    both_orders: ClassVar[bool]  # asks about each pair in both orders, and about no other response
+    deterministic: ClassVar[bool]  # an answer does not depend on what else is asked about
+    both_orders: ClassVar[bool]  # asks about each pair in both orders, so that flips are known
 
     @abstractmethod
     def questions(self, comparisons: Sequence[Comparison]) -> list[Question]:
@@ -219,17 +220,17 @@ class Form(ABC):
     def preferences(
         self, comparisons: Sequence[Comparison], results: Sequence[Any]
     ) -> tuple[dict[Comparison, float], Counter[str]]:
-        """P(a > b) by comparison, NaN where there is no answer, from the result of each question;
-        and the numbers of judgments asked for and failed. With both orders also: of pairs, of flips
-        (the same place won in both orders, not the same response), and of verdicts for the
-        first."""
+        """P(a > b) = 1 - P(b > a) by comparison, NaN where there is no answer, from the result of
+        each question; and the numbers of judgments asked for and failed. With both orders also: of
+        pairs, of flips (the same place won in both orders, not the same response), and of verdicts
+        for the first."""
 
 
 class Scored(Form):
     """As in section 5: responses to a prompt stand side by side, and each is given 0 to 6 points.
     P(a > b) is 1 if a has more points than b, 1/2 if as many, 0 if fewer."""
 
-    both_orders = False
+    deterministic = both_orders = False
 
     def sheets(self, comparisons: Sequence[Comparison]) -> list[tuple[str, list[str]]]:
         """A prompt, and at most `candidates` distinct responses to it in the order shown; as many
@@ -273,7 +274,7 @@ class Scored(Form):
 class Pairwise(Form):
     """Two requests for each pair, in both orders. P(a > b) is the mean of what they say."""
 
-    both_orders = True
+    deterministic = both_orders = True
 
     @staticmethod
     def pairs(comparisons: Iterable[Comparison]) -> list[Comparison]:

@@ -179,7 +179,7 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
     ],
     "oracle.py": [
         ("math.nan if (x, y) in failed else 0.5", "0.5"),
-        ("self.deterministic = self.form.both_orders", "self.deterministic = False"),
+        ("self.deterministic = self.form.deterministic", "self.deterministic = False"),
     ],
     "judge/replies.py": [
         ("if len(graded) != 1:", "if len(graded) < 1:"),

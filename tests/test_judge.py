@@ -18,7 +18,9 @@ from judge.endpoint import Endpoint
 from judge.ledger import Stopped
 from judge.prices import Price
 from judge.questions import (
+    FORMS,
     RUBRIC,
+    Form,
     Question,
     clean,
     pairwise_question,
@@ -1120,7 +1122,43 @@ def test_what_one_wins_the_other_loses_and_to_ask_again_costs_nothing(form, serv
 @BOTH
 def test_the_judge_conforms_to_the_oracle_protocol(form, server, asking):
     server.control(first_bias=BIAS)
-    check_oracle(OpenAIJudge(asking(), form), ["Why?", "How?"], worth(1, 4, 2))
+    judge = OpenAIJudge(asking(), form)
+    check_oracle(judge, ["Why?", "How?"], worth(1, 4, 2))
+    assert judge.deterministic == (form == "pairwise")
+
+
+class InOneOrder(Form):
+    """Asks about each pair once, the longer response first."""
+
+    deterministic, both_orders = True, False
+
+    def pairs(self, comparisons):
+        return sorted({(x, *sorted(two, key=len, reverse=True)) for x, *two in comparisons})
+
+    def questions(self, comparisons):
+        return [pairwise_question(*pair, self.most) for pair in self.pairs(comparisons)]
+
+    def preferences(self, comparisons, results):
+        P = {}
+        for (x, y, z), p in zip(self.pairs(comparisons), results, strict=True):
+            P[x, y, z], P[x, z, y] = (math.nan, math.nan) if p is None else (p, 1 - p)
+        return P, Counter(asked=len(results), failed=results.count(None))
+
+
+def test_another_form_of_question_is_a_class_and_an_entry(server, asking, monkeypatch):
+    """The liking for the first place is not taken out, as nobody asks the other way round."""
+    monkeypatch.setitem(FORMS, "one order", InOneOrder)
+    server.control(first_bias=BIAS)
+    x, a, b, lead = graded_pairs(40)
+    judge = OpenAIJudge(asking(), "one order")
+    longer, expected = [f"{y} So it is." for y in a], 0.5 + BIAS + torch.tensor(lead).double() / 16
+    assert off(judge.prefer(x, longer, b), expected) < EXACT
+    assert off(judge.prefer(x, b, longer), 1 - expected) < EXACT
+    assert requests(server) == 40
+    assert judge.flip_rate(x, list(zip(a, b, strict=True))) is None
+    assert judge.report()["failed_rate"] == 0
+    with pytest.raises(ValueError, match="expected scored or pairwise or one order"):
+        OpenAIJudge(asking(), "no order")
 
 
 @BOTH
