@@ -25,7 +25,7 @@ from experiments.figures import STYLE
 from experiments.fine_tuning import fine_tuned
 from experiments.folder import Run
 from experiments.judging import demonstrations
-from experiments.rounds import recalling
+from experiments.recalling import recalling
 from experiments.text_settings import TextConfig
 from oracle import RegisterJudge
 from pairs import SamplingSettings, large_margin_pairs

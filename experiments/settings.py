@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from judge.ledger import Refused, Stopped, TooDear
 from judge.prices import Price
+from judge.questions import FORMS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of real models
@@ -223,7 +224,7 @@ class JudgeOptions(Options):
         None, "its name at the endpoint", "judge", otherwise="the only one there"
     )
     judge_form: str = setting(
-        "scored", "all at once by points, or two at a time", "judge", choices=("scored", "pairwise")
+        "scored", "all at once by points, or two at a time", "judge", choices=tuple(FORMS)
     )
     judge_prices: str | None = setting(
         None,
