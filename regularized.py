@@ -6,7 +6,6 @@ the loops by `# differs`. Notation and axes are those of dno.py.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from numbers import Real
@@ -177,7 +176,14 @@ def algorithm3(
 # --- Algorithm 4, and Algorithm 3 for responses that can only be sampled --------------------------
 
 
-class MixablePolicy(SampledPolicy, Protocol):
+class ReferablePolicy(SampledPolicy, Protocol):
+    """What these algorithms need beside."""
+
+    def frozen_copy(self) -> SampledPolicy:
+        """The policy as it is, which further training does not change: a reference."""
+
+
+class MixablePolicy(ReferablePolicy, Protocol):
     """What option II of Algorithm 4 needs beside."""
 
     def mixed_with(self, reference: Any, weight: float) -> Sampler:
@@ -222,7 +228,7 @@ def algorithm4(
     check_option(option)
     start = start or SampledStart(adam(policy))
     after = start.after
-    pi_ref = after.pi_ref if after else copy.deepcopy(policy)  # differs: pi_ref = pi_1
+    pi_ref = after.pi_ref if after else policy.frozen_copy()  # differs: pi_ref = pi_1
     if pi_ref is None:
         raise ValueError(NO_REFERENCE)
     best = after.best if after else validated(policy, 1, validate)  # Alg. 4, line 1
@@ -248,7 +254,7 @@ def algorithm4(
         best = validated(policy, t + 1, validate, best)
         earlier = [new, *earlier][: settings.replay_iterations]
         if move_reference_every and t % move_reference_every == 0:  # differs
-            pi_ref = copy.deepcopy(policy)
+            pi_ref = policy.frozen_copy()
         yield SampledIteration(
             t, groups, preferences, r_t, pairs, earlier, best, **fit, pi_ref=pi_ref
         )
@@ -256,7 +262,7 @@ def algorithm4(
 
 
 def algorithm3_sampled(
-    policy: SampledPolicy,
+    policy: ReferablePolicy,
     oracle: Preferences,
     data: Data,
     eta: float,
@@ -280,7 +286,7 @@ def algorithm3_sampled(
     check_loop(eta, iterations, tau, move_reference_every)
     start = start or SampledStart(adam(policy))
     after = start.after
-    pi_ref = after.pi_ref if after else copy.deepcopy(policy)  # differs: pi_ref = pi_1
+    pi_ref = after.pi_ref if after else policy.frozen_copy()  # differs: pi_ref = pi_1
     if pi_ref is None:
         raise ValueError(NO_REFERENCE)
     best = after.best if after else validated(policy, 1, validate)  # Alg. 3, line 1
@@ -297,6 +303,6 @@ def algorithm3_sampled(
         fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)
         best = validated(policy, t + 1, validate, best)
         if move_reference_every and t % move_reference_every == 0:
-            pi_ref = copy.deepcopy(policy)
+            pi_ref = policy.frozen_copy()
         yield SampledIteration(t, groups, preferences, r_t, pairs, [], best, **fit, pi_ref=pi_ref)
     return best

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
@@ -384,7 +383,7 @@ def take_training(
         for number, of in known["state"].items()
     }
     optimizer.load_state_dict({**known, "state": moments})
-    pi_ref = copy.deepcopy(policy) if state["pi_ref"] else None
+    pi_ref = policy.frozen_copy() if state["pi_ref"] else None
     if pi_ref is not None:
         pi_ref.load(state["pi_ref"])
     best = replace(best, parameters=mine(best.parameters))

@@ -174,6 +174,10 @@ class RecallingPolicy:
         """The policy's own."""
         return self.policy.parameters()
 
+    def frozen_copy(self) -> Any:
+        """The policy's own."""
+        return self.policy.frozen_copy()
+
     def mixed_with(self, reference: Any, weight: float) -> RecallingPolicy:
         """The mixture of the policy and a reference; its samples are kept as well."""
         return RecallingPolicy(self.policy.mixed_with(bare(reference), weight), self.recall)
