@@ -18,7 +18,7 @@ import dno
 import train
 from chat.checkpoints import read_transformer, write_transformer
 from chat.policy import ChatPolicy
-from chat.scoring import TokenLogProbs, shared_log_prob
+from chat.scoring import shared_log_prob, token_log_probs
 from chat.template import Chat
 from experiments.folder import Run
 from experiments.llm_settings import LlmConfig
@@ -266,7 +266,7 @@ def test_log_probs_and_gradients_by_parts_of_the_vocabulary_are_those_of_the_who
         for n in (23, 20)
     )
     tokens, scale = torch.arange(23) % 20, torch.randn(23, generator=generator, dtype=torch.float64)
-    by_parts = TokenLogProbs.apply(hidden, weight, tokens, at_once)
+    by_parts = token_log_probs(hidden, weight, tokens, at_once)
     whole = (hidden @ weight.T).log_softmax(-1)[torch.arange(23), tokens]
     assert (by_parts - whole).abs().max() < 1e-12
     gradients = [
@@ -274,7 +274,7 @@ def test_log_probs_and_gradients_by_parts_of_the_vocabulary_are_those_of_the_who
     ]
     for ours, theirs in zip(*gradients, strict=True):
         assert (ours - theirs).abs().max() < 1e-12
-    frozen = TokenLogProbs.apply(hidden, weight.detach(), tokens, at_once)
+    frozen = token_log_probs(hidden, weight.detach(), tokens, at_once)
     assert torch.autograd.grad((scale * frozen).sum(), hidden)[0].equal(gradients[0][0])
 
 
@@ -291,7 +291,7 @@ def test_in_bfloat16_log_probs_are_summed_in_float32_and_gradients_rounded_once_
         torch.randint(900, (40,), generator=generator),
         torch.randn(40, generator=generator),
     )
-    ours = TokenLogProbs.apply(hidden, weight, tokens, 256)
+    ours = token_log_probs(hidden, weight, tokens, 256)
     logits = (hidden @ weight.T).detach().double()
     log_probs = logits.log_softmax(-1)
     assert ours.dtype == torch.float32
