@@ -228,7 +228,7 @@ class UniformMixture:
     at a time."""
 
     def __init__(self, policy: TextPolicy, states: Sequence[Callable[[], dict[str, Tensor]]]):
-        self.policy, self.states = copy.deepcopy(policy), states
+        self.policy, self.states = policy.frozen_copy(), states
 
     @torch.no_grad()
     def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

@@ -29,7 +29,8 @@ class LowRank(nn.Module):
 
 
 def add_low_rank(model: Transformer, rank: int) -> None:
-    """Make `LowRank` terms of every map inside the blocks all that is trained."""
+    """Change the model in place: each map inside its blocks gets a `LowRank` term, and these are
+    all that is trained."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for part in list(model.blocks.modules()):

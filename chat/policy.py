@@ -137,6 +137,12 @@ class ChatPolicy(TextPolicy):
         place = torch.tensor(mine, dtype=torch.int64, device=own.device)
         return all_scores(own[: len(place)], place, len(xs), self.team.size)
 
+    def _score(
+        self, models: dict[Transformer, float], prompts: Sequence[str], responses: Sequence[str]
+    ) -> Tensor:
+        self.refresh()
+        return super()._score(models, prompts, responses)
+
     def _answer(
         self,
         models: dict[Transformer, float],

@@ -158,6 +158,27 @@ def test_samples_do_not_depend_on_the_batch_and_are_recorded_as_they_are_scored(
     assert all(policy.finished(y) == (y.tokens[-1] == policy.end) for two in ys for y in two)
 
 
+def test_a_policy_mixed_with_its_frozen_copy_answers_and_scores_as_itself(directory):
+    """In batches, and with the weights that it was given last. bfloat16: 1/4 nat is its spacing."""
+    policy, moved = (policy_of(directory, torch.bfloat16, batch=2) for _ in range(2))
+    moved.load([weight * 1.2 for weight in policy.weights()])
+    mixture = policy.mixed_with(moved.frozen_copy(), 0.25)
+    policy.load(moved.weights())
+    (ours, scores), (theirs, expected) = (
+        one.sample(PROMPTS[:3], 2, 0.7, 0.9, seed=1) for one in (mixture, moved)
+    )
+    assert ours == theirs
+    assert (scores - expected).abs().max() < 0.5
+    xs, ys = [x for x in PROMPTS[:3] for _ in range(2)], [y for two in ours for y in two]
+    policy.load([weight / 2 for weight in moved.weights()])
+    with torch.no_grad():
+        of_half = policy.log_prob(xs, ys)
+        policy.load(moved.weights())
+        found, expected = mixture.log_prob(xs, ys), moved.log_prob(xs, ys)
+    assert (found - expected).abs().max() < 0.5
+    assert (of_half - expected).abs().max() > 2
+
+
 def test_a_text_is_scored_with_the_end_token_after_it(directory):
     """As a gold response is: against the tokens of the text and the end token, read one after
     another."""
