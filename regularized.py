@@ -177,6 +177,12 @@ def algorithm3(
 # --- Algorithm 4, and Algorithm 3 for responses that can only be sampled --------------------------
 
 
+def reference_of(policy: SampledPolicy) -> SampledPolicy:
+    """The policy as it is, which further training does not change: its `frozen_copy` where it has
+    such a method, as a model with more than one copy of its weights needs; else a deep copy."""
+    return policy.frozen_copy() if hasattr(policy, "frozen_copy") else copy.deepcopy(policy)
+
+
 class MixablePolicy(SampledPolicy, Protocol):
     """What option II of Algorithm 4 needs beside."""
 
@@ -222,7 +228,7 @@ def algorithm4(
     check_option(option)
     start = start or SampledStart(adam(policy))
     after = start.after
-    pi_ref = after.pi_ref if after else copy.deepcopy(policy)  # differs: pi_ref = pi_1
+    pi_ref = after.pi_ref if after else reference_of(policy)  # differs: pi_ref = pi_1
     if pi_ref is None:
         raise ValueError(NO_REFERENCE)
     best = after.best if after else validated(policy, 1, validate)  # Alg. 4, line 1
@@ -248,7 +254,7 @@ def algorithm4(
         best = validated(policy, t + 1, validate, best)
         earlier = [new, *earlier][: settings.replay_iterations]
         if move_reference_every and t % move_reference_every == 0:  # differs
-            pi_ref = copy.deepcopy(policy)
+            pi_ref = reference_of(policy)
         yield SampledIteration(
             t, groups, preferences, r_t, pairs, earlier, best, **fit, pi_ref=pi_ref
         )
@@ -280,7 +286,7 @@ def algorithm3_sampled(
     check_loop(eta, iterations, tau, move_reference_every)
     start = start or SampledStart(adam(policy))
     after = start.after
-    pi_ref = after.pi_ref if after else copy.deepcopy(policy)  # differs: pi_ref = pi_1
+    pi_ref = after.pi_ref if after else reference_of(policy)  # differs: pi_ref = pi_1
     if pi_ref is None:
         raise ValueError(NO_REFERENCE)
     best = after.best if after else validated(policy, 1, validate)  # Alg. 3, line 1
@@ -297,6 +303,6 @@ def algorithm3_sampled(
         fit = fit_pairs(policy, D, loss, start.optimizer, settings, rate, generator)
         best = validated(policy, t + 1, validate, best)
         if move_reference_every and t % move_reference_every == 0:
-            pi_ref = copy.deepcopy(policy)
+            pi_ref = reference_of(policy)
         yield SampledIteration(t, groups, preferences, r_t, pairs, [], best, **fit, pi_ref=pi_ref)
     return best

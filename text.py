@@ -23,10 +23,7 @@ from model import Transformer, generate, token_log_prob, uniform_numbers
 
 # words, signs and gaps, a word with the space before it: tokens never cross these borders
 SPLIT = r" ?\w+| ?[^\w\s]+|\s+"
-ANSWER, END = (
-    "<|answer|>",
-    "<|end|>",
-)  # special tokens: between prompt and response, and after the response
+ANSWER, END = "<|answer|>", "<|end|>"  # special tokens: before a response and after it
 
 
 def learn_byte_pairs(corpus: Iterable[str], size: int) -> dict[bytes, int]:
@@ -113,10 +110,18 @@ class TextPolicy(nn.Module):
         for mine, given in zip(self.parameters(), weights, strict=True):
             mine.copy_(given)
 
+    def frozen_copy(self) -> TextPolicy:
+        """The policy as it is, to be a reference: nothing of the copy is trained."""
+        return copy.deepcopy(self).requires_grad_(False)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, none of them special, whatever it spells."""
+        return self.tokenizer.encode_ordinary(text)
+
     def prompt_tokens(self, prompts: Iterable[str]) -> list[Tensor]:
-        """What the transformer reads before it answers; a prompt is text, whatever it spells."""
-        rows = ([*self.tokenizer.encode_ordinary(prompt), self.answer] for prompt in prompts)
-        return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
+        """What the transformer reads before it answers."""
+        device = self.model.head.weight.device
+        return [torch.tensor([*self.encode(x), self.answer], device=device) for x in prompts]
 
     def response(self, tokens: Sequence[int]) -> Response:
         """The response of these tokens; the end token is not part of the text.
@@ -132,8 +137,7 @@ class TextPolicy(nn.Module):
     def response_tokens(self, responses: Iterable[str]) -> list[Tensor]:
         """A response's own tokens if it was sampled, else its encoding and the end token."""
         rows = (
-            y.tokens if isinstance(y, Response) else [*self.tokenizer.encode_ordinary(y), self.end]
-            for y in responses
+            y.tokens if isinstance(y, Response) else [*self.encode(y), self.end] for y in responses
         )
         return [torch.tensor(row, device=self.model.head.weight.device) for row in rows]
 
@@ -152,13 +156,8 @@ class TextPolicy(nn.Module):
     ) -> tuple[list[list[Response]], Tensor]:
         """k responses to each of B prompts, and their log-probabilities [B, k] under the policy
         itself, whatever temperature and top_p they were drawn with."""
-        return self._answer(
-            {self.model: 1.0},
-            prompts,
-            uniform_numbers(len(prompts), k, self.max_new_tokens, seed),
-            temperature,
-            top_p,
-        )
+        u = uniform_numbers(len(prompts), k, self.max_new_tokens, seed)
+        return self._answer({self.model: 1.0}, prompts, u, temperature, top_p)
 
     @torch.no_grad()
     def survey(self, prompts: Sequence[str], k: int, seed: int) -> list[list[Response]]:
@@ -233,7 +232,7 @@ class UniformMixture:
     at a time."""
 
     def __init__(self, policy: TextPolicy, states: Sequence[Callable[[], dict[str, Tensor]]]):
-        self.policy, self.states = copy.deepcopy(policy), states
+        self.policy, self.states = policy.frozen_copy(), states
 
     @torch.no_grad()
     def log_prob(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

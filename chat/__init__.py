@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def load(path: str | Path, plain: bool = False) -> tuple[Transformer, Chat]:
     """The model and the chat template of a Hugging Face directory or a GGUF file.
 
-    Architectures: Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Qwen2, Qwen3. Weights are float32.
-    plain: ask by the prompt and an empty line in place of the template. ValueError naming what is
-    missing, misshapen or not supported."""
+    Its family is one of `chat.formats.FAMILIES`. Weights are float32. plain: ask by the prompt and
+    an empty line in place of the template. ValueError naming what is missing, misshapen or not
+    supported."""
     from chat.checkpoints import read_transformer
     from chat.template import Chat
 

@@ -17,11 +17,6 @@ from chat.team import Team
 from model import Transformer
 
 
-def local(weight: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; of another, all."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
 def full(weight: Tensor) -> Tensor:
     """A sharded tensor, gathered from all processes; of another, all."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -46,21 +41,15 @@ def part_of(value: Any, like: Tensor) -> Any:
     return value
 
 
-class Scores(torch.autograd.Function):
-    """The scores [B] of all from each process's own [m], which are those at place [m]. Everybody
-    then has the whole loss, and passes the gradient on to its own part; times the number of
+def all_scores(own: Tensor, place: Tensor, total: int, size: int) -> Tensor:
+    """The scores [total] of all processes from each one's own [m], which are those at place [m].
+
+    All then have the whole loss, and pass the gradient on to their own part; times the number of
     processes, over which the gradients will be averaged."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, place: Tensor, total: int, size: int) -> Tensor:
-        ctx.place, ctx.size = place, size
-        scores = own.new_zeros(total).index_copy(0, place, own)
-        dist.all_reduce(scores)
-        return scores
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.size * gradient[ctx.place], None, None, None
+    scores = own.detach().new_zeros(total).index_copy(0, place, own.detach())
+    dist.all_reduce(scores)
+    own = own + (size - 1) * (own - own.detach())  # the same, with size times the gradient
+    return scores.index_copy(0, place, own)
 
 
 class Scorer(nn.Module):
@@ -107,10 +96,7 @@ def sharded(scorer: Scorer, dtype: torch.dtype, device: torch.device) -> Scorer:
     """The scorer with every parameter, its gradient and what an optimizer keeps of it cut in as
     many parts as there are processes; a block's are gathered, as dtype, while it computes."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in (*scorer.model.blocks, scorer):
-        fully_shard(
-            part,
-            mesh=mesh,
-            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        )
+        fully_shard(part, mesh=mesh, mp_policy=precision)
     return scorer

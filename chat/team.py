@@ -24,6 +24,11 @@ class Team:
         """This process's share of the items: every size-th."""
         return items[self.rank :: self.size]
 
+    def share_of(self, prompts: Sequence[str]) -> list[int]:
+        """The places of this process's share of the prompts; those that are equal go together."""
+        numbers = {x: number for number, x in enumerate(dict.fromkeys(prompts))}
+        return [i for i, x in enumerate(prompts) if numbers[x] % self.size == self.rank]
+
     def together(self, mine: list[Any]) -> list[Any]:
         """Everybody's shares, in the order of the items: what was made of `mine(items)` becomes
         what was made of items."""
@@ -45,36 +50,28 @@ class SharedJudge:
 
     def prefer(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Tensor:
         """As the judge's, P(a > b | x) [B]."""
-        places: dict[str, list[int]] = {}
-        for place, x in enumerate(prompts):
-            places.setdefault(x, []).append(place)
-        groups, P = list(places.values()), torch.empty(len(prompts), dtype=torch.float64)
-        asked = [place for group in self.team.mine(groups) for place in group]
-        found = self._everybody(
-            self.judge.prefer, *([items[place] for place in asked] for items in (prompts, a, b))
-        )
-        found = found.split([len(group) for group in self.team.mine(groups)])
-        for group, answers in zip(groups, self.team.together(list(found)), strict=True):
-            P[group] = answers.to(P)
-        return P
+        return self._answers(self.judge.prefer, prompts, a, b)
 
     def scores(self, prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> Tensor:
         """As the judge's, points [X, n]."""
         if not isinstance(self.judge, Scores):
             raise ValueError(f"{type(self.judge).__name__} has no scores")
-        mine = self._everybody(
-            self.judge.scores, self.team.mine(prompts), self.team.mine(responses)
-        )
-        return torch.stack(self.team.together(list(mine)))
+        return self._answers(self.judge.scores, prompts, responses)
 
-    def _everybody(self, ask: Callable[..., Tensor], *questions: Any) -> Tensor:
-        """This process's answers, once all processes have theirs."""
-        found, met = torch.empty(0), None
+    def _answers(
+        self, ask: Callable[..., Tensor], prompts: Sequence[str], *questions: Sequence[Any]
+    ) -> Tensor:
+        """An answer for each prompt, from the process whose share it is in."""
+        mine = self.team.share_of(prompts)
+        found: Any = []
         try:
-            found = ask(*questions) if len(questions[0]) else found
+            if mine:
+                found = ask(*([items[i] for i in mine] for items in (prompts, *questions)))
         except Stopped as error:
-            met = error
-        for problem in self.team.together([met]):
-            if problem is not None:
-                raise problem
-        return found
+            found = error
+        answers: dict[int, Tensor] = {}
+        for places, theirs in self.team.together([(mine, found)]):
+            if isinstance(theirs, Stopped):
+                raise theirs
+            answers |= dict(zip(places, theirs, strict=True))
+        return torch.stack([answers[i] for i in range(len(prompts))])

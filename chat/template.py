@@ -10,15 +10,8 @@ from chat.formats import BadCheckpoint, checkpoint_path, one_line
 from chat.gguf import gguf_chat
 from chat.hugging_face import directory_chat
 
-# The template where the plain prompt is asked for; where the vocabulary puts a token before any
-# text, the same after BEGIN.
 PLAIN = "{% for message in messages %}{{ message.content }}\n\n{% endfor %}"
-BEGIN = "{{ bos_token }}"
-
-
-def no_date(form: str) -> str:
-    """What a template gets for today's date: a prompt's tokens do not depend on the day."""
-    return ""
+BEGIN = "{{ bos_token }}"  # before PLAIN where the tokenizer puts this token before any text
 
 
 class Chat:
@@ -37,7 +30,8 @@ class Chat:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = no_date
+        # no date: a prompt's tokens do not depend on the day
+        environment.globals["strftime_now"] = lambda form: ""
         self.tokenizer, self.specials, self.end = tokenizer, specials, end
         self.source = template
         self.special_tokens = {
@@ -65,13 +59,11 @@ class Chat:
             begins = begin is not None and tokenizer.encode("").ids[:1] == [begin]
             template = BEGIN + PLAIN if begins else PLAIN
         elif not template:
-            hint = "give --chat-format plain (plain=True) to ask it by the prompt and an empty line"
-            raise BadCheckpoint(f"{path} has no chat template; {hint}")
+            raise BadCheckpoint(
+                f"{path} has no chat template; give --chat-format plain (plain=True) to ask it by "
+                "the prompt and an empty line"
+            )
         return cls(tokenizer, template, specials, end)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Chat:
-        """Itself, which never changes: copies of a policy share it."""
-        return self
 
     def prompt(self, text: str, system: str | None = None) -> list[int]:
         """The tokens that the model reads before it answers.
@@ -110,9 +102,10 @@ class Chat:
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises nothing more precise
-            found = f"the tokenizer has no tokens for {text[:60]!r} ({one_line(error)})"
-            expected = "expected a vocabulary with an unknown token or with all bytes"
-            raise BadCheckpoint(f"{found}; {expected}") from error
+            raise BadCheckpoint(
+                f"the tokenizer has no tokens for {text[:60]!r} ({one_line(error)}); expected a "
+                "vocabulary with an unknown token or with all bytes"
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, none of them special."""
@@ -134,13 +127,12 @@ class Chat:
             "chat_template": self.source,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        (path / "generation_config.json").write_text(
-            json.dumps({"eos_token_id": self.end}, indent=2) + "\n", encoding="utf-8"
-        )
+        for name, content in (
+            ("generation_config.json", {"eos_token_id": self.end}),
+            ("tokenizer_config.json", config),
+        ):
+            (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (path / "chat_template.jinja").unlink(missing_ok=True)  # an older one would go first
-        (path / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2) + "\n", encoding="utf-8"
-        )
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, special ones left out; bytes that are no UTF-8 become U+FFFD."""

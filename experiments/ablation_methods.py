@@ -47,7 +47,7 @@ class Start:
         """As Algorithm 2, but samples and reference are pi_1's in all iterations: preference data
         collected beforehand."""
         policy, settings, T = self.policy, self.stage.settings, self.stage.iterations
-        pi_1, optimizer = copy.deepcopy(policy), dno.adam(policy, self.stage.momentum)
+        pi_1, optimizer = policy.frozen_copy(), dno.adam(policy, self.stage.momentum)
         best = dno.validated(policy, 1, self.validation)
         for t in range(1, T + 1):
             seed, generator = dno.random_numbers(settings.seed, t)
@@ -100,7 +100,7 @@ def dno_lookahead(start: Start) -> Iterator[dno.SampledIteration]:
     DNO runs first. Then pi_1, which is also the reference, is trained anew on all the pairs that
     DNO has seen, shuffled."""
     policy, settings, T = start.policy, start.stage.settings, start.stage.iterations
-    pi_1 = copy.deepcopy(policy)
+    pi_1 = policy.frozen_copy()
     explorer = replace(start, policy=copy.deepcopy(pi_1), validation=lambda: 0.0)
     rounds = list(dno_practical(explorer))
     seen = replay([it.earlier[0] for it in rounds], 1.0, torch.Generator(), decay=1.0)

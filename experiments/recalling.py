@@ -42,9 +42,13 @@ class RecallingPolicy:
         """The policy's own."""
         return self.policy.parameters()
 
+    def frozen_copy(self) -> Any:
+        """The policy's own."""
+        return self.policy.frozen_copy()
+
     def mixed_with(self, reference: Any, weight: float) -> RecallingPolicy:
         """The mixture of the policy and a reference; its samples are kept as well."""
-        return RecallingPolicy(self.policy.mixed_with(bare(reference), weight), self.recall)
+        return RecallingPolicy(self.policy.mixed_with(reference, weight), self.recall)
 
 
 class RecallingOracle:
@@ -60,11 +64,6 @@ class RecallingOracle:
     def scores(self, prompts: Sequence[Any], responses: Sequence[Sequence[Any]]) -> Tensor:
         """The oracle's own."""
         return self.oracle.scores(prompts, responses)
-
-
-def bare(policy: Any) -> Any:
-    """The policy itself, whether it is wrapped or not."""
-    return policy.policy if isinstance(policy, RecallingPolicy) else policy
 
 
 def recalling(

@@ -3,7 +3,6 @@ checkpoints and lines on the console."""
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from chat.processes import part_of, whole
 from chat.team import Team
 from experiments.folder import Run, like
 from experiments.judging import Judging
-from experiments.recalling import bare, followed, recalling
+from experiments.recalling import followed, recalling
 from experiments.rounds import (
     METRICS,
     Metric,
@@ -156,7 +155,7 @@ def training_state(
         "policy": [whole(weight) for weight in policy.parameters()],
         "optimizer": {**known, "state": moments},
         "round": replace(it, pi_ref=None, best=best),
-        "pi_ref": bare(it.pi_ref).weights() if it.pi_ref else None,
+        "pi_ref": it.pi_ref.weights() if it.pi_ref else None,
     }
 
 
@@ -172,8 +171,8 @@ def take_training(
         for number, of in known["state"].items()
     }
     optimizer.load_state_dict({**known, "state": moments})
-    pi_ref = copy.deepcopy(policy) if state["pi_ref"] else None
-    if pi_ref is not None:
+    pi_ref = policy.frozen_copy() if state["pi_ref"] else None
+    if pi_ref:
         pi_ref.load(state["pi_ref"])
     both = zip(best.parameters, parameters, strict=True)
     mine = [part_of(value, parameter) for value, parameter in both]

@@ -160,7 +160,7 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
         ("(place >= start) & (place < end)", "(place > start) & (place < end)"),
         ("going * log_probs.gather", "going * (log_probs / temperature).log_softmax(-1).gather"),
         ("tokens[:, 1:][read]", "tokens[:, :-1][read]"),
-        ("seen[:, None, :T] & causal", "causal"),
+        ("seen[:, None] & causal", "causal"),
         ("(T - empty).repeat_interleave(k)", "torch.full_like(empty, T).repeat_interleave(k)"),
         ("count[rows] += going", "count[rows] += 1"),
         ("held - top < top_p", "held < top_p"),
@@ -226,27 +226,31 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
         ("wins == [1, 1, 1]", "wins != [1, 1, 1]"),
     ],
     "chat/processes.py": [
-        ("value.full_tensor() if", "value.to_local() if"),
-        ("return ctx.size * gradient[ctx.place]", "return gradient[ctx.place]"),
+        ("weight.full_tensor() if", "weight.to_local() if"),
+        ("(size - 1) * (own - own.detach())", "(own - own.detach())"),
         ("dist.all_reduce(scores)", "pass"),
         ("reduce_dtype=torch.float32", "reduce_dtype=torch.bfloat16"),
         ("return gradient.float(), None", "return gradient.float() / 2, None"),
     ],
     "chat/policy.py": [
         ("own[: len(place)], place", "own, torch.zeros(len(own), dtype=torch.int64)"),
-        ("scores.register_hook(note)", "pass"),
-        ("memo).requires_grad_(False)", "memo).requires_grad_(True)"),
+        ("if not torch.equal(new, weight):", "if False:"),
+        ("if not torch.equal(new, weight):", "if True:"),
+        ("(self.model).requires_grad_(False)", "(self.model).requires_grad_(True)"),
     ],
     "chat/team.py": [
         ("return items[self.rank :: self.size]", "return items"),
-        ("in self.team.together([met])", "in [met]"),
+        ("if isinstance(theirs, Stopped):", "if theirs is found and isinstance(found, Stopped):"),
     ],
     "chat/low_rank.py": [
         ("model.requires_grad_(False)", "pass"),
-        ("+ 2 * self.B @ self.A", "+ self.B @ self.A"),
+        ("+ 2 * part.B @ part.A", "+ part.B @ part.A"),
         ("torch.zeros(linear.out_features", "torch.ones(linear.out_features"),
     ],
-    "chat/scoring.py": [("scatter_add_(-1, place, grad * there)", "scatter_add_(-1, place, grad)")],
+    "chat/scoring.py": [
+        ("of_places * there", "of_places"),
+        ("hidden.to(torch.promote_types(hidden.dtype, torch.float32))", "hidden"),
+    ],
 }
 
 

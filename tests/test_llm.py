@@ -18,7 +18,7 @@ import dno
 import train
 from chat.checkpoints import read_transformer, write_transformer
 from chat.policy import ChatPolicy
-from chat.scoring import TokenLogProbs, shared_log_prob
+from chat.scoring import shared_log_prob, token_log_probs
 from chat.template import Chat
 from experiments.folder import Run
 from experiments.llm_settings import LlmConfig
@@ -158,6 +158,27 @@ def test_samples_do_not_depend_on_the_batch_and_are_recorded_as_they_are_scored(
     assert all(policy.finished(y) == (y.tokens[-1] == policy.end) for two in ys for y in two)
 
 
+def test_a_policy_mixed_with_its_frozen_copy_answers_and_scores_as_itself(directory):
+    """In batches, and with the weights that it was given last. bfloat16: 1/4 nat is its spacing."""
+    policy, moved = (policy_of(directory, torch.bfloat16, batch=2) for _ in range(2))
+    moved.load([weight * 1.2 for weight in policy.weights()])
+    mixture = policy.mixed_with(moved.frozen_copy(), 0.25)
+    policy.load(moved.weights())
+    (ours, scores), (theirs, expected) = (
+        one.sample(PROMPTS[:3], 2, 0.7, 0.9, seed=1) for one in (mixture, moved)
+    )
+    assert ours == theirs
+    assert (scores - expected).abs().max() < 0.5
+    xs, ys = [x for x in PROMPTS[:3] for _ in range(2)], [y for two in ours for y in two]
+    policy.load([weight / 2 for weight in moved.weights()])
+    with torch.no_grad():
+        of_half = policy.log_prob(xs, ys)
+        policy.load(moved.weights())
+        found, expected = mixture.log_prob(xs, ys), moved.log_prob(xs, ys)
+    assert (found - expected).abs().max() < 0.5
+    assert (of_half - expected).abs().max() > 2
+
+
 def test_a_text_is_scored_with_the_end_token_after_it(directory):
     """As a gold response is: against the tokens of the text and the end token, read one after
     another."""
@@ -266,7 +287,7 @@ def test_log_probs_and_gradients_by_parts_of_the_vocabulary_are_those_of_the_who
         for n in (23, 20)
     )
     tokens, scale = torch.arange(23) % 20, torch.randn(23, generator=generator, dtype=torch.float64)
-    by_parts = TokenLogProbs.apply(hidden, weight, tokens, at_once)
+    by_parts = token_log_probs(hidden, weight, tokens, at_once)
     whole = (hidden @ weight.T).log_softmax(-1)[torch.arange(23), tokens]
     assert (by_parts - whole).abs().max() < 1e-12
     gradients = [
@@ -274,7 +295,7 @@ def test_log_probs_and_gradients_by_parts_of_the_vocabulary_are_those_of_the_who
     ]
     for ours, theirs in zip(*gradients, strict=True):
         assert (ours - theirs).abs().max() < 1e-12
-    frozen = TokenLogProbs.apply(hidden, weight.detach(), tokens, at_once)
+    frozen = token_log_probs(hidden, weight.detach(), tokens, at_once)
     assert torch.autograd.grad((scale * frozen).sum(), hidden)[0].equal(gradients[0][0])
 
 
@@ -291,7 +312,7 @@ def test_in_bfloat16_log_probs_are_summed_in_float32_and_gradients_rounded_once_
         torch.randint(900, (40,), generator=generator),
         torch.randn(40, generator=generator),
     )
-    ours = TokenLogProbs.apply(hidden, weight, tokens, 256)
+    ours = token_log_probs(hidden, weight, tokens, 256)
     logits = (hidden @ weight.T).detach().double()
     log_probs = logits.log_softmax(-1)
     assert ours.dtype == torch.float32

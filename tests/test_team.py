@@ -1,7 +1,6 @@
 """Many processes and large models: torchrun's processes do what one does; low-rank terms;
 activations computed twice."""
 
-import copy
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from test_train import refused
 import dno
 import train
 from chat.checkpoints import read_transformer, write_transformer
-from chat.low_rank import add_low_rank
+from chat.low_rank import add_low_rank, merged_weights
 from chat.policy import ChatPolicy
 from chat.team import SharedJudge, Team
 from chat.template import Chat
@@ -327,7 +326,7 @@ def test_with_checkpointing_gradients_are_the_same(directory):
 
 def test_a_reference_is_the_policy_as_it_was_and_nothing_of_it_is_trained(directory):
     policy = policy_of(directory, torch.bfloat16)
-    reference = copy.deepcopy(policy)
+    reference = policy.frozen_copy()
     with torch.no_grad():
         before = policy.log_prob(PROMPTS[:1], ["Water."])
     policy.load([weight * 1.5 for weight in policy.weights()])
@@ -335,7 +334,8 @@ def test_a_reference_is_the_policy_as_it_was_and_nothing_of_it_is_trained(direct
         assert torch.equal(reference.log_prob(PROMPTS[:1], ["Water."]), before)
         assert not torch.equal(policy.log_prob(PROMPTS[:1], ["Water."]), before)
     assert not any(weight.requires_grad for weight in reference.parameters())
-    other = copy.deepcopy(policy)
+    assert reference.chat is policy.chat
+    other = policy.frozen_copy()
     other.load(reference.weights())
     with torch.no_grad():
         assert torch.equal(other.log_prob(PROMPTS[:1], ["Water."]), before)
@@ -351,7 +351,7 @@ def test_a_copy_has_the_weights_that_the_model_has_not_been_given_yet(directory)
         else:
             policy.log_prob(*said).sum().backward()
             optimizer.step()
-        reference = copy.deepcopy(policy)  # before anything else tells the model
+        reference = policy.frozen_copy()  # before anything else tells the model
         with torch.no_grad():
             scores += [reference.log_prob(*said).item(), policy.log_prob(*said).item()]
     assert scores[0] == scores[1] != scores[2] == scores[3]
@@ -397,15 +397,17 @@ def test_a_low_rank_term_adds_2_B_A_to_its_map_and_its_gradient_is_autograds(dir
     torch.manual_seed(0)
     x, block = torch.randn(5, 32), policy.model.blocks[0]
     plain = read_transformer(directory).blocks[0].attention
-    for part, bias in (
-        (block.gate, 0.0),
-        (block.attention.q, plain.q.bias),
-        (block.attention.v, plain.v.bias),
+    for name, part, bias in (
+        ("gate", block.gate, 0.0),
+        ("attention.q", block.attention.q, plain.q.bias),
+        ("attention.v", block.attention.v, plain.v.bias),
     ):
         with torch.no_grad():
             part.B.normal_()
-        assert (part(x) - x @ (part.weight + 2 * part.B @ part.A).T - bias).abs().max() < 1e-4
-        assert (part.merged() - (part.weight + 2 * part.B @ part.A)).abs().max() < 1e-6
+        whole = part.weight + 2 * part.B @ part.A
+        assert (part(x) - x @ whole.T - bias).abs().max() < 1e-4
+        merged = merged_weights(policy.model)[f"blocks.0.{name}.weight"]
+        assert (merged - whole).abs().max() < 1e-6
     assert plain.q.bias.abs().max() > 0.1  # it is there, and is not 0
 
 
