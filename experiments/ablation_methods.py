@@ -101,7 +101,7 @@ def dno_lookahead(start: Start) -> Iterator[dno.SampledIteration]:
     DNO has seen, shuffled."""
     policy, settings, T = start.policy, start.stage.settings, start.stage.iterations
     pi_1 = policy.frozen_copy()
-    explorer = replace(start, policy=copy.deepcopy(pi_1), validation=lambda: 0.0)
+    explorer = replace(start, policy=copy.deepcopy(policy), validation=lambda: 0.0)
     rounds = list(dno_practical(explorer))
     seen = replay([it.earlier[0] for it in rounds], 1.0, torch.Generator(), decay=1.0)
     D = dno.with_reference(join(seen), pi_1)

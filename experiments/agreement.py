@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports below
@@ -25,8 +25,8 @@ import numpy as np
 
 from experiments.figures import STYLE
 from experiments.folder import claimed
-from experiments.judging import open_judge
-from experiments.settings import BadInput, JudgeOptions, guarded, hear_ctrl_c, parse, setting
+from experiments.judging import ORACLES, JudgeOptions, open_judge
+from experiments.settings import BadInput, guarded, hear_ctrl_c, parse, setting
 from judge.statistics import agreement
 from oracle import OpenAIJudge, RegisterJudge
 
@@ -40,6 +40,7 @@ Labels = Sequence[dict[str, Any]]  # the lines that `read_labels` reads
 class AgreementOptions(JudgeOptions):
     """agreement: how far a judge agrees with people, on comparisons in a file."""
 
+    synthetic: ClassVar[type] = RegisterJudge
     figure: str = setting(None, "file to draw in", "run", otherwise="agreement.png in --out")
     out: str = setting("runs/agreement", "folder for figure and cache", "run", common=True)
 
@@ -197,10 +198,10 @@ def columns_of(items: Labels) -> tuple[list[str], list[str], list[str]]:
 
 
 def answers_at_hand(file: str, options: AgreementOptions, items: Labels) -> list[float] | None:
-    """P(a > b) of each comparison by the synthetic judge or as recorded in the file, NaN where
+    """P(a > b) of each comparison by a judge of `ORACLES` or as recorded in the file, NaN where
     there is no answer; None if a language model is to be asked."""
-    if options.oracle == "synthetic":
-        return RegisterJudge().prefer(*columns_of(items)).tolist()
+    if options.oracle in ORACLES:
+        return ORACLES[options.oracle](options).prefer(*columns_of(items)).tolist()
     if options.oracle != "recorded":
         return None
     recorded = [item.get("judge") for item in items]

@@ -4,18 +4,162 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import dno
-from experiments.settings import BadInput, prices
+from experiments.settings import MOST, SHARE, BadInput, Options, setting, spelt
 from judge.client import make_client
 from judge.endpoint import Endpoint
 from judge.ledger import Ledger, Stopped
 from judge.models import only, only_model, recorded_models
+from judge.prices import Price
+from judge.questions import FORMS
 from oracle import OpenAIJudge, OpenAITeacher
 from world import TRAINING, teacher_answer
+
+LANGUAGE_MODELS = ("openai", "replay")  # kinds of --oracle that are asked questions
+# other judges: the name of --oracle, and what makes one of a config
+ORACLES: dict[str, Callable[[Any], dno.Preferences]] = {
+    "synthetic": lambda config: config.synthetic()  # the preset's own
+}
+
+
+# --- Options --------------------------------------------------------------------------------------
+
+
+@dataclass
+class JudgeOptions(Options):
+    """Who judges, and what it may cost."""
+
+    oracle: str = setting(
+        None,
+        f"{', '.join(ORACLES)}, openai:MODEL, or replay:CACHE of recorded replies",
+        "judge",
+        common=True,
+        otherwise="openai with a --judge-url or --judge-model, else synthetic",
+    )
+    judge_url: str | None = setting(
+        None,
+        "of an OpenAI-compatible endpoint, ending in /v1",
+        "judge",
+        common=True,
+        may_differ=True,
+        otherwise="OpenAI's",
+    )
+    judge_model: str | None = setting(
+        None, "its name at the endpoint", "judge", otherwise="the only one there"
+    )
+    judge_form: str = setting(
+        "scored", "all at once by points, or two at a time", "judge", choices=tuple(FORMS)
+    )
+    judge_prices: str | None = setting(
+        None,
+        "dollars per million tokens in and out, as in 2.5,10",
+        "judge",
+        may_differ=True,
+        otherwise="not known",
+    )
+    judge_cache: str | None = setting(
+        None,
+        "file of all requests and replies",
+        "judge",
+        may_differ=True,
+        otherwise="judgments.sqlite in --out",
+    )
+    judge_concurrency: int = setting(
+        16, "requests under way at a time", "judge", may_differ=True, within=(1, 1000)
+    )
+    judge_timeout: float = setting(
+        120.0, "seconds that a request may take", "judge", may_differ=True, within=(1e-3, 1e5)
+    )
+    max_failed: float = setting(
+        0.05, "share of a round's questions that may fail", "judge", may_differ=True, within=SHARE
+    )
+    max_usd: float | None = setting(
+        None,
+        "dollars that the run may spend; it stops below, resumable",
+        "judge",
+        common=True,
+        may_differ=True,
+        within=(0, MOST),
+    )
+    dry_run: bool = setting(
+        False,
+        "say what would be asked, and at what price; send and write nothing",
+        "judge",
+        common=True,
+        may_differ=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Settle who judges, and check the judge's options. ValueError naming the field."""
+        super().__post_init__()
+        named = self.judge_url or self.judge_model
+        self.oracle = self.oracle or ("openai" if named else "synthetic")
+        for name, source in self.sources().items():
+            check_source(name, source)
+        prices(self.judge_prices or "0,0")
+        asked, _, model = self.oracle.partition(":")
+        if asked == "openai" and model and self.judge_model not in (None, model):
+            fault = f"judge_model is {self.judge_model} and oracle {self.oracle}"
+            raise ValueError(f"{fault}; leave one of them out")
+        misled = [] if asked in LANGUAGE_MODELS else self.given("judge_model")
+        misled += [] if self.live() else self.given("judge_url", "max_usd")
+        if misled:  # someone may believe that a language model is asked
+            fault = f"{spelt(misled[0])} belongs to a language model, and oracle is {self.oracle}"
+            raise ValueError(f"{fault}; add --oracle openai:MODEL")
+
+    def sources(self) -> dict[str, str]:
+        """Who answers what, by the name of the field."""
+        return {"oracle": self.oracle}
+
+    def live(self) -> bool:
+        """Is anybody asked who may have to be paid?"""
+        return any(source.startswith("openai") for source in self.sources().values())
+
+    def idle(self) -> dict[str, str]:
+        """The judge's options that have no effect where no language model is asked."""
+        idle, sources = super().idle(), self.sources()
+        reason = " and ".join(f"{name} is {source}" for name, source in sources.items())
+        names = "judge_prices judge_cache judge_concurrency judge_timeout".split()
+        names = [] if self.live() else names
+        if not any(map(by_language_model, sources.values())):
+            names.append("max_failed")
+        if not by_language_model(self.oracle):
+            names.append("judge_form")
+        return idle | dict.fromkeys(names, reason)
+
+
+def by_language_model(source: str) -> bool:
+    """Is it openai[:MODEL] or replay:CACHE?"""
+    return source.partition(":")[0] in LANGUAGE_MODELS
+
+
+def check_source(name: str, source: str) -> None:
+    """ValueError unless it is one of `ORACLES`, openai[:MODEL] or replay:CACHE."""
+    kind, colon, rest = source.partition(":")
+    if kind == "openai" and colon and not rest.strip():
+        fault = f"{name} is {source!r}; the model's name is missing"
+        raise ValueError(f"{fault}: expected openai:MODEL")
+    if not (source in ORACLES or kind == "openai" or (kind == "replay" and rest)):
+        known = ", ".join(ORACLES)
+        raise ValueError(f"{name} is {source!r}; expected {known}, openai:MODEL or replay:CACHE")
+
+
+def prices(text: str) -> Price:
+    """The Price written as "2.5,10". ValueError if it is none."""
+    try:
+        prompt, completion = map(float, text.split(","))
+    except ValueError:
+        expected = "expected dollars per million tokens of prompt and completion: 2.5,10"
+        raise ValueError(f"prices are {text!r}; {expected}") from None
+    return Price(prompt, completion)
+
+
+# --- Endpoints ------------------------------------------------------------------------------------
 
 
 def open_judge(options: Any) -> Endpoint:
@@ -114,13 +258,14 @@ class Judging:
         }
 
 
-def judging(config: Any, synthetic: dno.Preferences, processes: int = 1) -> tuple[Any, Judging]:
+def judging(config: Any, processes: int = 1) -> tuple[Any, Judging]:
     """(config, judge and teacher) as the config has them; the config then names the judge's model.
 
-    synthetic: the judge where no language model is asked. The processes share the number of
-    requests at a time. Refused if an endpoint cannot be asked."""
-    judge, teacher = synthetic, None
-    if config.oracle != "synthetic":
+    The processes share the number of requests at a time. Refused if an endpoint cannot be asked."""
+    teacher = None
+    if config.oracle in ORACLES:
+        judge = ORACLES[config.oracle](config)
+    else:
         share = max(1, config.judge_concurrency // processes)
         endpoint = open_judge(replace(config, judge_concurrency=share))
         judge = OpenAIJudge(endpoint, config.judge_form, seed=config.seed)

@@ -25,7 +25,6 @@ from experiments.sampled_summary import sampled_figure, summarise
 from experiments.settings import COMPUTE, BadInput, check_device, join_team
 from experiments.training import CLASSES_KEPT, Work, show_before_and_after, train_stages
 from experiments.validation import JudgedValidation
-from judge.synthetic import TasteJudge
 from model import Config, Transformer
 
 
@@ -37,7 +36,7 @@ def run_llm(config: LlmConfig) -> None:
     try:
         chat = Chat.from_pretrained(config.model, plain=config.chat_format == "plain")
         training, held_out = split_prompts(config, chat, shape_of(config))
-        config, asked = judging(config, TasteJudge(), team.size)
+        config, asked = judging(config, team.size)
         announce_llm(config, asked, training, held_out)
         if config.dry_run:
             return

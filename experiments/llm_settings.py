@@ -10,6 +10,7 @@ import torch.distributed as dist
 from experiments.rounds import RULES, Stage
 from experiments.sampled_settings import SampledOptions
 from experiments.settings import COMPUTE, MOST, setting
+from judge.synthetic import TasteJudge
 from pairs import SamplingSettings
 from regularized import check_regularization
 
@@ -20,6 +21,7 @@ class LlmConfig(SampledOptions):
     your judge."""
 
     preset: ClassVar[str] = "llm"
+    synthetic: ClassVar[type] = TasteJudge
     algorithm: int = 2
     iterations: int = setting(3, "T; each has its own part of the prompts")
     eta: float = setting(0.1, "larger is slower; the paper: 0.05 to 0.1")

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from experiments.judging import JudgeOptions, by_language_model
 from experiments.rounds import RULES
-from experiments.settings import (
-    ETAS,
-    MOST,
-    RATES,
-    SHARE,
-    TEMPERATURES,
-    JudgeOptions,
-    RunOptions,
-    setting,
-)
+from experiments.settings import ETAS, MOST, RATES, SHARE, TEMPERATURES, RunOptions, setting
 
 
 @dataclass
@@ -90,7 +82,7 @@ class SampledOptions(JudgeOptions, RunOptions):
             raise ValueError("option II belongs to Algorithm 4; add --algorithm 4")
         scored = (self.rule == "scored", self.judgments == "scores")
         if any(scored):
-            fits = all(scored) and self.oracle != "synthetic" and bool(algorithms & {2, 4})
+            fits = all(scored) and by_language_model(self.oracle) and bool(algorithms & {2, 4})
             if not fits or self.judge_form != "scored":
                 needed = "rule scored, judgments scores, Algorithm 2 or 4 and a language model"
                 raise ValueError(f"{needed} of judge-form scored belong together; give all of them")

@@ -20,8 +20,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from judge.ledger import Refused, Stopped, TooDear
-from judge.prices import Price
-from judge.questions import FORMS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 COMPUTE = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # of real models
@@ -29,7 +27,6 @@ GROUPS = ("data", "algorithm", "model", "judge", "hardware", "run")  # of the he
 METAVARS = {int: "N", float: "X", str: "NAME"}
 MOST = 10**9  # of counts and seeds: what torch and the machine take ends below it
 SHARE = (0, 1)
-UNASKED = {"synthetic", "recorded"}  # who is no language model
 ETAS = (1e-9, 10**6)
 RATES = (1e-9, 10)  # of Adam
 TEMPERATURES = (0.01, 100)  # of sampling
@@ -172,7 +169,7 @@ def add_option(
     )
 
 
-# --- Options of runs and judges -------------------------------------------------------------------
+# --- Options of runs -------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -199,127 +196,6 @@ class RunOptions(Options):
         """Name the folder, and check every number. ValueError naming the field."""
         super().__post_init__()
         self.out = self.out or f"runs/{self.preset}-{self.seed}"
-
-
-@dataclasses.dataclass
-class JudgeOptions(Options):
-    """Who judges, and what it may cost."""
-
-    oracle: str = setting(
-        None,
-        "synthetic, openai:MODEL, or replay:CACHE of recorded replies",
-        "judge",
-        common=True,
-        otherwise="openai with a --judge-url or --judge-model, else synthetic",
-    )
-    judge_url: str | None = setting(
-        None,
-        "of an OpenAI-compatible endpoint, ending in /v1",
-        "judge",
-        common=True,
-        may_differ=True,
-        otherwise="OpenAI's",
-    )
-    judge_model: str | None = setting(
-        None, "its name at the endpoint", "judge", otherwise="the only one there"
-    )
-    judge_form: str = setting(
-        "scored", "all at once by points, or two at a time", "judge", choices=tuple(FORMS)
-    )
-    judge_prices: str | None = setting(
-        None,
-        "dollars per million tokens in and out, as in 2.5,10",
-        "judge",
-        may_differ=True,
-        otherwise="not known",
-    )
-    judge_cache: str | None = setting(
-        None,
-        "file of all requests and replies",
-        "judge",
-        may_differ=True,
-        otherwise="judgments.sqlite in --out",
-    )
-    judge_concurrency: int = setting(
-        16, "requests under way at a time", "judge", may_differ=True, within=(1, 1000)
-    )
-    judge_timeout: float = setting(
-        120.0, "seconds that a request may take", "judge", may_differ=True, within=(1e-3, 1e5)
-    )
-    max_failed: float = setting(
-        0.05, "share of a round's questions that may fail", "judge", may_differ=True, within=SHARE
-    )
-    max_usd: float | None = setting(
-        None,
-        "dollars that the run may spend; it stops below, resumable",
-        "judge",
-        common=True,
-        may_differ=True,
-        within=(0, MOST),
-    )
-    dry_run: bool = setting(
-        False,
-        "say what would be asked, and at what price; send and write nothing",
-        "judge",
-        common=True,
-        may_differ=True,
-    )
-
-    def __post_init__(self) -> None:
-        """Settle who judges, and check the judge's options. ValueError naming the field."""
-        super().__post_init__()
-        named = self.judge_url or self.judge_model
-        self.oracle = self.oracle or ("openai" if named else "synthetic")
-        for name, source in self.sources().items():
-            check_source(name, source)
-        prices(self.judge_prices or "0,0")
-        asked, _, model = self.oracle.partition(":")
-        if asked == "openai" and model and self.judge_model not in (None, model):
-            fault = f"judge_model is {self.judge_model} and oracle {self.oracle}"
-            raise ValueError(f"{fault}; leave one of them out")
-        misled = self.given("judge_model") if asked == "synthetic" else []
-        misled += [] if self.live() else self.given("judge_url", "max_usd")
-        if misled:  # someone may believe that a language model is asked
-            fault = f"{spelt(misled[0])} belongs to a language model, and oracle is {self.oracle}"
-            raise ValueError(f"{fault}; add --oracle openai:MODEL")
-
-    def sources(self) -> dict[str, str]:
-        """Who answers what, by the name of the field."""
-        return {"oracle": self.oracle}
-
-    def live(self) -> bool:
-        """Is anybody asked who may have to be paid?"""
-        return any(source.startswith("openai") for source in self.sources().values())
-
-    def idle(self) -> dict[str, str]:
-        """The judge's options that have no effect where no language model is asked."""
-        idle, sources = super().idle(), self.sources()
-        reason = " and ".join(f"{name} is {source}" for name, source in sources.items())
-        names = "judge_prices judge_cache judge_concurrency judge_timeout".split()
-        names = [] if self.live() else names
-        names += ["max_failed"] if {*sources.values()} <= UNASKED else []
-        names += ["judge_form"] if self.oracle in UNASKED else []
-        return idle | dict.fromkeys(names, reason)
-
-
-def check_source(name: str, source: str) -> None:
-    """ValueError unless it is synthetic, openai[:MODEL] or replay:CACHE."""
-    kind, colon, rest = source.partition(":")
-    if kind == "openai" and colon and not rest.strip():
-        fault = f"{name} is {source!r}; the model's name is missing"
-        raise ValueError(f"{fault}: expected openai:MODEL")
-    if not (source == "synthetic" or kind == "openai" or (kind == "replay" and rest)):
-        raise ValueError(f"{name} is {source!r}; expected synthetic, openai:MODEL or replay:CACHE")
-
-
-def prices(text: str) -> Price:
-    """The Price written as "2.5,10". ValueError if it is none."""
-    try:
-        prompt, completion = map(float, text.split(","))
-    except ValueError:
-        expected = "expected dollars per million tokens of prompt and completion: 2.5,10"
-        raise ValueError(f"prices are {text!r}; {expected}") from None
-    return Price(prompt, completion)
 
 
 # --- Exit codes -----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def run_text(config: TextConfig) -> None:
     start = time.perf_counter()
     torch.set_num_threads(config.threads)
     check_device(config.device)
-    config, asked = judging(config, RegisterJudge())
+    config, asked = judging(config)
     run = None if config.dry_run else Run("text", config, CLASSES_KEPT)
     announce_text(config, asked)
     if run is None:
@@ -78,7 +78,7 @@ def validation_of(config: TextConfig, policy: TextPolicy, asked: Judging) -> Val
     gold = [teacher_answer(x, draw) for x in prompts]
     if asked.teacher:
         prompts, gold = answered(asked.teacher, prompts)
-    if config.oracle == "synthetic":
+    if isinstance(asked.judge, RegisterJudge):
         return TableValidation(policy, prompts, config.survey, config.seed, gold)
     seed, judge = config.seed + 1, asked.judge
     return JudgedValidation(policy, prompts, config.judged, seed, judge, gold, registers=True)

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import tiktoken
 import torch
 
+from experiments.judging import by_language_model, prices
 from experiments.rounds import RULES, Stage
 from experiments.sampled_settings import SampledOptions
-from experiments.settings import DTYPES, RATES, RunOptions, prices, setting
+from experiments.settings import DTYPES, RATES, RunOptions, setting
 from model import Config, Transformer
+from oracle import RegisterJudge
 from pairs import SamplingSettings
 from regularized import check_regularization
 from text import TextPolicy
@@ -75,6 +77,7 @@ class TextConfig(WorldOptions, SampledOptions):
     that approaches Nash."""
 
     preset: ClassVar[str] = "text"
+    synthetic: ClassVar[type] = RegisterJudge
     algorithm: int | None = setting(None, otherwise="2, then 3 if nobody is asked")
     iterations: int | None = setting(None, otherwise=recipes("iterations"))
     eta: float | None = setting(None, otherwise=recipes("eta"))
@@ -130,7 +133,7 @@ class TextConfig(WorldOptions, SampledOptions):
         """Adds what belongs to a language model as judge or teacher."""
         idle = super().idle()
         if self.oracle == "synthetic":
-            idle["judged"] = "oracle is synthetic"
+            idle["judged"] = "oracle is synthetic, a table"
         if not self.teacher.startswith("openai"):
             idle["teacher_prices"] = f"teacher is {self.teacher}"
         return idle
@@ -140,7 +143,7 @@ class TextConfig(WorldOptions, SampledOptions):
         Algorithm 2 only."""
         if self.algorithm is not None:
             return (self.algorithm,)
-        return (2, 3) if self.oracle == "synthetic" else (2,)
+        return (2,) if by_language_model(self.oracle) else (2, 3)
 
     def stages(self) -> list[Stage]:
         """The algorithms to run one after the other, each from the fine-tuned policy."""
