@@ -56,7 +56,7 @@ def announce_costs(
             total += judge.endpoint.plan(judge.questions(*zip(*triples, strict=True))) * times
         plans.append(("judge", judge.endpoint, total))
     else:
-        print("The judge is synthetic: no requests to it, and nothing is paid for judgments.")
+        print(f"Judge: {config.oracle}. No requests, and nothing is paid for judgments.")
     for name, endpoint, plan in plans:
         print(f"{name}: {endpoint}")
         if endpoint.live:

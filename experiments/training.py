@@ -58,6 +58,7 @@ def train_stages(work: Work, stages: Sequence[Stage]) -> dno.SampledIteration:
     begun = work.run.state.get("stage", 0) if work.run.state else 0
     if begun >= len(stages):
         raise work.run.foreign("it is of a run with more algorithms")
+    print(f"\n{LEGEND}")
     for number in range(begun, len(stages)):
         last = train(work, stages, number)
     return last
@@ -202,8 +203,8 @@ CONSOLE = (  # heading, column, format; of these a row shows what it has
     ("dollars", "dollars", ".4f"),
 )
 LEGEND = (
-    "T: teacher, S: student (the policy); T>S: new pairs of that kind; =length: at equal length;\n"
-    "KL: from pi_1, nats a response; mixture: the gap of unif(pi_1..pi_t)"
+    "Of held-out samples of pi_{t+1}: win rates, =length at equal length; gaps, mixture that of\n"
+    "unif(pi_1..pi_t); KL from pi_1, nats a response. T>S: new pairs, teacher over student, ..."
 )
 
 
