@@ -15,26 +15,29 @@ from oracle import OpenAIJudge
 Triple = tuple[str, str, str]  # prompt and two responses: a comparison
 
 
-def stand_in(number: int, words: int) -> str:
+def stand_in(name: str, words: int) -> str:
     """In place of a response of so many words."""
-    return f"response {number} " + "word " * words
+    return f"response {name} " + "word " * words
 
 
 def training_comparisons(prompts: Iterable[str], n: int, words: int) -> list[Triple]:
     """Every two of n responses to each prompt."""
-    texts = [stand_in(number, words) for number in range(n)]
+    texts = [stand_in(f"{number}", words) for number in range(n)]
     return [(x, y, z) for x in prompts for y, z in combinations(texts, 2)]
 
 
 def validation_comparisons(
-    prompts: Iterable[str], k: int, words: int, gold: bool, previous: bool
+    prompts: Iterable[str], k: int, words: int, opponents: Sequence[str]
 ) -> list[Triple]:
-    """k samples of a policy for each prompt: each against the gold response, or one of pi_1's, and
-    against one of the policy before if there is one."""
-    texts = [stand_in(number, words) for number in range(3 * k)]
-    new, first, old = texts[:k], [texts[k]] * k if gold else texts[k : 2 * k], texts[2 * k :]
-    others = [*first, *old] if previous else first
-    return [(x, y, z) for x in prompts for y, z in zip(new * 2, others, strict=False)]
+    """k samples of a policy for each prompt, each against a response of each opponent: always the
+    same one of the teacher, different ones of others."""
+    new = [stand_in(f"new {i}", words) for i in range(k)]
+    others = [
+        stand_in(name if name == "teacher" else f"{name} {i}", words)
+        for name in opponents
+        for i in range(k)
+    ]
+    return [(x, y, z) for x in prompts for y, z in zip(new * len(opponents), others, strict=True)]
 
 
 def announce_costs(
@@ -53,10 +56,12 @@ def announce_costs(
     if isinstance(judging.judge, OpenAIJudge):
         judge, total = judging.judge, Plan(0, 0, 0, 0)
         for triples, times in comparisons:
+            if not triples:
+                continue
             total += judge.endpoint.plan(judge.questions(*zip(*triples, strict=True))) * times
         plans.append(("judge", judge.endpoint, total))
     else:
-        print(f"Judge: {config.oracle}. No requests, and nothing is paid for judgments.")
+        print(f"judge: {config.oracle}; no requests, and nothing is paid for judgments")
     for name, endpoint, plan in plans:
         print(f"{name}: {endpoint}")
         if endpoint.live:

@@ -51,8 +51,8 @@ def run_llm(config: LlmConfig) -> None:
         f"Writing to {config.out}"
     )
     oracle = SharedJudge(asked.judge, team) if team.size > 1 else asked.judge
-    prompts = [item["prompt"] for item in held_out]
-    validation = JudgedValidation(policy, prompts, config.judged, config.seed, oracle)
+    prompts, gold = [item["prompt"] for item in held_out], gold_of(held_out)
+    validation = JudgedValidation(policy, prompts, config.judged, config.seed, oracle, gold)
     stages = [config.stage(team.size)]
 
     def data(stage: Stage) -> dno.Data:
@@ -73,18 +73,19 @@ def run_llm(config: LlmConfig) -> None:
     print(f"\npi_{last.best.t}, the best on validation, is in {where}")
 
 
-def has_gold(training: list[Prompt], hard: bool) -> bool:
-    """Does the algorithm look at gold responses, and are there any?"""
-    return hard and "gold" in training[0]
+def gold_of(items: list[Prompt]) -> list[str] | None:
+    """Their gold responses, if all have one."""
+    found = [item["gold"] for item in items if "gold" in item]
+    return found if len(found) == len(items) else None
 
 
 def disjoint_parts(training: list[Prompt], stage: Stage) -> dno.Data:
-    """For iteration t every T-th prompt from the t-th on, with gold responses if there are any."""
+    """For iteration t every T-th prompt from the t-th on, with gold responses if there are any and
+    the algorithm looks at them."""
 
     def part(t: int) -> tuple[list[str], list[str] | None]:
         items = training[t - 1 :: stage.iterations]
-        gold = [item["gold"] for item in items] if has_gold(training, stage.hard) else None
-        return [item["prompt"] for item in items], gold
+        return [item["prompt"] for item in items], gold_of(items) if stage.hard else None
 
     return part
 
@@ -113,17 +114,21 @@ def announce_llm(
 ) -> None:
     """Say what will be sampled and judged, and what it will cost at most."""
     T, k, words = config.iterations, config.judged, config.max_new_tokens
-    n = config.samples + has_gold(training, config.stage().hard)
+    n = config.samples + (config.stage().hard and gold_of(training) is not None)
     compared = training_comparisons([item["prompt"] for item in training], n, words)
-    prompts = [item["prompt"] for item in held_out]
-    second, later = (validation_comparisons(prompts, k, words, False, old) for old in (False, True))
-    validated = len(second) + (T - 1) * len(later)  # the policy before pi_2 is pi_1
+    prompts, gold = [item["prompt"] for item in held_out], gold_of(held_out)
+    teacher = [] if gold is None else ["teacher"]
+    first, second, later = (
+        validation_comparisons(prompts, k, words, teacher + others)
+        for others in ([], ["first"], ["first", "previous"])  # the policy before pi_2 is pi_1
+    )
+    validated = len(first) + len(second) + (T - 1) * len(later)
     print(
         f"{len(training)} prompts in {T} parts, {config.samples} samples of each, "
         f"{len(compared):,} comparisons; {len(held_out)} held out, {k} samples of each "
         f"from {T + 1} policies, {validated:,} comparisons"
     )
-    announce_costs(config, asked, [(compared, 1), (second, 1), (later, T - 1)])
+    announce_costs(config, asked, [(compared, 1), (first, 1), (second, 1), (later, T - 1)])
 
 
 PRESET = (LlmConfig, run_llm)

@@ -60,15 +60,15 @@ def announce_text(config: TextConfig, asked: Judging) -> None:
     """Say what the run will ask, and what it will cost at most. A teacher's response may be the
     longest."""
     words = asked.teacher.max_tokens if asked.teacher else config.max_new_tokens
-    held_out = [
-        validation_comparisons(HELD_OUT, config.judged, words, True, previous)
-        for previous in (False, True)
-    ]
-    comparisons = [(held_out[0], 1)]
+    first, later = (
+        validation_comparisons(HELD_OUT, config.judged, words, opponents)
+        for opponents in (["teacher"], ["teacher", "previous"])
+    )
+    comparisons = [(first, 1)]
     for stage in config.stages():
         n = stage.settings.samples + stage.hard
         training = training_comparisons(TRAINING[: config.prompts], n, words)
-        comparisons += [(training, stage.iterations), (held_out[1], stage.iterations)]
+        comparisons += [(training, stage.iterations), (later, stage.iterations)]
     announce_costs(config, asked, comparisons, PROMPTS)
 
 

@@ -185,10 +185,10 @@ def take_training(
 CONSOLE = (  # heading, column, format; of these a row shows what it has
     ("  t", "t", "d"),
     ("P(>teacher)", "win_rate_vs_teacher", ".3f"),
-    ("P(>pi_1)", "win_rate_vs_first", ".3f"),
     ("  +-", "win_rate_vs_teacher_interval", ".3f"),
-    ("  +-", "win_rate_vs_first_interval", ".3f"),
     ("=length", "win_rate_vs_teacher_length_controlled", ".3f"),
+    ("P(>pi_1)", "win_rate_vs_first", ".3f"),
+    ("  +-", "win_rate_vs_first_interval", ".3f"),
     ("=length", "win_rate_vs_first_length_controlled", ".3f"),
     ("P(new>old)", "win_rate_vs_previous", ".3f"),
     ("gap last", "gap_last", ".3f"),

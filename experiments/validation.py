@@ -158,10 +158,10 @@ class TableValidation(Validation):
 
 
 class JudgedValidation(Validation):
-    """Measures by a judge that must be asked: samples compete with gold responses, or with pi_1's
-    samples if there are none, and from pi_3 on (pi_2 on, with gold ones) with the policy's before.
+    """Measures by a judge that must be asked: samples compete with gold responses, if there are
+    any, with those of the policy before and, unless it is the small world of text, with pi_1's.
 
-    registers: are responses of the small world of text, whose classes are counted?"""
+    registers: is it the small world of text, where classes are counted?"""
 
     def __init__(
         self,
@@ -176,35 +176,52 @@ class JudgedValidation(Validation):
         super().__init__(policy, prompts, k, seed)
         self.judge, self.registers = judge, registers
         self.gold = None if gold is None else [y for y in gold for _ in range(k)]
-        self.score = f"win_rate_vs_{'first' if gold is None else 'teacher'}"
+        self.score = f"win_rate_vs_{'teacher' if registers else 'first'}"
+
+    def opponents(self) -> dict[str, list[Any]]:
+        """Responses that the next policy's samples compete with, by name."""
+        found: dict[str, list[Any]] = {} if self.gold is None else {"teacher": self.gold}
+        if self.numbers and not self.registers:
+            found["first"] = self.first
+        if len(self.numbers) > (not self.registers):  # pi_2's policy before is pi_1
+            found["previous"] = self.last
+        return found
 
     def compared(self, new: list[Response]) -> Row:
-        """The win rate over the gold responses or pi_1, with its interval and at equal length, and
-        over the policy before. All are asked for together. Stopped if there is no answer."""
-        if self.gold is None and not self.numbers:
-            return {self.score: 0.5}  # pi_1 against itself
-        opponents = self.first if self.gold is None else self.gold
-        before = self.last if len(self.numbers) > (self.gold is None) else []
-        both = 2 if before else 1
-        preferences = self.judge.prefer(self.prompts * both, new * both, [*opponents, *before])
-        lead = [len(y) - len(z) for y, z in zip(new, opponents, strict=True)]
-        report = win_rate_report(preferences[: len(new)], self.prompts, lead)
-        if report["n_parsed"] == 0:
-            raise Stopped("the judge has no answer to any question of the validation")
-        row = {
-            self.score: report["win_rate"],
-            f"{self.score}_interval": report["interval"],
-            f"{self.score}_length_controlled": report["length_controlled"],
-            "n": report["n"],
-            "n_parsed": report["n_parsed"],
-        }
-        if self.numbers:  # the policy before pi_2 is pi_1
-            row["win_rate_vs_previous"] = preferences[-len(new) :].nanmean().item()
+        """The win rates over all opponents, that over gold responses or pi_1 with its interval and
+        at equal length. All are asked for together. Stopped if there is no answer."""
+        row: Row = {} if self.numbers or self.registers else {self.score: 0.5}  # pi_1 itself
+        opponents = self.opponents()
+        if not opponents:
+            return row
+        n, others = len(opponents), [y for ys in opponents.values() for y in ys]
+        preferences = self.judge.prefer(self.prompts * n, new * n, others).split(len(new))
+        for (name, ys), P in zip(opponents.items(), preferences, strict=True):
+            lead = [len(y) - len(z) for y, z in zip(new, ys, strict=True)]
+            row |= against(name, win_rate_report(P, self.prompts, lead))
+        if self.numbers and "previous" not in opponents:
+            row["win_rate_vs_previous"] = row["win_rate_vs_first"]
         return row
 
     def watched(self, new: list[Response]) -> Row:
         """How often each class occurs besides, in the small world of text."""
         return {**(share_columns(new) if self.registers else {}), **super().watched(new)}
+
+
+def against(name: str, report: Row) -> Row:
+    """The columns of a report on comparisons with an opponent. Stopped if there is no answer."""
+    column = f"win_rate_vs_{name}"
+    if name == "previous":
+        return {column: report["win_rate"]}
+    if report["n_parsed"] == 0:
+        raise Stopped("the judge has no answer to any question of the validation")
+    return {
+        column: report["win_rate"],
+        f"{column}_interval": report["interval"],
+        f"{column}_length_controlled": report["length_controlled"],
+        "n": report["n"],
+        "n_parsed": report["n_parsed"],
+    }
 
 
 def class_shares(responses: Sequence[str], X: int) -> Tensor:

@@ -635,8 +635,29 @@ def test_gold_responses_take_part_when_every_prompt_has_one(directory, tmp_path)
     by = [line["by"] for line in lines(tmp_path / "run/responses-001.jsonl")]
     assert by[:4] == ["student"] * 3 + ["teacher"]
     (row,) = lines(tmp_path / "run/metrics.jsonl")
-    assert 0 <= row["sampled_vs_teacher"] <= 1
     assert row["pairs_teacher_student"] > 0
+    for column, name, by in (
+        ("sampled_vs_teacher", "responses-001", "student"),
+        ("win_rate_vs_teacher", "validation-002", None),
+    ):
+        judged = [x for x in lines(tmp_path / f"run/{name}.jsonl") if x.get("by") == by]
+        texts = ([x[part] for x in judged] for part in ("prompt", "response"))
+        P = TasteJudge().prefer(*texts, [gold] * len(judged))
+        assert row[column] == pytest.approx(P.mean().item(), abs=1e-9), column
+    assert row["win_rate_vs_teacher_interval"] > 0
+    assert row["win_rate_vs_first"] == row["win_rate_vs_previous"]
+
+
+def test_a_dry_run_counts_the_gold_responses_that_held_out_samples_compete_with(
+    directory, tmp_path, capsys
+):
+    """12 groups of 3 samples and gold: 6 pairs each. 3 held out, 2 samples each: pi_1 against gold,
+    pi_2 against gold and pi_1, pi_3 against gold, pi_1 and pi_2."""
+    path = tmp_path / "gold.jsonl"
+    path.write_text("".join(json.dumps({"prompt": x, "gold": "Yes."}) + "\n" for x in PROMPTS))
+    assert run(directory, path, tmp_path / "run", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "72 comparisons; 3 held out, 2 samples of each from 3 policies, 36 comparisons" in said
 
 
 @pytest.mark.parametrize(
