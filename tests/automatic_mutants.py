@@ -51,6 +51,7 @@ ROOT = Path(__file__).parent.parent
 CACHE = Path(tempfile.gettempdir()) / "automatic_mutants"
 SLOW = (
     "test_train",
+    "test_team",
     "test_endpoint",
     "test_recordings",
     "test_notebooks",
