@@ -560,9 +560,8 @@ def odd_texts(seed=0):
     """Lines of this project's files, and oddities: scripts, emoji, white space, digits,
     contractions, bytes as characters."""
     root = Path(__file__).parent.parent
-    files = sorted(
-        file for kind in ("*.py", "tests/*.py", "*.md", "docs/*.md") for file in root.glob(kind)
-    )
+    kinds = ("*.py", "tests/*.py", "*.md", "docs/*.md")
+    files = sorted(file for kind in kinds for file in root.glob(kind))
     lines = sorted(
         {line for file in files for line in file.read_text(encoding="utf-8").split("\n")}
     )
