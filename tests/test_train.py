@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from games import LP, random_rho
-from pages import explained_columns
+from pages import explained_columns, section
 
 import dno
 import solvers
@@ -141,6 +141,9 @@ def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
     assert not summary["last_iterate_converged"]
     console = capsys.readouterr().out
     assert "it did NOT converge" in console
+    shown = section("README.md", "## What one sees").split("```\n")[1]
+    for pattern in (r"^ +t \|.*$", r"^gap +of first.*$", r"^[\d.e-]+ +\d\.\d{3} +(.*)$"):
+        assert re.findall(pattern, shown, re.M) == re.findall(pattern, console, re.M) != []
     assert len(console.splitlines()) <= 40
     assert max(map(len, console.splitlines())) <= 100
     gaps = summary["gaps"]
