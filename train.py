@@ -231,7 +231,7 @@ def load_game(config: GameConfig) -> Game:
 
 
 def run_game(config: GameConfig) -> None:
-    """The preset "game": see `GameConfig`. README.md lists the files that it writes."""
+    """The preset "game": see `GameConfig`. docs/runs.md lists the files that it writes."""
     torch.set_num_threads(config.threads)
     device = check_device(config.device)
     try:

@@ -18,7 +18,7 @@ HUGGING_FACE, GGUF = 0, 1  # places in the pairs of names below
 @dataclass(frozen=True)
 class Family:
     """How the models of a family differ from Llama's. One is added by an entry of `FAMILIES`, one
-    of the tests' `FAMILIES`, and its name in README.md."""
+    of the tests' `FAMILIES`, and its name in docs/real-models.md."""
 
     architecture: str  # in config.json
     model_type: str  # in config.json

@@ -29,8 +29,7 @@ from model import Config, Transformer
 
 
 def run_llm(config: LlmConfig) -> None:
-    """The preset "llm": see `LlmConfig`. README.md lists what it writes, under "The folder of a
-    run"."""
+    """The preset "llm": see `LlmConfig`. docs/runs.md lists what it writes."""
     device, team = join_team(config.device, config.threads), Team()
     check_device(device)
     try:

@@ -27,8 +27,7 @@ from world import CLASSES, HELD_OUT, PROMPTS, TRAINING, classify, teacher_answer
 
 
 def run_text(config: TextConfig) -> None:
-    """The preset "text": see `TextConfig`. README.md lists what it writes, under "The folder of a
-    run"."""
+    """The preset "text": see `TextConfig`. docs/runs.md lists what it writes."""
     start = time.perf_counter()
     torch.set_num_threads(config.threads)
     check_device(config.device)

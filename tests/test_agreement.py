@@ -17,6 +17,8 @@ import pytest
 import torch
 from endpoint_server import quality, serving
 from games import EXACT
+from pages import PAGES, section
+from pages import table as rows_of
 from scipy.optimize import minimize
 from scipy.stats import binomtest
 from scipy.stats import t as student_t
@@ -533,6 +535,33 @@ def test_recorded_answers_are_compared_without_asking_anybody(capsys, tmp_path, 
     assert table(capsys) == pytest.approx(BY_HAND, abs=PRINTED)
     assert is_figure(tmp_path / "runs" / "agreement" / "agreement.png")
     assert {path.name for path in tmp_path.iterdir()} == {"labels.jsonl", "runs"}
+
+
+def two(number):
+    return f"{number:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def test_the_table_in_docs_is_what_its_commands_print(capsys, monkeypatch, tmp_path):
+    """They stand above it, in the order of its rows."""
+    (tmp_path / "recordings").symlink_to(ROOT / "recordings")
+    page = "docs/judges.md"
+    block = section(page, "## Is the judge any good?").split("```\n")[1]
+    rows = rows_of(PAGES[page], "| | agreement |")
+    assert len(rows) == 3
+    for (name, *cells), line in zip(rows, block.splitlines(), strict=True):
+        assert name.strip("`") in line
+        assert command(*line.split()[3:]) == 0
+        found = table(capsys)
+        share, p = found["cyclic"], found["cyclic_p_value"]
+        cyclic = f"{two(share) if share else 0} of {found['triples']:.0f}"
+        assert cells == [
+            f"{found['agreement']:.3f} ± {found['interval']:.3f}",
+            two(found["kappa"]),
+            "" if found["flip_rate"] is None else two(found["flip_rate"]),
+            f"{two(found['longer_wins'])}; {two(found['longer_wins_people'])}",
+            cyclic if p > 0.5 else f"{cyclic} (p = {two(p)})",
+            f"{found['n_parsed']:.0f} of {found['n']:.0f}",
+        ]
 
 
 def test_the_figure_is_drawn_in_the_folder_or_file_that_was_named(tmp_path):

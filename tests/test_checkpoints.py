@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import PAGES
 
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
@@ -111,11 +112,10 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-def test_every_family_that_is_read_is_tested_here_and_named_in_the_readme():
+def test_every_family_that_is_read_is_tested_here_and_named_in_docs():
     names = {family.architecture.removesuffix("ForCausalLM") for family in formats.FAMILIES}
     assert {kind for kind, _ in FAMILIES.values()} == names
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-    said = readme.partition("`chat.load` reads")[2].partition(":")[0]
+    said = PAGES["docs/real-models.md"].partition("`chat.load` reads")[2].partition(":")[0]
     assert all(name in said for name in names)
 
 
@@ -560,7 +560,8 @@ def odd_texts(seed=0):
     """Lines of this project's files, and oddities: scripts, emoji, white space, digits,
     contractions, bytes as characters."""
     root = Path(__file__).parent.parent
-    files = sorted([*root.glob("*.py"), *root.glob("tests/*.py"), root / "README.md"])
+    kinds = ("*.py", "tests/*.py", "*.md", "docs/*.md")
+    files = sorted(file for kind in kinds for file in root.glob(kind))
     lines = sorted(
         {line for file in files for line in file.read_text(encoding="utf-8").split("\n")}
     )

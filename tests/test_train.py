@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from games import LP, random_rho
+from pages import explained_columns, section
 
 import dno
 import solvers
@@ -27,13 +28,6 @@ SMALL = (
     "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 "
     "--width 16 --layers 1"
 ).split()
-
-
-def explained_columns(after="The columns of a run with sampled responses"):
-    """The columns in README.md's table after these words."""
-    table = (ROOT / "README.md").read_text().split(after)[1]
-    cells = re.findall(r"^\|(.*?)\|", re.split(r"\n## |\nThe columns", table)[0], re.M)
-    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
 
 def start(*arguments):
@@ -101,8 +95,8 @@ def test_a_run_writes_the_files_and_columns_it_promises(finished):
     )
 
 
-def test_the_readme_explains_every_column(finished):
-    assert explained_columns("The columns:") == set(rows(finished)[0])
+def test_the_page_of_runs_explains_every_column(finished):
+    assert explained_columns("## Columns of `game`") == set(rows(finished)[0])
 
 
 def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
@@ -147,6 +141,9 @@ def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
     assert not summary["last_iterate_converged"]
     console = capsys.readouterr().out
     assert "it did NOT converge" in console
+    shown = section("README.md", "## What one sees").split("```\n")[1]
+    for pattern in (r"^ +t \|.*$", r"^gap +of first.*$", r"^[\d.e-]+ +\d\.\d{3} +(.*)$"):
+        assert re.findall(pattern, shown, re.M) == re.findall(pattern, console, re.M) != []
     assert len(console.splitlines()) <= 40
     assert max(map(len, console.splitlines())) <= 100
     gaps = summary["gaps"]

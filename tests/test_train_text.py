@@ -18,7 +18,8 @@ from dataclasses import asdict, fields, is_dataclass, replace
 import pytest
 import torch
 from games import EXACT, LP
-from test_train import ROOT, everything_in, explained_columns, refused, rows, timeless
+from pages import explained_columns
+from test_train import ROOT, everything_in, refused, rows, timeless
 
 import dno
 import regularized
@@ -79,7 +80,7 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_the_readme_explains_every_column_of_a_text_run(finished):
+def test_the_page_of_runs_explains_every_column_of_a_text_run(finished):
     """And no other but those of a judge that must be asked."""
     judged = (
         "win_rate_vs_first win_rate_vs_first_interval win_rate_vs_first_length_controlled "
