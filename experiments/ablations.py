@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -23,7 +22,7 @@ from experiments.ablations_summary import Rows, ablations_figure, as_csv, summar
 from experiments.figures import STYLE
 from experiments.fine_tuning import fine_tuned
 from experiments.folder import Run
-from experiments.judging import Judging, demonstrations
+from experiments.judging import Judging, demonstrations, held_out_gold
 from experiments.rounds import Round
 from experiments.sampled_summary import late
 from experiments.settings import check_device
@@ -31,7 +30,7 @@ from experiments.training import CLASSES_KEPT, row_of
 from experiments.validation import TableValidation
 from oracle import RegisterJudge
 from text import TextPolicy, make_tokenizer
-from world import HELD_OUT, teacher_answer
+from world import HELD_OUT
 
 
 class Job(NamedTuple):
@@ -130,8 +129,7 @@ def run_method(
     """Run one method from the fine-tuned policy in the run's folder; a row for each iteration."""
     torch.set_num_threads(config.threads)
     policy, judge, method = saved_policy(config), RegisterJudge(), METHODS[label]
-    draw = random.Random(seed)
-    gold = [teacher_answer(x, draw) for x in HELD_OUT]
+    gold = held_out_gold(seed)
     validation = TableValidation(policy, list(HELD_OUT), config.survey, seed, gold)
     stage = config.stage(lr, eta, seed, iterations)
     data = demonstrations(seed, config.prompts)

@@ -18,7 +18,7 @@ from judge.models import only, only_model, recorded_models
 from judge.prices import Price
 from judge.questions import FORMS
 from oracle import OpenAIJudge, OpenAITeacher
-from world import TRAINING, teacher_answer
+from world import HELD_OUT, TRAINING, teacher_answer
 
 LANGUAGE_MODELS = ("openai", "replay")  # kinds of --oracle that are asked questions
 # other judges: the name of --oracle, and what makes one of a config
@@ -219,6 +219,12 @@ def demonstrations(seed: int, count: int, teacher: OpenAITeacher | None = None) 
         return answered(teacher, prompts)
 
     return data
+
+
+def held_out_gold(seed: int) -> list[str]:
+    """The synthetic teacher's answers to the held-out prompts."""
+    draw = random.Random(seed)
+    return [teacher_answer(x, draw) for x in HELD_OUT]
 
 
 def answered(teacher: OpenAITeacher, prompts: list[str]) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.rounds import Row, Stage
+from experiments.rounds import Row, Stage, without_nan
 
 HEADINGS = {  # of the table; means over the last third of the iterations, as far as a run has them
     "gap_last": "gap of last",
@@ -59,7 +59,7 @@ def summarise(config: Any, stages: Sequence[Stage], metrics: Rows, first: Row) -
         best, seconds = rows[-1]["best_iteration"], sum(row["seconds"] for row in rows)
         about = {"best_iteration": best, "seconds": seconds}
         found.append({"algorithm": stage.algorithm, **numbers, **about})
-    return {"config": asdict(config), "first": first, "stages": found}
+    return {"config": asdict(config), "first": without_nan(first), "stages": found}
 
 
 def headline(rows: Rows, first: Row) -> dict[str, float]:

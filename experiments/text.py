@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 
 import matplotlib.pyplot as plt
@@ -14,7 +13,7 @@ from experiments.costs import announce_costs, training_comparisons, validation_c
 from experiments.figures import STYLE
 from experiments.fine_tuning import fine_tuned
 from experiments.folder import Run
-from experiments.judging import Judging, answered, demonstrations, judging
+from experiments.judging import Judging, answered, demonstrations, held_out_gold, judging
 from experiments.rounds import METRICS, Round, Row, Stage
 from experiments.sampled_summary import sampled_figure, summarise
 from experiments.settings import check_device
@@ -23,7 +22,7 @@ from experiments.training import CLASSES_KEPT, Work, show_before_and_after, trai
 from experiments.validation import JudgedValidation, TableValidation, Validation
 from oracle import RegisterJudge
 from text import TextPolicy
-from world import CLASSES, HELD_OUT, PROMPTS, TRAINING, classify, teacher_answer
+from world import CLASSES, HELD_OUT, PROMPTS, TRAINING, classify
 
 
 def run_text(config: TextConfig) -> None:
@@ -73,8 +72,7 @@ def announce_text(config: TextConfig, asked: Judging) -> None:
 
 def validation_of(config: TextConfig, policy: TextPolicy, asked: Judging) -> Validation:
     """How the run's policies are measured: by table where the judge is one."""
-    draw, prompts = random.Random(config.seed), list(HELD_OUT)
-    gold = [teacher_answer(x, draw) for x in prompts]
+    prompts, gold = list(HELD_OUT), held_out_gold(config.seed)
     if asked.teacher:
         prompts, gold = answered(asked.teacher, prompts)
     if isinstance(asked.judge, RegisterJudge):
