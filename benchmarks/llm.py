@@ -174,16 +174,11 @@ def reward(prompts: list[list[dict]], completions: list[list[dict]], **_: Any) -
     return TasteJudge().prefer(x, y, y[n:] + y[:n]).tolist()
 
 
-def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
-    """The same by TRL's trainer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
-    spent, count = Counter(), Counter()
+def timed_trainer(options: argparse.Namespace, spent: Counter, count: Counter) -> type:
+    """TRL's trainer with a clock around sampling and around the reference model."""
+    from trl.experimental.online_dpo import OnlineDPOTrainer
 
     class Timed(OnlineDPOTrainer):
-        """With a clock around sampling and around the reference model."""
-
         def _generate(self, *arguments: Any) -> tuple:
             with clock(spent, "sampling"):
                 rows = super()._generate(*arguments)
@@ -199,8 +194,15 @@ def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
             with clock(spent, "reference" if model is self.ref_model else "policy"):
                 return super()._forward(model, *arguments)
 
+    return Timed
+
+
+def trl_config(options: argparse.Namespace) -> Any:
+    """TRL's settings for what we measure."""
+    from trl.experimental.online_dpo import OnlineDPOConfig
+
     defaults = SamplingSettings()
-    config = OnlineDPOConfig(
+    return OnlineDPOConfig(
         output_dir=options.out,
         use_cpu=True,
         bf16=True,
@@ -222,11 +224,22 @@ def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
         report_to="none",
         disable_tqdm=True,
     )
+
+
+def trl(options: argparse.Namespace, prompts: list[str]) -> Prepared:
+    """The same by TRL's trainer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spent, count = Counter(), Counter()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = [{"prompt": [{"role": "user", "content": x}]} for x in prompts]
-    trainer = Timed(
-        model, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer
+    trainer = timed_trainer(options, spent, count)(
+        model,
+        reward_funcs=reward,
+        args=trl_config(options),
+        train_dataset=data,
+        processing_class=tokenizer,
     )
     with torch.autocast("cpu", torch.bfloat16):  # warm
         model.generate(

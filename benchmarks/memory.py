@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -121,8 +123,8 @@ def pairs(policy: ChatPolicy, groups: Groups, scored: int) -> Pairs:
     return dno.with_reference(form_pairs(groups, r, chosen), policy)
 
 
-def main() -> None:
-    """Run it and print."""
+def parsed() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
@@ -141,17 +143,33 @@ def main() -> None:
         "threads": 1,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    o = parser.parse_args()
-    torch.set_num_threads(o.threads)
-    config, meter = SHAPES[o.shape], Meter(o.device)
-    model = new_model(config, o.device)
-    parameters = sum(weight.numel() for weight in model.parameters())
+    return parser.parse_args()
+
+
+def policy_of(o: argparse.Namespace, model: Transformer) -> ChatPolicy:
+    """The model, prepared as the options say."""
     if o.low_rank:
         add_low_rank(model, o.low_rank)
     model.checkpointing = o.checkpointing
     if o.compile:
         model.read_block = torch.compile(model.read_block, dynamic=True)
-    policy = ChatPolicy(model, Numbers(o.prompt), o.response, o.sample_batch)
+    return ChatPolicy(model, Numbers(o.prompt), o.response, o.sample_batch)
+
+
+def timed(meter: Meter, work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What work gives, the seconds it took, and the peak of the memory meanwhile, bytes."""
+    meter.start()
+    start = time.perf_counter()
+    result = work()
+    if meter.cuda:
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start, meter.peak()
+
+
+def measure(
+    o: argparse.Namespace, meter: Meter, policy: ChatPolicy
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(seconds, peak in bytes) of sampling, and of the last step of training."""
     optimizer = dno.adam(policy)
     settings = SamplingSettings(
         samples=o.samples,
@@ -162,58 +180,61 @@ def main() -> None:
         prompts_at_once=o.at_once,
         max_grad_norm=1.0,
     )
-    print(f"{o.shape}: {parameters / 1e9:.2f}e9 parameters, {o}")
-
-    def timed(work):
-        meter.start()
-        start = time.perf_counter()
-        result = work()
-        torch.cuda.synchronize() if meter.cuda else None
-        return result, time.perf_counter() - start, meter.peak()
-
     prompts = [str(i) for i in range(o.prompts)]
-    groups, sampling, sampled = timed(
-        lambda: dno.sample_groups(policy, prompts, None, settings, seed=0)
+    groups, *sampling = timed(
+        meter, lambda: dno.sample_groups(policy, prompts, None, settings, seed=0)
     )
-    D, _, _ = timed(lambda: pairs(policy, groups, o.scored))
-    fit = partial(
-        dno.fit_pairs,
-        policy,
-        D,
-        dno.hard_targets(0.1),
-        optimizer,
-        settings,
-        1e-6,
-        torch.Generator(),
-    )
+    D = pairs(policy, groups, o.scored)
+    loss, generator = dno.hard_targets(0.1), torch.Generator()
+    fit = partial(dno.fit_pairs, policy, D, loss, optimizer, settings, 1e-6, generator)
     for _ in range(o.steps):
-        _, training, trained = timed(fit)
+        _, *training = timed(meter, fit)
+    return tuple(sampling), tuple(training)
 
+
+def report(
+    o: argparse.Namespace,
+    parameters: int,
+    sampling: tuple[float, float],
+    training: tuple[float, float],
+) -> None:
+    """Print the peaks by arithmetic beside those that were measured."""
+    config = SHAPES[o.shape]
     rows = min(o.sample_batch // o.samples * o.samples, o.prompts * o.samples)
-    piece = min(o.at_once, o.prompts) * (o.prompt + o.scored * (o.response - 1))
-    state, cache = (
-        state_bytes(config, parameters, o.low_rank),
-        cache_bytes(config, rows * (o.prompt + o.response)),
-    )
-    start = (2 if o.low_rank else 6) * parameters + 0.25 * (state - 2 * parameters) * bool(
-        o.low_rank
-    )
-    activations = piece * activation_bytes(config, o.checkpointing)
+    state = state_bytes(config, parameters, o.low_rank)
+    cache = cache_bytes(config, rows * (o.prompt + o.response))
+    start = 6.0 * parameters
+    if o.low_rank:
+        start = 2 * parameters + 0.25 * (state - 2 * parameters)
+    read = o.prompt + o.scored * (o.response - 1)  # tokens of a prompt and its responses
+    activations = min(o.at_once, o.prompts) * read * activation_bytes(config, o.checkpointing)
+    (sampling_seconds, sampled), (training_seconds, trained) = sampling, training
     print(
         "GiB          by arithmetic                                   measured peak      tokens/s"
     )
     print(
         f"sampling     {(start + cache) / GIB:6.2f} = weights {start / GIB:.2f}"
         f" + cache {cache / GIB:.2f}"
-        f"{sampled / GIB:24.2f} {o.prompts * o.samples * o.response / sampling:16.0f}"
+        f"{sampled / GIB:24.2f} {o.prompts * o.samples * o.response / sampling_seconds:16.0f}"
     )
-    read = o.prompts * (o.prompt + o.scored * (o.response - 1))
     print(
         f"training     {(state + activations) / GIB:6.2f} = state {state / GIB:.2f}"
         f" + activations {activations / GIB:.2f}"
-        f"{trained / GIB:19.2f} {read / training:16.0f}"
+        f"{trained / GIB:19.2f} {o.prompts * read / training_seconds:16.0f}"
     )
     print(f"bytes a parameter, trained: {state / parameters:.1f} by arithmetic")
+
+
+def main() -> None:
+    """Run it and print."""
+    o = parsed()
+    torch.set_num_threads(o.threads)
+    meter = Meter(o.device)
+    model = new_model(SHAPES[o.shape], o.device)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    policy = policy_of(o, model)
+    print(f"{o.shape}: {parameters / 1e9:.2f}e9 parameters, {o}")
+    report(o, parameters, *measure(o, meter, policy))
 
 
 if __name__ == "__main__":
