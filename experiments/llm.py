@@ -124,7 +124,7 @@ def announce_llm(
     validated = len(first) + len(second) + (T - 1) * len(later)
     print(
         f"{len(training)} prompts in {T} parts, {config.samples} samples of each, "
-        f"{len(compared):,} comparisons; {len(held_out)} held out, {k} samples of each "
+        f"{len(compared):,} comparisons;\n{len(held_out)} held out, {k} samples of each "
         f"from {T + 1} policies, {validated:,} comparisons"
     )
     announce_costs(config, asked, [(compared, 1), (first, 1), (second, 1), (later, T - 1)])

@@ -13,7 +13,7 @@ from experiments.rounds import Row, Stage, without_nan
 
 HEADINGS = {  # of the table; means over the last third of the iterations, as far as a run has them
     "gap_last": "gap of last",
-    "gap_average": "gap of mixture",
+    "gap_average": "mixture",
     "win_rate_vs_teacher": "P(> teacher)",
     "win_rate_vs_first": "P(> pi_1)",
     "win_rate_vs_teacher_length_controlled": "at equal length",
@@ -21,7 +21,7 @@ HEADINGS = {  # of the table; means over the last third of the iterations, as fa
     "share_malformed": "malformed",
     "mean_length": "words",
     "gap_last_over_first": "over pi_1's",
-    "win_rate_vs_teacher_most": "P(> teacher), most",
+    "win_rate_vs_teacher_most": "at its most",
 }
 NAMES = {1: "Algorithm 1, sampled", 2: "Algorithm 2", 3: "Algorithm 3, sampled", 4: "Algorithm 4"}
 PANELS = {  # column: label of its axis

@@ -94,7 +94,7 @@ def first_numbers(validation: Validation) -> Row:
         teacher_gap = dno.duality_gap(validation.P, validation.teacher)
         print(
             f"Exact Nash: gap {first['gap_nash']:.0e}, measured as here {validation.floor:.3f} "
-            f"(the noise floor); P(Nash > teacher) {nash_won:.3f}, gap of the teacher "
+            f"(the noise floor);\nP(Nash > teacher) {nash_won:.3f}, gap of the teacher "
             f"{teacher_gap:.3f}",
             end="",
         )

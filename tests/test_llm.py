@@ -658,7 +658,7 @@ def test_a_dry_run_counts_the_gold_responses_that_held_out_samples_compete_with(
     path.write_text("".join(json.dumps({"prompt": x, "gold": "Yes."}) + "\n" for x in PROMPTS))
     assert run(directory, path, tmp_path / "run", "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "72 comparisons; 3 held out, 2 samples of each from 3 policies, 36 comparisons" in said
+    assert "72 comparisons;\n3 held out, 2 samples of each from 3 policies, 36 comparisons" in said
 
 
 @pytest.mark.parametrize(
