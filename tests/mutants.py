@@ -17,18 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GAMES = "section_2_preferences section_3_dno section_3_algorithm_1 section_3_theorem_1 solve"
-TESTS = {  # which are about a file, or about all files of a folder; the likeliest first
-    "dno.py": f"{GAMES} section_4_algorithm_2 appendix_a",
-    "checks.py": "section_2_preferences section_4_algorithm_2 solve",
-    "pairs.py": "section_4_algorithm_2 section_3_dno section_2_preferences appendix_a",
-    "regularized.py": "appendix_a section_4_algorithm_2 solve section_2_preferences",
-    "solvers.py": f"solve section_3_theorem_1 {GAMES} appendix_a",
-    "model.py": "model text llm section_3_algorithm_1 checkpoints",
-    "text.py": "text",
-    "oracle.py": "oracle judge endpoint agreement taste section_4_algorithm_2",
-    "judge": "judge endpoint agreement taste",
-    "chat": "checkpoints llm model team",
+SECTIONS_2_AND_3 = "paper/section_2_preferences paper/section_3 paper/solvers"
+JUDGES = "judge experiments/agreement"
+TESTS = {  # about a file, or all files of a folder: folders of tests, or how their names start
+    "dno.py": f"{SECTIONS_2_AND_3} paper",  # the likeliest first
+    "checks.py": "paper",
+    "pairs.py": "paper/section_4 paper",
+    "regularized.py": "paper/appendix_a paper/sampled paper",
+    "solvers.py": "paper/solvers paper/section_3_theorem_1 paper",
+    "model.py": "model paper/section_3_algorithm_1 experiments/llm",
+    "text.py": "model/text_policy model/mixtures model/tokenizer",
+    "oracle.py": f"judge/oracle judge/language {JUDGES} paper/section_4",
+    "judge": JUDGES,
+    "chat": "model experiments/llm experiments/team",
 }
 MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
     "dno.py": [
@@ -256,8 +257,10 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
 
 def tests_of(file: str) -> list[str]:
     """The test files that are about this file."""
-    names = TESTS[file if file in TESTS else file.partition("/")[0]].split()
-    return [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
+    starts = TESTS[file if file in TESTS else file.partition("/")[0]].split()
+    patterns = [re.sub(r"^(\w+)/?(\w*)$", r"tests/\1/test_\2*.py", start) for start in starts]
+    found = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+    return [str(path.relative_to(ROOT)) for path in dict.fromkeys(found)]
 
 
 def outcome(mutant: tuple[str, str, str], project: Path) -> str:

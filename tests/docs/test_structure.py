@@ -1,0 +1,121 @@
+"""Where things live: imports go one way, and only what a module needs is loaded with it."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+
+LAYERS = (  # each may import from those above it, and from what stands before it in its own line
+    "checks pairs world model judge.prices judge.ledger judge.replies judge.questions judge.client "
+    "judge.models judge.endpoint judge.statistics judge.synthetic",
+    "dno text",
+    "regularized solvers oracle",
+    "chat.formats chat.gguf chat.hugging_face chat.template chat.scoring chat.low_rank chat.team "
+    "chat.processes chat.policy chat.checkpoints",
+    "experiments.settings experiments.folder experiments.figures experiments.judging "
+    "experiments.validation experiments.rounds experiments.recalling experiments.training "
+    "experiments.sampled_summary experiments.costs experiments.game experiments.game_figures "
+    "experiments.sampled_settings experiments.text_settings experiments.fine_tuning "
+    "experiments.text experiments.ablation_methods "
+    "experiments.ablations_settings experiments.ablations_summary experiments.ablations "
+    "experiments.llm_settings experiments.prompts experiments.llm experiments.agreement",
+    "train",
+)
+
+ORDER = {
+    name: (layer, place)
+    for layer, line in enumerate(LAYERS)
+    for place, name in enumerate(line.split())
+}
+
+PACKAGES = ("judge", "chat", "experiments")
+
+
+def modules(root=ROOT):
+    """Every module of ours, packages' __init__ aside, with its source."""
+    files = [
+        *root.glob("*.py"),
+        *(file for package in PACKAGES for file in (root / package).glob("*.py")),
+    ]
+    named = {
+        ".".join(file.relative_to(root).with_suffix("").parts): file.read_text() for file in files
+    }
+    return {name: text for name, text in named.items() if not name.endswith("__init__")}
+
+
+def imported(text):
+    """(module, name) of each import of ours, inside functions too."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole, "") if whole in ORDER else (node.module, alias.name)
+
+
+def faults(name, text):
+    """What an import of this module breaks: the direction, or the privacy of an underscore."""
+    for other, what in imported(text):
+        if other in ORDER and ORDER[other] >= ORDER[name]:
+            yield f"{name} imports {other}, which is not above it"
+        if other in ORDER and what.startswith("_"):
+            yield f"{name} imports {what} of {other}, which is private"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_a_module_imports_only_what_is_above_it(name):
+    assert name in ORDER, f"give {name} a place in LAYERS"
+    assert list(faults(name, modules()[name])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("pairs", "from dno import win_rate"),
+        ("dno", "def f():\n    import oracle"),
+        ("model", "from chat.formats import NAMES"),
+        ("judge.ledger", "from judge import endpoint"),
+        ("oracle", "from chat.policy import ChatPolicy"),
+        ("experiments.rounds", "from experiments.llm import run_llm"),
+        ("solvers", "from dno import _maximin"),
+    ],
+)
+def test_a_line_in_the_wrong_room_is_noticed(name, line):
+    assert len(list(faults(name, line))) == 1
+
+
+def loaded_by(module):
+    """The names of all modules after an import, in a new interpreter."""
+    code = f"import {module}, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+HEAVY = {"matplotlib", "openai", "tiktoken", "safetensors", "transformers", "gguf"}
+
+
+def test_the_paper_is_imported_without_what_practice_needs():
+    assert not (HEAVY | {"oracle", "model", "judge", "chat"}) & loaded_by("dno")
+
+
+def test_chat_imports_what_is_heavy_when_it_is_used():
+    assert not (HEAVY | {"torch"}) & loaded_by("chat")
+
+
+def test_the_command_line_imports_a_preset_when_it_is_chosen():
+    loaded = loaded_by("train")
+    assert not (HEAVY | {f"experiments.{name}" for name in ("text", "ablations", "llm")}) & loaded
+
+
+def test_no_test_module_imports_another_and_helpers_import_no_tests():
+    for path in (ROOT / "tests").glob("*/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if "test_" in name or "conftest" in name], path
