@@ -253,16 +253,12 @@ def run_game(config: GameConfig) -> None:
 
 
 def draw(config: GameConfig, game: Game, policies: Tensor, others: Comparisons, run: Run) -> None:
-    """gaps.png and simplex.png. Imports matplotlib, which the command line does not need."""
-    from matplotlib import pyplot
-
-    from experiments.figures import STYLE
-    from experiments.game_figures import gap_figure, simplex_figure
+    """gaps.png and simplex.png."""
+    from experiments.game_figures import gap_figure, simplex_figure  # here: imports matplotlib
 
     kind = "table" if config.vocabulary is None else "transformer"
-    with pyplot.style.context(STYLE):
-        run.figure("gaps.png", gap_figure(run.metrics, others, kind, config.algorithm == 3))
-        run.figure("simplex.png", simplex_figure(game, policies, others.twin))
+    run.figure("gaps.png", gap_figure, run.metrics, others, kind, config.algorithm == 3)
+    run.figure("simplex.png", simplex_figure, game, policies, others.twin)
 
 
 def write_tables(run: Run, game: Game, policies: Tensor, others: Comparisons) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 
 from chat.scoring import shared_log_prob
@@ -17,9 +16,16 @@ from chat.team import Team
 from model import Transformer
 
 
+def is_shard(value: Any) -> TypeGuard[Any]:
+    """Whether it is a process's part of a tensor. If nothing has been cut in parts, the module that
+    does it, which takes a second to import, is not there."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 def full(weight: Tensor) -> Tensor:
     """A sharded tensor, gathered from all processes; of another, all."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return weight.full_tensor() if is_shard(weight) else weight
 
 
 def whole(value: Any) -> Any:
@@ -34,7 +40,9 @@ def whole(value: Any) -> Any:
 def part_of(value: Any, like: Tensor) -> Any:
     """Of a whole tensor the part that this process has of `like`, if `like` is sharded and of the
     same shape."""
-    if isinstance(value, Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
+    if isinstance(value, Tensor) and is_shard(like) and value.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(
             value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
         )
@@ -95,6 +103,8 @@ class MasterWeights(nn.Module):
 def sharded(scorer: Scorer, dtype: torch.dtype, device: torch.device) -> Scorer:
     """The scorer with every parameter, its gradient and what an optimizer keeps of it cut in as
     many parts as there are processes; a block's are gathered, as dtype, while it computes."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in (*scorer.model.blocks, scorer):

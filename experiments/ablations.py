@@ -12,14 +12,12 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
 from experiments.ablation_methods import METHODS, Setting, Start
 from experiments.ablations_settings import AblationsConfig, settings_to_try
-from experiments.ablations_summary import Rows, ablations_figure, as_csv, summarise_ablations
-from experiments.figures import STYLE
+from experiments.ablations_summary import Rows, as_csv, summarise_ablations
 from experiments.fine_tuning import fine_tuned
 from experiments.folder import Run
 from experiments.judging import Judging, demonstrations, held_out_gold
@@ -82,8 +80,9 @@ def run_ablations(config: AblationsConfig) -> None:
     run.write("ablations.csv", as_csv([row for rows in found.values() for row in rows]))
     summary = summarise_ablations(config, curves, scores, tuned)
     run.write("summary.json", json.dumps(summary, indent=2) + "\n")
-    with plt.style.context(STYLE):
-        run.figure("ablations.png", ablations_figure(curves))
+    from experiments.ablations_figures import ablations_figure  # here, as it imports matplotlib
+
+    run.figure("ablations.png", ablations_figure, curves)
     print(f"\nTable and figure: {run.out}")
 
 

@@ -1,17 +1,15 @@
-"""What comes out of the preset "ablations": tables, summary and figure."""
+"""What comes out of the preset "ablations": tables and summary."""
 
 from __future__ import annotations
 
 import csv
 import io
 from dataclasses import asdict
-from itertools import cycle
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.ablation_methods import METHODS, ORDERINGS, Setting
+from experiments.ablation_methods import ORDERINGS, Setting
 from experiments.ablations_settings import AblationsConfig
 from experiments.sampled_summary import late
 from experiments.validation import KINDS
@@ -20,15 +18,6 @@ from judge.statistics import mean_interval
 Rows = list[dict[str, Any]]  # of one run, an iteration each
 Curves = dict[str, list[Rows]]  # the runs of each method, a seed each
 Scores = dict[str, dict[Setting, float]]  # of each method and setting, in tuning
-
-STYLES = ("-", "--", ":", "-.")
-PANELS = {
-    "win_rate_vs_teacher": "$P(\\pi_{t+1} \\succ$ teacher$)$",
-    "gap_last": "gap of the last iterate",
-}
-
-
-# --- Numbers --------------------------------------------------------------------------------------
 
 
 def as_csv(rows: Rows) -> str:
@@ -120,38 +109,3 @@ def table_2(config: AblationsConfig, curves: Curves) -> list[dict[str, Any]]:
             kinds = " ".join(f"{row[f'pairs_{kind}']:6.1f}" for kind in KINDS)
             print(f"{label:31} {t:6d} | {words:5.1f} | {best:9.3f} | {wins:12.2f} | {kinds}")
     return table
-
-
-# --- Figure ---------------------------------------------------------------------------------------
-
-
-def ablations_figure(curves: Curves) -> plt.Figure:
-    """Win rate over the teacher and gap of the last iterate against the iteration: means and 95%
-    intervals over seeds."""
-    groups: dict[str, list[str]] = {}
-    for name in curves:
-        groups.setdefault(METHODS[name].panel, []).append(name)
-    size = (11 * len(groups) / 3, 6)
-    figure, grid = plt.subplots(
-        2, len(groups), figsize=size, sharex=True, sharey="row", squeeze=False
-    )
-    for (column, label), row in zip(PANELS.items(), grid, strict=True):
-        for axes, names in zip(row, groups.values(), strict=True):
-            for name, style in zip(names, cycle(STYLES), strict=False):
-                draw_curve(axes, curves[name], column, style, name)
-            if column == "win_rate_vs_teacher":
-                axes.axhline(0.5, ls=":", lw=1, color="0.3", label="1/2")
-                axes.legend(fontsize=8)
-            else:
-                axes.set(xlabel="iteration $t$")
-        row[0].set(ylabel=label)
-    return figure
-
-
-def draw_curve(axes: plt.Axes, runs: list[Rows], column: str, style: str, name: str) -> None:
-    """Mean and interval of a column over a method's runs."""
-    values = np.array([[row[column] for row in rows] for rows in runs])  # (seeds, T)
-    mean, half = np.array([mean_interval(at_t) for at_t in values.T]).T
-    t = np.arange(1, len(mean) + 1)
-    (line,) = axes.plot(t, mean, style, lw=1.6, label=name)
-    axes.fill_between(t, mean - half, mean + half, color=line.get_color(), alpha=0.15, lw=0)

@@ -273,11 +273,15 @@ class Run:
             self.keep("checkpoint/phases.pt", {**self.phases, "mark": self.mark})
         return self.phases[phase]
 
-    def figure(self, name: str, figure: Figure) -> None:
-        """Save a figure of pyplot's as a PNG, and close it."""
-        from matplotlib import pyplot
+    def figure(self, name: str, draw: Callable[..., Figure], *arguments: Any) -> None:
+        """Save draw(*arguments), a figure of pyplot's in our style, as a PNG."""
+        from matplotlib import pyplot  # here, as it takes a second to import
 
-        figure.savefig(self.out / name)
+        from experiments.figures import STYLE
+
+        with pyplot.style.context(STYLE):
+            figure = draw(*arguments)
+            figure.savefig(self.out / name)
         pyplot.close(figure)
 
 

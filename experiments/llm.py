@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import matplotlib.pyplot as plt
 import torch
 
 import dno
@@ -15,13 +14,12 @@ from chat.policy import ChatPolicy
 from chat.team import SharedJudge, Team
 from chat.template import Chat
 from experiments.costs import announce_costs, training_comparisons, validation_comparisons
-from experiments.figures import STYLE
 from experiments.folder import Run
 from experiments.judging import Judging, judging
 from experiments.llm_settings import LlmConfig
 from experiments.prompts import Prompt, split_prompts
 from experiments.rounds import Stage
-from experiments.sampled_summary import sampled_figure, summarise
+from experiments.sampled_summary import summarise
 from experiments.settings import COMPUTE, BadInput, check_device, join_team
 from experiments.training import CLASSES_KEPT, Work, show_before_and_after, train_stages
 from experiments.validation import JudgedValidation
@@ -64,8 +62,9 @@ def run_llm(config: LlmConfig) -> None:
     run.write("summary.json", json.dumps(summary, indent=2) + "\n")
     policy.refresh()
     if run.writes:
-        with plt.style.context(STYLE):
-            run.figure("llm.png", sampled_figure(stages, run.metrics, validation.numbers[0]))
+        from experiments.sampled_figures import sampled_figure  # here, as it imports matplotlib
+
+        run.figure("llm.png", sampled_figure, stages, run.metrics, validation.numbers[0])
         write_transformer(policy.model, run.out / "best")
         chat.save(run.out / "best")
     where = f"{run.out}/best, for transformers and vLLM"

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import time
 
-import matplotlib.pyplot as plt
 import torch
 
 import dno
 from experiments.costs import announce_costs, training_comparisons, validation_comparisons
-from experiments.figures import STYLE
 from experiments.fine_tuning import fine_tuned
 from experiments.folder import Run
 from experiments.judging import Judging, answered, demonstrations, held_out_gold, judging
 from experiments.rounds import METRICS, Round, Row, Stage
-from experiments.sampled_summary import sampled_figure, summarise
+from experiments.sampled_summary import summarise
 from experiments.settings import check_device
 from experiments.text_settings import TextConfig
 from experiments.training import CLASSES_KEPT, Work, show_before_and_after, train_stages
@@ -49,8 +47,9 @@ def run_text(config: TextConfig) -> None:
     show_before_and_after(validation)
     summary = {**summarise(config, stages, run.metrics, first), **asked.spending()}
     run.write("summary.json", json.dumps(summary, indent=2) + "\n")
-    with plt.style.context(STYLE):
-        run.figure("text.png", sampled_figure(stages, run.metrics, first))
+    from experiments.sampled_figures import sampled_figure  # here, as it imports matplotlib
+
+    run.figure("text.png", sampled_figure, stages, run.metrics, first)
     print(f"\n{time.perf_counter() - start:.0f} s. Figure and metrics: {run.out}")
 
 

@@ -15,12 +15,14 @@ LAYERS = (  # each may import from those above it, and from what stands before i
     "regularized solvers oracle",
     "chat.formats chat.gguf chat.hugging_face chat.template chat.scoring chat.low_rank chat.team "
     "chat.processes chat.policy chat.checkpoints",
-    "experiments.settings experiments.folder experiments.figures experiments.judging "
+    "experiments.settings experiments.figures experiments.folder experiments.judging "
     "experiments.validation experiments.rounds experiments.recalling experiments.training "
-    "experiments.sampled_summary experiments.costs experiments.game experiments.game_figures "
+    "experiments.sampled_summary experiments.sampled_figures experiments.costs "
+    "experiments.game experiments.game_figures "
     "experiments.sampled_settings experiments.text_settings experiments.fine_tuning "
     "experiments.text experiments.ablation_methods "
-    "experiments.ablations_settings experiments.ablations_summary experiments.ablations "
+    "experiments.ablations_settings experiments.ablations_summary "
+    "experiments.ablations_figures experiments.ablations "
     "experiments.llm_settings experiments.prompts experiments.llm experiments.agreement",
     "train",
 )
@@ -97,6 +99,7 @@ def loaded_by(module):
     return set(done.stdout.split())
 
 
+SLOW = {"matplotlib", "openai", "scipy.stats", "torch.distributed.fsdp", "transformers"}
 HEAVY = {"matplotlib", "openai", "tiktoken", "safetensors", "transformers", "gguf"}
 
 
@@ -111,6 +114,11 @@ def test_chat_imports_what_is_heavy_when_it_is_used():
 def test_the_command_line_imports_a_preset_when_it_is_chosen():
     loaded = loaded_by("train")
     assert not (HEAVY | {f"experiments.{name}" for name in ("text", "ablations", "llm")}) & loaded
+
+
+@pytest.mark.parametrize("preset", ["game", "text", "ablations", "llm"])
+def test_a_preset_imports_what_takes_a_second_when_it_is_used(preset):
+    assert not SLOW & loaded_by(f"experiments.{preset}")
 
 
 def test_no_test_module_imports_another_and_helpers_import_no_tests():
