@@ -148,6 +148,7 @@ def until_requests(server, n):
 KILLS = 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "idempotent"), [("pairwise", True), ("scored", False)])
 def test_a_run_killed_twenty_times_pays_for_no_judgment_twice_and_loses_none(
     form, idempotent, server, asking, tmp_path

@@ -128,6 +128,7 @@ def unescaped(text):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCENES)
 def test_the_key_is_in_no_file_log_or_traceback_though_the_server_repeats_it(kind, chatter):
     folder, printed = chatter
@@ -144,6 +145,7 @@ def test_the_key_is_in_no_file_log_or_traceback_though_the_server_repeats_it(kin
     assert any(b"[key]" in file.read_bytes() for file in files), "the server did repeat it"
 
 
+@pytest.mark.slow
 def test_errors_that_repeat_the_key_are_reported_without_it(chatter):
     _, printed = chatter
     assert "Error 401: incorrect key Bearer [key]" in printed["errors"]
