@@ -3,8 +3,10 @@
 import ast
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 from helpers import ROOT
 
@@ -127,3 +129,15 @@ def test_no_test_module_imports_another_and_helpers_import_no_tests():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if "test_" in name or "conftest" in name], path
+
+
+def test_every_pinned_version_is_in_the_range_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {item.name: item.specifier for item in map(Requirement, project["dependencies"])}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert {pin.name for pin in pins} == set(ranges)
+    for pin in pins:
+        (version,) = pin.specifier
+        assert version.operator == "=="
+        assert version.version in ranges[pin.name]
