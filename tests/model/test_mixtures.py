@@ -140,6 +140,7 @@ def test_the_responses_of_a_uniform_mixture_are_independent_of_each_other():
         assert_follow([y.tokens for y in responses], exact)
 
 
+@pytest.mark.slow
 @SHARPNESS
 def test_the_uniform_mixture_draws_a_policy_once_for_a_response(temperature, top_p):
     policies, mixture = uniform_mixture(loaded := [])
