@@ -1,6 +1,9 @@
 """Runs of train.py: as a user starts them, and what they leave in their folder."""
 
+import fcntl
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +25,21 @@ def start(*arguments):
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear
     )
+
+
+def made_once(tmp_path_factory, name, make):
+    """A copy of the folder that make(folder) fills. That is done by the first of all test processes
+    to ask; the others wait for it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    (made := shared / "made").mkdir(exist_ok=True)
+    with (made / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (made / f"{name}.done").exists():
+            shutil.rmtree(made / name, ignore_errors=True)
+            make(made / name)
+            (made / f"{name}.done").touch()
+    return shutil.copytree(made / name, tmp_path_factory.mktemp("made") / name)
 
 
 def rows(out):
