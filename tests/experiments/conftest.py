@@ -12,7 +12,7 @@ from helpers.judged_runs import KEY, RUNS, judged
 from helpers.processes import Nursery
 from helpers.runs import SMALL, made_once
 from helpers.server import serving
-from helpers.text_runs import TINY
+from helpers.text_runs import TINY, learn_once
 
 RENDER = Figure.savefig
 
@@ -28,6 +28,13 @@ def sketched(request, monkeypatch):
     for tests that ask for `rendered`."""
     if "rendered" not in request.fixturenames:
         monkeypatch.setattr(Figure, "savefig", lambda _, path: Path(path).write_bytes(b"sketch"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def learnt():
+    with pytest.MonkeyPatch.context() as patch:
+        learn_once(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")

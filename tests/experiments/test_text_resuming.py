@@ -167,11 +167,11 @@ def fine_tuned_already(finished, out, arguments):
 def test_algorithms_3_and_4_survive_being_killed_too(text_run, nursery, tmp_path):
     """Killed after iteration 3 of 4. The reference of iteration 4 is pi_3 then, neither pi_1 nor
     the policy that was saved."""
-    legs, short = [], "--iterations 4 --move-reference-every 2 --resume --prompts 6".split()
+    legs, short = [], "--iterations 4 --move-reference-every 2 --prompts 4 --survey 1".split()
     for number, algorithm in enumerate(
-        ("3 --tau 0.1", "4 --option I --tau 4", "4 --option II --tau 4")
+        ("3 --tau 0.1 --samples 6", "4 --option I --tau 4", "4 --option II --tau 4")
     ):
-        arguments = [*TINY, *short, "--algorithm", *algorithm.split(), "--out"]
+        arguments = [*TINY, *short, "--resume", "--algorithm", *algorithm.split(), "--out"]
         for name in ("whole", "cut"):
             fine_tuned_already(
                 text_run,

@@ -111,6 +111,9 @@ def nurse():
         importlib.import_module(name)
     from matplotlib.figure import Figure
 
+    from helpers.text_runs import learn_once
+
+    learn_once(setattr)
     Figure.savefig = lambda _, path: path.write_bytes(b"sketch")
     answers = os.fdopen(os.dup(1), "w")  # children print elsewhere
     for line in sys.stdin:
