@@ -27,6 +27,7 @@ DEATHS = {  # the call of the ledger at which it dies, which one, before or afte
 KEYED = {"OPENAI_API_KEY": KEY}
 
 
+@pytest.mark.slow
 def test_killed_while_it_asks_and_resumed_it_pays_nothing_twice(
     judged_run, server, nursery, tmp_path
 ):

@@ -473,10 +473,10 @@ def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp
 @pytest.mark.parametrize(
     ("command", "unbuffered"),
     [
-        ([ROOT / "train.py", *SMALL, "--out", "run"], ""),
+        pytest.param([ROOT / "train.py", *SMALL, "--out", "run"], "", marks=pytest.mark.slow),
         ([ROOT / "train.py", *SMALL, "--out", "run"], "1"),
-        ([ROOT / "train.py", "--help"], ""),
-        (["-m", "experiments.agreement", "labels.jsonl"], ""),
+        pytest.param([ROOT / "train.py", "--help"], "", marks=pytest.mark.slow),
+        pytest.param(["-m", "experiments.agreement", "labels.jsonl"], "", marks=pytest.mark.slow),
     ],
 )
 def test_a_program_whose_output_nobody_reads_ends_with_141_and_no_word(

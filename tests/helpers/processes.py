@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -71,6 +72,16 @@ class Nursery:
         request = {"call": call, "arguments": arguments, "out": str(out), "of": environment}
         return Child(self, self.ask(request), out)
 
+    def team(self, call, *arguments):
+        """Two such children, in the environment that torchrun gives its processes."""
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        shared = dict(zip("WORLD_SIZE LOCAL_WORLD_SIZE".split(), "22", strict=True))
+        shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared["TORCHELASTIC_RUN_ID"] = "none"
+        ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        return [self.start(call, *arguments, **environment) for environment in ranks]
+
     def close(self):
         self.process.stdin.close()
         self.process.wait()
@@ -114,7 +125,7 @@ def nurse():
     from helpers.text_runs import learn_once
 
     learn_once(setattr)
-    Figure.savefig = lambda _, path: path.write_bytes(b"sketch")
+    Figure.savefig = lambda _, path: Path(path).write_bytes(b"sketch")
     answers = os.fdopen(os.dup(1), "w")  # children print elsewhere
     for line in sys.stdin:
         request = json.loads(line)
@@ -140,6 +151,17 @@ def train_with(arguments):
     import train
 
     return train.main(arguments)
+
+
+def train_and_leave_nothing(arguments):
+    """train.py; then, is the process group closed, down to its threads? One that is left can abort
+    the process at its end."""
+    code = train_with(arguments)
+    tasks = Path("/proc/self/task")
+    left = [name for task in tasks.iterdir() if "gloo" in (name := (task / "comm").read_text())]
+    if left:
+        print(f"threads left: {left}")
+    return code or len(left)
 
 
 def train_until_written(arguments, out, rows):
