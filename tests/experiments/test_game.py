@@ -107,6 +107,7 @@ def test_the_default_run_keeps_the_promises_of_the_readme(rendered, capsys, tmp_
     assert gaps["table with moving reference, last"] < summary["gap_average"]
 
 
+@pytest.mark.slow
 def test_with_two_threads_the_exact_numbers_are_those_of_one(nursery, tmp_path):
     """The default game, where what is solved is large. Only the transformer's gaps may differ, by
     how float32 is rounded: little after two steps of training."""
@@ -160,6 +161,7 @@ def rows_so_far(out):
     return (out / "metrics.jsonl").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_interrupted_it_exits_with_130_and_can_go_on(nursery, tmp_path):
     out = tmp_path / "run"
     arguments = [*SMALL, "--iterations", "5000", "--out", str(out)]

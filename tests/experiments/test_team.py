@@ -92,6 +92,7 @@ def same(out, alone):
     return True
 
 
+@pytest.mark.slow
 def test_when_one_process_is_killed_the_other_ends_and_says_how_to_go_on(killed):
     out, first, second = killed
     assert "Traceback" not in first + second
@@ -114,6 +115,7 @@ def test_torchrun_itself_starts_two_processes_that_do_a_run(tiny_qwen, prompts_f
     assert len(lines(out / "metrics.jsonl")) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(
     killed, alone, tiny_qwen, prompts_file, tmp_path
 ):
