@@ -1,30 +1,16 @@
-"""Runs of train.py: as a user starts them, and what they leave in their folder."""
+"""Small runs of train.py, and what they leave in their folder."""
 
 import fcntl
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import train
-from helpers import ROOT
 
 SMALL = (
     "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 "
     "--width 16 --layers 1"
 ).split()
-
-
-def start(*arguments):
-    """train.py as a user starts it: what it prints is thrown away, and Ctrl-C reaches it, even if
-    the tests run where a shell made background jobs deaf to it."""
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear
-    )
 
 
 def made_once(tmp_path_factory, name, make):
