@@ -83,6 +83,7 @@ def test_its_pairs_keep_the_margin_and_its_numbers_are_those_of_the_saved_sample
         )
 
 
+@pytest.mark.slow
 def test_the_best_policy_loads_in_transformers_and_scores_as_here(finished):
     import transformers
 

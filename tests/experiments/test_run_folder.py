@@ -42,11 +42,8 @@ def not_started(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted small run."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main([*SMALL, "--out", str(out)]) == 0
-    return out
+def finished(game_run):
+    return game_run
 
 
 def ends_after(monkeypatch, out, rows):
@@ -127,7 +124,7 @@ def test_files_of_a_run_have_the_modes_that_the_user_asked_for(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("name", [".metrics.jsonl.part", "checkpoint/state.pt.part", "gaps.png"])
 def test_after_a_full_disk_the_run_goes_on_to_the_same_result(
-    name, finished, capsys, tmp_path, monkeypatch
+    name, finished, rendered, capsys, tmp_path, monkeypatch
 ):
     """/dev/full stands where the file is to be written: no byte fits."""
     out = tmp_path / "run"
@@ -476,10 +473,10 @@ def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp
 @pytest.mark.parametrize(
     ("command", "unbuffered"),
     [
-        ([ROOT / "train.py", *SMALL, "--out", "run"], ""),
+        pytest.param([ROOT / "train.py", *SMALL, "--out", "run"], "", marks=pytest.mark.slow),
         ([ROOT / "train.py", *SMALL, "--out", "run"], "1"),
-        ([ROOT / "train.py", "--help"], ""),
-        (["-m", "experiments.agreement", "labels.jsonl"], ""),
+        pytest.param([ROOT / "train.py", "--help"], "", marks=pytest.mark.slow),
+        pytest.param(["-m", "experiments.agreement", "labels.jsonl"], "", marks=pytest.mark.slow),
     ],
 )
 def test_a_program_whose_output_nobody_reads_ends_with_141_and_no_word(
