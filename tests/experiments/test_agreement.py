@@ -364,6 +364,7 @@ APART = [
 MODES = [("scored", LABELS), ("pairwise", LABELS), ("scored", APART), ("pairwise", APART)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "lines"), MODES, ids=["scored", "pairwise", "scored, apart", "pairwise, apart"]
 )

@@ -73,6 +73,7 @@ def recorded(judged_run, tmp_path_factory):
     return cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scored", "pairwise", "failing", "taught"])
 def test_replayed_without_server_and_key_a_run_is_bit_for_bit_the_same(
     judged_run, recorded, server, name, tmp_path, monkeypatch
@@ -105,6 +106,7 @@ def test_a_replay_with_another_seed_stops_with_one_line_that_names_the_cache(
     assert cache.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [0, 1, 3, -1])
 @pytest.mark.parametrize("how", ["live", "live --dry-run", "replay"])
 def test_a_run_with_a_damaged_cache_ends_in_one_line_and_leaves_it_alone(

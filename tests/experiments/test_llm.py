@@ -116,6 +116,7 @@ def interrupted_and_resumed(monkeypatch, directory, prompts_file, out, *more):
     assert run(directory, prompts_file, out, *more, "--resume") == 0
 
 
+@pytest.mark.slow
 def test_killed_after_an_iteration_and_resumed_it_ends_the_same(
     finished, tiny_llama, prompts_file, tmp_path, monkeypatch
 ):
@@ -129,6 +130,7 @@ def test_killed_after_an_iteration_and_resumed_it_ends_the_same(
     assert run(tiny_llama, prompts_file, out, "--resume") == 0  # nothing is left to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

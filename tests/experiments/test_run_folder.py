@@ -121,6 +121,7 @@ def test_files_of_a_run_have_the_modes_that_the_user_asked_for(tmp_path):
 # --- Full disks ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("name", [".metrics.jsonl.part", "checkpoint/state.pt.part", "gaps.png"])
 def test_after_a_full_disk_the_run_goes_on_to_the_same_result(
@@ -259,6 +260,7 @@ def changed(state, name):
     return {**state, **wrong[name]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -470,6 +472,7 @@ def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "unbuffered"),
     [

@@ -132,6 +132,7 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(text_run, name, capsys, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [STATE, PHASES])
 def test_a_checkpoint_of_a_run_with_other_settings_is_refused(text_run, name, capsys, tmp_path):
     """It fits in every shape; only the mark of the settings tells it apart."""
