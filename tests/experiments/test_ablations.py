@@ -38,6 +38,9 @@ from pairs import SamplingSettings
 from world import HELD_OUT
 
 # float64 log-probabilities of the same response, read alone, in a batch, or while it was sampled
+pytestmark = pytest.mark.slow
+
+
 DOUBLE = 1e-9
 
 
@@ -100,7 +103,6 @@ def off(log_probs, policy, D):
         return (log_probs - policy.log_prob(D.prompts, D.responses)).abs().max().item()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("label", METHODS)
 def test_every_method_trains_pi_1_and_validates_it_first_and_later(label, begin):
     """Every method trains pi_1 and has it validated first and after each iteration."""
@@ -196,7 +198,6 @@ def test_the_step_of_sft_on_positives_is_along_their_likelihood(begin, monkeypat
         assert (before - after - before.grad).abs().max() < DOUBLE * largest
 
 
-@pytest.mark.slow
 def test_lookahead_trains_pi_1_on_each_pair_of_dno_once_in_another_order(begin, fitted):
     """Lookahead trains pi_1 on each pair that DNO comes to see once and in another order."""
     seen = [chosen(it) for it in dno_practical(begin())]
@@ -252,7 +253,6 @@ def test_each_method_may_try_equally_many_settings():
     assert set(settings_to_try(AblationsConfig(algorithm=4))) == {"regularised DNO"}
 
 
-@pytest.mark.slow
 def test_the_ablations_write_what_they_promise_and_do_not_repeat_finished_runs(capsys, tmp_path):
     out = tmp_path / "run"
     sizes = (

@@ -21,7 +21,7 @@ from helpers.runs import rows
 # --- What it will cost ---
 
 
-pytestmark = pytest.mark.usefixtures("judges_key")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
 
 
 def planned(text):
@@ -77,7 +77,6 @@ def test_a_dry_run_for_openai_needs_neither_network_nor_key(capsys, tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scored", "pairwise", "points", "algorithm 3"])
 def test_the_plan_is_an_upper_bound_of_what_a_clean_run_sends_and_pays(
     judged_run, server, name, capsys, tmp_path
@@ -90,7 +89,6 @@ def test_the_plan_is_an_upper_bound_of_what_a_clean_run_sends_and_pays(
     assert cost(stats) <= dollars
 
 
-@pytest.mark.slow
 def test_the_plan_is_an_upper_bound_however_rarely_the_policy_repeats_itself(
     server, capsys, tmp_path
 ):
@@ -136,7 +134,6 @@ def test_where_the_price_is_not_known_no_dollars_are_told(server, tmp_path, caps
 # --- A limit on dollars ---
 
 
-@pytest.mark.slow
 def test_at_the_limit_it_stops_and_goes_on_under_a_higher_one(judged_run, server, capsys, tmp_path):
     """Three limits; the limit holds for what the server charges, which charges nothing twice."""
     whole, stats = judged_run("scored")

@@ -20,7 +20,7 @@ from judge.endpoint import Endpoint
 from oracle import OpenAIJudge
 from pairs import Groups, large_margin_pairs
 
-pytestmark = pytest.mark.usefixtures("judges_key")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
 
 
 def scores_had(out):
@@ -38,7 +38,6 @@ def scores_had(out):
     return found
 
 
-@pytest.mark.slow
 def test_a_response_whose_judgment_failed_has_no_win_rate_and_is_in_no_pair(judged_run):
     """Half the faults are refusals, the others leave out the last response of the sheet; every
     fourth question meets six."""
@@ -86,7 +85,6 @@ def test_a_response_without_a_judgment_is_in_no_pair_even_if_sampled_twice(serve
         assert [0, 0, 5] in chosen.tolist()
 
 
-@pytest.mark.slow
 def test_with_too_many_failures_it_exits_with_1_and_goes_on_once_the_server_is_well(
     server, capsys, tmp_path
 ):
@@ -121,7 +119,6 @@ def test_an_iteration_of_which_nothing_was_judged_is_written_as_valid_json(serve
     )
 
 
-@pytest.mark.slow
 def test_a_run_in_which_a_content_filter_refused_questions_can_be_replayed(server, tmp_path):
     server.control(filters="Praise")
     runs = tmp_path / "run", tmp_path / "again"
@@ -136,7 +133,6 @@ def test_a_run_in_which_a_content_filter_refused_questions_can_be_replayed(serve
     assert (runs[0] / "pairs-001.jsonl").read_bytes() == (runs[1] / "pairs-001.jsonl").read_bytes()
 
 
-@pytest.mark.slow
 def test_what_a_content_filter_refused_is_not_asked_again(server, tmp_path):
     server.control(filters="Praise")
     options = ["--judge-form", "pairwise", "--max-failed", 1, "--prompts", 4, "--judged", 1]

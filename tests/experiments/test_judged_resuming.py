@@ -14,7 +14,7 @@ from helpers.runs import refused
 
 # --- Killed and resumed ---
 
-pytestmark = pytest.mark.usefixtures("judges_key")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
 
 
 DEATHS = {  # the call of the ledger at which it dies, which one, before or after
@@ -27,7 +27,6 @@ DEATHS = {  # the call of the ledger at which it dies, which one, before or afte
 KEYED = {"OPENAI_API_KEY": KEY}
 
 
-@pytest.mark.slow
 def test_killed_while_it_asks_and_resumed_it_pays_nothing_twice(
     judged_run, server, nursery, tmp_path
 ):
@@ -73,7 +72,6 @@ def recorded(judged_run, tmp_path_factory):
     return cache
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scored", "pairwise", "failing", "taught"])
 def test_replayed_without_server_and_key_a_run_is_bit_for_bit_the_same(
     judged_run, recorded, server, name, tmp_path, monkeypatch
@@ -106,7 +104,6 @@ def test_a_replay_with_another_seed_stops_with_one_line_that_names_the_cache(
     assert cache.read_bytes() == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", [0, 1, 3, -1])
 @pytest.mark.parametrize("how", ["live", "live --dry-run", "replay"])
 def test_a_run_with_a_damaged_cache_ends_in_one_line_and_leaves_it_alone(

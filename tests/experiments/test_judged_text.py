@@ -35,7 +35,7 @@ from helpers.server import blocks, quality
 from helpers.text_runs import jsonl, policy_of, repeats
 from world import CLASSES, HELD_OUT, classify, teacher_answer
 
-pytestmark = pytest.mark.usefixtures("judges_key")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
 
 
 ROUNDING = 1e-9  # .6 - .2 is below .4 in floating point, by far less than this
@@ -94,7 +94,6 @@ OF_PAIRS = {"chosen_log_ratio", "sampled_vs_teacher", "student_wins", "best_of_n
 MORE = {"algorithm 3": set(), "points": OF_PAIRS | {"student_score", "teacher_score"}}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_judged_run_writes_the_files_of_a_text_run_with_its_own_columns(judged_run, name):
     """A judged run writes the files of a text run with its own columns and valid json."""
