@@ -57,12 +57,18 @@ def test_scores_do_not_depend_on_the_batch(tiny_llama):
 
 
 def test_samples_do_not_depend_on_the_batch_and_are_recorded_as_they_are_scored(tiny_llama):
+    """The prompts are of several lengths, and not in their order, by which batches are made."""
     policy, several = policy_of(tiny_llama), policy_of(tiny_llama, batch=2)
-    ys, recorded = policy.sample(PROMPTS[:6], 2, 1.0, 1.0, seed=3)
-    assert ys == several.sample(PROMPTS[:6], 2, 1.0, 1.0, seed=3)[0]
+    asked = [f"{'Well, ' * (-n % 3)}{x}" for n, x in enumerate(PROMPTS[:6])]
+    lengths = [len(tokens) for tokens in policy.prompt_tokens(asked)]
+    assert lengths != sorted(lengths)
+    ys, recorded = policy.sample(asked, 2, 1.0, 1.0, seed=3)
+    others, also = several.sample(asked, 2, 1.0, 1.0, seed=3)
+    assert ys == others
+    assert (also - recorded).abs().max() < FLOAT32 * 10
     with torch.no_grad():
         scored = policy.log_prob(
-            [x for x in PROMPTS[:6] for _ in range(2)], [y for two in ys for y in two]
+            [x for x in asked for _ in range(2)], [y for two in ys for y in two]
         )
     assert (scored - recorded.flatten()).abs().max() < FLOAT32 * 10
     assert {policy.finished(y) for two in ys for y in two} <= {True, False}
