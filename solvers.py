@@ -62,6 +62,19 @@ def mean_square_difference(d: Tensor, p: Tensor, q: Tensor, rho: Tensor | None =
     return prompt_mean(variances + (mean_p - mean_q).squeeze(-1) ** 2, rho)
 
 
+def rotation_frequency(P: Tensor, pi: Tensor) -> Tensor:
+    """w [X]: the policies near pi, a Nash policy of full support, circle it by w/eta radians a step
+    of Eq. (9). It is the largest imaginary part of the eigenvalues of diag(pi) A, A = P - 1/2.
+
+    w < 8^(-1/2) < .354 in every preference game. With D = diag(pi), D A has the eigenvalues of B =
+    D^(1/2) A D^(1/2), which is skew-symmetric: they come in pairs +-i w, so that 2 w^2 is at most
+    |B|^2 = sum_{y != y'} pi(y) pi(y') A(y, y')^2 <= (1 - sum_y pi(y)^2)/4, as |A| <= 1/2.
+    ValueError on a bad table."""
+    P = check_preferences(P).double()
+    pi = check_policy(pi, P.shape[:2]).to(P)
+    return torch.linalg.eigvals(pi.unsqueeze(-1) * (P - 0.5)).imag.amax(-1)
+
+
 def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
     """MW(P_tau) of Eq. (6), [X, Y], unique: the solution of pi = pi_ref exp(P(. > pi)/tau) / Z, by
     `relatives.implicit_step`.
