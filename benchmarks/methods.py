@@ -5,9 +5,10 @@
 Prints a line for each method, and writes docs/numbers/methods.csv and figures/methods.png. The
 tables of docs/results.md and the figure there are this command's.
 
-Games: four kinds, five sizes, `--games` of each (5). Step sizes and tau are chosen on 20 other games
-by what they reach with 1,000 evaluations. What counts is not iterations but evaluations of P times a policy (`EVALUATIONS`). The
-policies start uniform, and so does the reference, if the method has one."""
+Games: four kinds, five sizes, `--games` of each (5). Step sizes and tau are chosen on 20 other
+games, by what they reach with 1,000 evaluations. What counts is not iterations but evaluations of P
+times a policy (`EVALUATIONS`). The policies start uniform, and so does the reference, if the method
+has one."""
 
 from __future__ import annotations
 
