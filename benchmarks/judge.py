@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from endpoint_server import serving
-
+from helpers.server import serving
 from judge.endpoint import Endpoint
 from judge.prices import Price
 from oracle import OpenAIJudge

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers.chat_models import PROMPTS, make_model, write_prompts
+from helpers.last_line import pytest_unconfigure  # noqa: F401, a hook
 
 # small tensors: more threads are no faster, and results do not depend on the machine
 torch.set_num_threads(1)

@@ -2,18 +2,22 @@
 ones and a server on this machine in place of others; what CI runs itself is only looked for
 there."""
 
+import os
 import re
 import runpy
 import shlex
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run import run as run_notebook
 
 import train
-from benchmarks import game, text, theorem_1
+from benchmarks import game, llm, memory, text, theorem_1
+from benchmarks.game import seconds as measured
 from experiments.agreement import main
 from experiments.llm_settings import LlmConfig
 from experiments.settings import parse
@@ -21,12 +25,16 @@ from experiments.text_settings import TextConfig
 from helpers.chat_models import SHORT, make_model
 from helpers.pages import ALL, README, ROOT
 from helpers.server import serving
+from model import Config
 
 SMALL_GAME = (
     "--iterations 2 --steps 2 --pairs 64 --num-prompts 2 --vocabulary 3 --length 2 --width 16"
 )
 
-SMALL_TEXT = "--sft-steps 5 --iterations 1 --prompts 4 --survey 2 --width 32 --layers 1 --threads 1"
+SMALL_TEXT = (
+    "--sft-steps 3 --iterations 1 --prompts 4 --survey 2 --width 32 --layers 1 --threads 1 "
+    "--vocabulary 300 --max-new-tokens 8"
+)
 
 
 def commands():
@@ -135,7 +143,12 @@ def record(do, command, server, monkeypatch):
 def draw(do, command, server, monkeypatch):
     import figures.animation as animation
 
-    monkeypatch.setattr(animation, "FRAMES", 2)
+    animate = animation.FuncAnimation
+
+    monkeypatch.setattr(animation, "FRAMES", 2)  # of which the last is shown for a while
+    monkeypatch.setattr(
+        animation, "FuncAnimation", lambda figure, show, frames: animate(figure, show, frames[:2])
+    )
     monkeypatch.setattr(animation, "FILE", Path("nash.gif").resolve())
     animation.main()
     assert Path("nash.gif").read_bytes()[:3] == b"GIF"
@@ -159,7 +172,8 @@ def measure_game(do, command, server, monkeypatch):
 
 
 def measure_text(do, command, server, monkeypatch):
-    rates, iteration = text.rates, text.iteration
+    """Every point of its figure is the same small iteration, measured once."""
+    rates, iteration = cache(text.rates), cache(text.iteration)
     monkeypatch.setattr(sys, "argv", ["text", "--figure", "cost.png"])
     monkeypatch.setattr(text, "TextConfig", lambda **given: train_text_config(given["out"]))
     monkeypatch.setattr(text, "rates", lambda policy, prompts, k, batch: rates(policy, 2, 2, 4))
@@ -179,24 +193,27 @@ def measure_judging(do, command, server, monkeypatch):
 
 def measure_llm(do, command, server, monkeypatch):
     shutil.copytree(ROOT / "prompts", "prompts")
-    more = [
-        "--model",
-        str(make_model("tiny")),
-        "--prompts",
-        "8",
-        "--max-new-tokens",
-        "4",
-        "--repeats",
-        "1",
-    ]
-    module("benchmarks.llm", monkeypatch, *more)
+    small = "--prompts 8 --max-new-tokens 4 --repeats 1".split()
+    more = re.sub(r".*benchmarks\.llm|--model \S+", "", command).split()
+    monkeypatch.setattr(sys, "argv", ["llm", "--model", str(make_model("tiny")), *small, *more])
+    monkeypatch.setattr(
+        llm, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    )
+    monkeypatch.setattr(llm, "seconds", lambda work, repetitions: measured(work, 1))
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else ()
+    llm.main()
+    if cores:  # a measurement keeps to one, and this process is to go on
+        os.sched_setaffinity(0, cores)
 
 
 def measure_memory(do, command, server, monkeypatch):
-    small = {"--prompts": 2, "--samples": 2, "--prompt": 8, "--response": 4, "--steps": 1}
-    module(
-        "benchmarks.memory", monkeypatch, *(str(word) for pair in small.items() for word in pair)
-    )
+    """With a small model in place of every shape."""
+    more = re.sub(r".*benchmarks\.memory", "", command).split()
+    small = "--prompts 2 --samples 2 --prompt 8 --response 4 --steps 1".split()
+    shape = Config(2000, layers=2, width=32, heads=4, kv_heads=2, hidden=64, tied=True)
+    monkeypatch.setattr(memory, "SHAPES", dict.fromkeys(memory.SHAPES, shape))
+    monkeypatch.setattr(sys, "argv", ["memory", *more, *small])
+    memory.main()
 
 
 def by_torchrun(do, command, server, monkeypatch):
@@ -259,9 +276,23 @@ RUNS = {  # what a command looks like -> how it is run here; the first that fits
 }
 
 
-@pytest.mark.parametrize("command", commands())
+SLOW = {write_text, measure_game, measure_text, measure_judging, measure_llm}  # 2 to 5 s each
+
+
+def how_to_run(command):
+    """The function of RUNS for it, None if there is none."""
+    return next((how for pattern, how in RUNS.items() if re.fullmatch(pattern, command)), None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] * (how_to_run(command) in SLOW))
+        for command in commands()
+    ],
+)
 def test_the_command_runs(command, do, server, monkeypatch):
-    how = next((how for pattern, how in RUNS.items() if re.fullmatch(pattern, command)), None)
+    how = how_to_run(command)
     assert how, f"{command!r} is in README.md or docs/ and nothing here runs it"
     how(do, command, server, monkeypatch)
 

@@ -22,7 +22,7 @@ BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 11,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
     "bos_token_id": 1,
@@ -39,7 +39,10 @@ LLAMA3 = {
 }
 
 FAMILIES = {
-    "Llama 2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "Llama 2": (  # so deep that the names of its layers are not in the order of the alphabet
+        "Llama",
+        {"num_hidden_layers": 11, "num_key_value_heads": 4, "rms_norm_eps": 1e-5},
+    ),
     "Llama 3": (
         "Llama",
         {

@@ -39,8 +39,16 @@ LARGE = [
 
 
 def games_of_all_sizes(test):
-    """Try the test on all games, the large ones too, with one thread and with two."""
-    return pytest.mark.usefixtures("threads")(pytest.mark.parametrize("P", GAMES + LARGE)(test))
+    """Try the test on all games, the large ones too, and on those of over 20 responses with two
+    threads also: of smaller ones nobody makes parts."""
+    tried = [
+        pytest.param(*game.values, threads, id=f"{game.id}-{threads} threads")
+        for game in GAMES + LARGE
+        for threads in (1, 2)
+        if threads == 1 or game.values[0].shape[1] > 20
+    ]
+    by_threads = pytest.mark.parametrize(("P", "threads"), tried, indirect=["threads"])
+    return pytest.mark.usefixtures("threads")(by_threads(test))
 
 
 # Comparisons a > b 0.1, a > c 0.8, b > c 0.1: the 3x3 game of COMAL (Liu et al. 2024), and the

@@ -1,6 +1,7 @@
 """Chat models: scoring that shares prompts, samples as recorded, attention, the nucleus."""
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def brute_choice(log_probs, u, temperature, top_p):
     order = list(range(len(p)))
     if top_p < 1:
         order.sort(key=lambda word: -p[word])
-        below = [math.fsum(p[word] for word in order[:i]) for i in range(len(order))]
+        below = accumulate((p[word] for word in order[:-1]), initial=0.0)
         order = [word for word, before in zip(order, below, strict=True) if before < top_p]
     whole, running = math.fsum(p[word] for word in order), 0.0
     for word in order:

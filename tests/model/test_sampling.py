@@ -36,9 +36,9 @@ PROMPT_TOKENS = {
 @SHARPNESS
 def test_generate_draws_every_response_as_often_as_its_exact_probability_says(temperature, top_p):
     """Words 0..3 of a vocabulary of 6, of which 3 ends a response: 40 responses of up to 3 words,
-    40,000 samples."""
+    10,000 samples."""
     model, prompt = tiny_model(), [4, 1, 5]
-    u = uniform_numbers(1, 40_000, 3, seed=1)
+    u = uniform_numbers(1, 10_000, 3, seed=1)
     tokens, count, _ = generate({model: 1.0}, [torch.tensor(prompt)], u, 4, 3, temperature, top_p)
     exact = all_responses([(model, 1.0)], prompt, 3, 4, 3, temperature, top_p)
     assert sum(exact.values()) == pytest.approx(1, abs=EXACT)

@@ -153,7 +153,7 @@ def test_a_survey_draws_first_tokens_evenly_and_a_response_of_it_as_the_policy_d
     """Of k numbers, one in each k-th of [0, 1), those below c are fewer than k c + 1 and more than
     k c - 1. So the number of first tokens among the first j words is within 1 of k times their
     probability, and that of one word within 2. Independent draws stray further, about sqrt(k) / 2.
-    A response picked at random from each of 3000 surveys follows the policy."""
+    A response picked at random from each of 1,000 surveys follows the policy."""
     policy, k, draw = tiny_policy(), 16, random.Random(0)
     exact = all_responses([(policy.model, 1.0)], [0, TINY_ANSWER], 3, 6, TINY_END)
     first = next_word([(policy.model, 1.0)], [0, TINY_ANSWER], 6).exp()
@@ -162,7 +162,7 @@ def test_a_survey_draws_first_tokens_evenly_and_a_response_of_it_as_the_policy_d
         counts = torch.tensor([y.tokens[0] for y in responses]).bincount(minlength=6)
         return float((counts.cumsum(0) - k * first.cumsum(0)).abs().max())
 
-    groups = policy.survey(["a"] * 3000, k, seed=7)
+    groups = policy.survey(["a"] * 1000, k, seed=7)
     assert max(stray(group) for group in groups) < 1
     assert max(stray(group) for group in policy.sample(["a"] * 100, k, seed=7)[0]) > 2
     assert_follow([draw.choice(group).tokens for group in groups], exact)

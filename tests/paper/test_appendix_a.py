@@ -121,7 +121,7 @@ def test_C21_option_II_with_the_decreasing_step_is_within_its_1_over_T_bound(P):
     X, Y, _ = P.shape
     tau, pi_ref = 0.5, random_policy(X, Y, 0)
     goal, pi = solvers.regularized_nash(P, pi_ref, tau), pi_ref
-    for t in range(200):
+    for t in range(100):
         eta = max(tau, tau * (t + 2) / 2)  # 1/eta_t = min(1/tau, 2/(tau (t + 2)))
         pi = solvers.solve(P, "nash-md", eta, 1, pi_ref, tau, pi_1=pi).last
         assert (dno.kl_divergence(goal.log(), pi.log()) <= 8 / (tau**2 * (t + 2))).all()

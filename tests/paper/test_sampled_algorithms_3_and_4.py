@@ -153,6 +153,7 @@ def test_one_iteration_of_algorithm_3_with_many_samples_is_soft_policy_iteration
     assert float((policy.log_probs().exp() - target).abs().sum().detach() / 2) < 0.01
 
 
+@pytest.mark.slow
 def test_on_a_cycle_a_moving_reference_nears_nash_and_algorithm_2_does_not():
     """Mean gap of the last ten of 60 iterations, over 8 seeds: 0.01 to 0.07 and 0.51 to 0.80 (a
     pure policy's is 0.8)."""

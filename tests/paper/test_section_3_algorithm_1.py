@@ -223,8 +223,12 @@ def test_line_4_stops_once_the_excess_over_the_entropy_is_below_the_tolerance():
 
 @pytest.mark.parametrize(
     ("make", "learning_rate"),
-    [(lambda: TabularPolicy(2, 27), 0.05), (lambda: transformer_policy(2, 3, 3), 0.01)],
-    ids=["table", "transformer"],
+    [
+        pytest.param(lambda: TabularPolicy(2, 27), 0.05, id="table"),
+        pytest.param(
+            lambda: transformer_policy(2, 3, 3), 0.01, id="transformer", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_C15_a_trained_policy_and_its_average_track_soft_policy_iteration(make, learning_rate):
     """One loop serves both policies. 20 iterations: TV to the target at most 0.03 on average, gap
@@ -245,10 +249,11 @@ def test_C15_a_trained_policy_and_its_average_track_soft_policy_iteration(make, 
 
 @pytest.mark.parametrize("algorithm", [1, 3])
 def test_a_loop_resumed_after_any_iteration_is_the_uninterrupted_one(algorithm):
-    P, T = random_feature_game(2, 9, seed=0).P, 5
+    P, T = random_feature_game(2, 9, seed=0).P, 4
+    settings = dno.Regression(steps=3, pairs=64)
 
     def run(policy, optimizer, generator, after=None):
-        common = {"settings": SMALL, "start": dno.ExactStart(optimizer, generator, after)}
+        common = {"settings": settings, "start": dno.ExactStart(optimizer, generator, after)}
         if algorithm == 1:
             return dno.algorithm1(policy, P, 0.5, T, **common)
         return regularized.algorithm3(policy, P, 0.5, T, 0.2, move_reference_every=2, **common)

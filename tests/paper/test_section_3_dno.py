@@ -253,7 +253,7 @@ def test_C13_the_divergence_from_a_full_support_nash_never_falls(edges, eta):
     run."""
     P = rock_paper_scissors(*edges).P
     start = torch.tensor([[0.4, 0.35, 0.25]], dtype=torch.float64)
-    run, nash = solvers.solve(P, "dno", eta, int(1000 * eta), pi_1=start), dno.nash(P)
+    run, nash = solvers.solve(P, "dno", eta, max(500, int(400 * eta)), pi_1=start), dno.nash(P)
     divergences = kl(nash, run.policies)[:, 0]
     assert (divergences.diff() >= -EXACT).all()
     assert divergences[-1] > divergences[0] + 1e-4

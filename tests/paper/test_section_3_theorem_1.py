@@ -23,9 +23,10 @@ def slope_bound(bound):
 
 @pytest.mark.parametrize("name", ["on-policy", "uniform", "bad"])
 def test_C14_the_squared_distance_to_the_target_falls_like_one_over_N(name):
-    mu, sizes = theorem_1.problem()[3][name], (1_000, 10_000, 100_000)
-    errors = [float(theorem_1.measure(mu, N, seeds=30)[0].mean()) for N in sizes]
-    assert theorem_1.slope(sizes, errors) == pytest.approx(-1, abs=0.2)
+    """Ten data sets of the largest N: over 6 seeds each the slopes were -1.09 to -0.93."""
+    mu, seeds = theorem_1.problem()[3][name], {1_000: 30, 10_000: 30, 100_000: 10}
+    errors = [float(theorem_1.measure(mu, *of_size)[0].mean()) for of_size in seeds.items()]
+    assert theorem_1.slope(tuple(seeds), errors) == pytest.approx(-1, abs=0.2)
 
 
 def test_C14_a_bad_mu_needs_more_samples_as_its_larger_C_t_predicts():

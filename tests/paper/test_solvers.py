@@ -23,12 +23,14 @@ from oracle import random_feature_game, random_game
 from relatives import LINEAR
 
 STEPS = 20_000
+LONG = pytest.param(0.01, 9.1e-3, STEPS, marks=pytest.mark.slow)
 
 
 def test_comals_game_has_nash_4_3_4_elevenths():
     assert dno.nash(COMAL)[0].tolist() == pytest.approx([4 / 11, 3 / 11, 4 / 11], abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "last", "most", "average"),
     [(0.1, 0.41, 0.77, 2.6e-3), (0.3, 0.80, 0.80, 3.1e-3), (1.0, 0.80, 0.80, 3.0e-3)],
@@ -47,20 +49,23 @@ def test_exact_dno_cycles_on_comals_game_while_its_average_converges(step, last,
     assert run.gap_average[-1] == pytest.approx(average, abs=1e-4)
 
 
-@pytest.mark.parametrize(("step", "reached"), [(0.3, 11_843), (1.0, 1_019)])
+@pytest.mark.parametrize(
+    ("step", "reached"), [pytest.param(0.3, 11_843, marks=pytest.mark.slow), (1.0, 1_019)]
+)
 def test_optimistic_weights_reach_1e_11_on_comals_game_at_the_known_step(step, reached):
-    gaps = solvers.solve(COMAL, "omwu", 1 / step, 12_000, COMAL_START).gap_last
+    gaps = solvers.solve(COMAL, "omwu", 1 / step, reached + 9, COMAL_START).gap_last
     assert int((gaps < 1e-11).nonzero()[0]) + 1 == reached
 
 
-@pytest.mark.parametrize(("tau", "gap"), [(0.1, 5.9e-2), (0.01, 9.1e-3)])
-def test_a_fixed_reference_leaves_comals_game_a_gap_of_order_tau(tau, gap):
+@pytest.mark.parametrize(("tau", "gap", "steps"), [(0.1, 5.9e-2, 600), LONG])
+def test_a_fixed_reference_leaves_comals_game_a_gap_of_order_tau(tau, gap, steps):
     solved = solvers.regularized_nash(COMAL, COMAL_START, tau)
     assert dno.duality_gap(COMAL, solved) == pytest.approx(gap, rel=0.01)
-    run = solvers.solve(COMAL, "dno", max(1.0, 0.05 / tau), 20_000, COMAL_START, tau)
+    run = solvers.solve(COMAL, "dno", max(1.0, 0.05 / tau), steps, COMAL_START, tau)
     assert dno.total_variation(run.last, solved).max() < 1e-9  # the same policy by iteration
 
 
+@pytest.mark.slow
 def test_a_moving_reference_takes_the_last_iterate_to_nash_on_comals_game():
     run = solvers.solve(
         COMAL, "moving-reference", 1.0, STEPS, COMAL_START, tau=0.1, move_reference_every=500
@@ -97,7 +102,7 @@ def test_a_run_holds_its_policies_averages_and_gaps(P, method):
 
 @games_of_all_sizes
 def test_the_regression_is_soft_policy_iteration_in_every_iteration(P):
-    T, pi_ref = 20 if P.shape[1] <= 40 else 2, random_policy(*P.shape[:2], 1)
+    T, pi_ref = 6 if P.shape[1] <= 40 else 2, random_policy(*P.shape[:2], 1)
     methods = ("dno", "dno-regression")
     exact, regression = (solvers.solve(P, method, 0.7, T) for method in methods)
     assert dno.total_variation(exact.policies, regression.policies).max() < 1e-9
@@ -170,7 +175,7 @@ def test_sppo_says_so_where_it_finds_no_update():
 @pytest.mark.parametrize("method", ["omwu", "extragradient"])
 def test_the_last_iterate_of_optimistic_methods_converges_where_plain_dno_does_not(method):
     P = random_feature_game(2, 6, seed=3, features=4).P
-    plain, other = (solvers.solve(P, m, 1.0, 10_000) for m in ("dno", method))
+    plain, other = (solvers.solve(P, m, 1.0, 4_000) for m in ("dno", method))
     assert plain.gap_last[-1000:].max() > 0.1
     assert other.gap_last[-1] < 0.01
 
