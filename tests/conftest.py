@@ -29,8 +29,26 @@ def threads(request):
 
 
 def pytest_collection_modifyitems(items):
-    """The slow tests come first, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Each process of xdist gets its share of the slow tests, and begins with them, so that none is
+    left alone with one at the end."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow, fast = [], []
+    for item in items:
+        (slow if item.get_closest_marker("slow") else fast).append(item)
+    items[:] = [
+        item
+        for number in range(processes)
+        for part in (slow, fast)
+        for item in part[number::processes]
+    ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process that has done its part takes from the others."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

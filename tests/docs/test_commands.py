@@ -284,6 +284,7 @@ def how_to_run(command):
     return next((how for pattern, how in RUNS.items() if re.fullmatch(pattern, command)), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -76,6 +76,7 @@ class Cells:
 
     def __init__(self):
         self.names, self.outputs = {"__name__": "__main__"}, []
+        plt.close("all")  # what another test left open
 
     def show(self):
         """In place of plt.show: draw every open figure. Its layout is the time of a drawing."""

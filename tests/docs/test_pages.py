@@ -25,6 +25,7 @@ SNIPPETS = {  # page -> the least number of examples in it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_its_snippets_print_what_it_says(page, tmp_path, monkeypatch):
     """Each page by itself, so that a reader can start at any."""

@@ -133,6 +133,7 @@ WITHOUT = {  # module -> what is not loaded with it
 }
 
 
+@pytest.mark.slow
 def test_a_module_loads_only_what_it_needs():
     """The paper not what practice needs, the command line a preset when it is chosen, a preset what
     takes a second when it is used."""

@@ -26,6 +26,7 @@ def test_three():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "left_out"), [(0, True), (0, False), (1, True)])
 def test_the_last_line_of_a_run_says_what_it_left_out(pytester, monkeypatch, processes, left_out):
     """In one process, and by the one that starts others."""

@@ -38,6 +38,9 @@ from pairs import SamplingSettings
 from world import HELD_OUT
 
 # float64 log-probabilities of the same response, read alone, in a batch, or while it was sampled
+pytestmark = pytest.mark.slow
+
+
 DOUBLE = 1e-9
 
 
@@ -250,7 +253,6 @@ def test_each_method_may_try_equally_many_settings():
     assert set(settings_to_try(AblationsConfig(algorithm=4))) == {"regularised DNO"}
 
 
-@pytest.mark.slow
 def test_the_ablations_write_what_they_promise_and_do_not_repeat_finished_runs(capsys, tmp_path):
     out = tmp_path / "run"
     sizes = (

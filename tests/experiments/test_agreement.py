@@ -205,7 +205,9 @@ def is_figure(path):
     return content.startswith(b"\x89PNG") and len(content) > 5000
 
 
-def test_recorded_answers_are_compared_without_asking_anybody(capsys, tmp_path, monkeypatch):
+def test_recorded_answers_are_compared_without_asking_anybody(
+    rendered, capsys, tmp_path, monkeypatch
+):
     monkeypatch.delenv("OPENAI_API_KEY")
     lines = [line if math.isnan(p) else {**line, "judge": p} for line, p in ITEMS]
     assert command(written(tmp_path / "labels.jsonl", *lines)) == 0
@@ -241,7 +243,7 @@ def test_the_table_in_docs_is_what_its_commands_print(capsys, monkeypatch, tmp_p
         ]
 
 
-def test_the_figure_is_drawn_in_the_folder_or_file_that_was_named(tmp_path):
+def test_the_figure_is_drawn_in_the_folder_or_file_that_was_named(rendered, tmp_path):
     labels = written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0})
     assert command(labels, "--out", "there") == command(labels, "--figure", "here.PNG") == 0
     assert is_figure(tmp_path / "there" / "agreement.png")
@@ -321,7 +323,9 @@ def test_a_judge_that_gives_scores_is_asked_once_for_all_responses_to_a_prompt(
     assert server.stats()["requests"] == 1
 
 
-def test_a_judge_of_pairs_is_asked_in_both_orders_and_the_flip_rate_told(server, capsys, tmp_path):
+def test_a_judge_of_pairs_is_asked_in_both_orders_and_the_flip_rate_told(
+    rendered, server, capsys, tmp_path
+):
     """First place is worth 1.6 in quality: of the ten pairs the tie and the one that differs by 1
     flip. The mean of both orders has no such bias, and decides the others by quality."""
     server.control(first_bias=FIRST_BIAS)
@@ -360,6 +364,7 @@ APART = [
 MODES = [("scored", LABELS), ("pairwise", LABELS), ("scored", APART), ("pairwise", APART)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "lines"), MODES, ids=["scored", "pairwise", "scored, apart", "pairwise, apart"]
 )
@@ -502,12 +507,14 @@ def as_a_command(*arguments):
     return subprocess.run([*program, *map(str, arguments)], env=environment, capture_output=True)
 
 
+@pytest.mark.slow
 def test_as_a_command_it_exits_with_its_code(tmp_path):
     done = as_a_command(written(tmp_path / "labels.jsonl", {**GOOD, "judge": 1.0}), "--sceptical")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"experiments.agreement: unrecognized arguments: --sceptical")
 
 
+@pytest.mark.slow
 def test_a_replay_leaves_the_folder_of_the_cache_as_it_was(server, tmp_path):
     """A cache may lie where nothing can be written."""
     server.control()

@@ -3,11 +3,8 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,19 +14,15 @@ import dno
 import solvers
 import train
 from experiments.game import bound
-from helpers import ROOT
 from helpers.games import LP, random_rho
 from helpers.pages import explained_columns, section
-from helpers.runs import SMALL, everything_in, refused, rows, start, timeless
+from helpers.runs import SMALL, everything_in, refused, rows, timeless
 from oracle import random_feature_game, rock_paper_scissors, style_game
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted small run of Algorithm 1."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main([*SMALL, "--out", str(out)]) == 0
-    return out
+def finished(game_run):
+    return game_run
 
 
 def test_a_run_writes_the_files_and_columns_it_promises(finished):
@@ -92,7 +85,7 @@ def test_the_columns_are_exact_functions_of_the_saved_tables(finished):
 
 
 @pytest.mark.slow
-def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
+def test_the_default_run_keeps_the_promises_of_the_readme(rendered, capsys, tmp_path):
     """`python train.py` as it comes (about 35 s): C15 at full size, C11 in every step, C13."""
     assert train.main(["--out", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -114,13 +107,15 @@ def test_the_default_run_keeps_the_promises_of_the_readme(tmp_path, capsys):
     assert gaps["table with moving reference, last"] < summary["gap_average"]
 
 
-def test_with_two_threads_the_exact_numbers_are_those_of_one(tmp_path):
+@pytest.mark.slow
+def test_with_two_threads_the_exact_numbers_are_those_of_one(nursery, tmp_path):
     """The default game, where what is solved is large. Only the transformer's gaps may differ, by
     how float32 is rounded: little after two steps of training."""
     arguments = "--iterations 2 --steps 1 --pairs 64".split()
-    assert train.main([*arguments, "--threads", "1", "--out", str(tmp_path / "1")]) == 0
-    run = start(*arguments, "--threads", 2, "--out", tmp_path / "2")
-    assert run.wait(timeout=300) == 0, run.stderr.read()
+    for count in ("1", "2"):
+        more = ["--threads", count, "--out", str(tmp_path / count)]
+        run = nursery.start("helpers.processes:train_with", arguments + more)
+        assert run.wait() == 0, run.said()
     gaps = {
         count: json.loads((tmp_path / str(count) / "summary.json").read_text())["gaps"]
         for count in (1, 2)
@@ -135,53 +130,23 @@ def test_the_bound_is_that_of_C12_by_hand():
     assert bound(100, 216, 1.0) == pytest.approx(0.1075056 + 0.25, abs=1e-6)
 
 
-KILLER = """
-import json, os, signal, sys, time
-root, out, rows, arguments = sys.argv[1], *map(json.loads, sys.argv[2:])
-sys.path.insert(0, root)
-import train
-import torch._dynamo  # making an optimizer does that
-
-def written():
-    return open(out).read().count("\\n") if os.path.exists(out) else 0
-
-def ended(child):
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-for number, due in enumerate([*rows, None]):  # each run in a process of its own, all imported
-    child = os.fork()
-    if child == 0:
-        sys.stdout = open(os.devnull, "w")
-        sys.exit(train.main(arguments + ["--resume"] * (number > 0)))
-    while due and written() < due and not ended(child):
-        time.sleep(0.01)
-    if due:
-        os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-def killed_and_resumed(arguments, rows):
-    """The exit codes of a run that is killed from outside when it has written so many rows, then
-    resumed and killed again, and in the end resumed and left alone."""
-    metrics = Path(arguments[-1]) / "metrics.jsonl"
-    given = [json.dumps(item) for item in (str(metrics), rows, arguments)]
-    command = [sys.executable, "-c", KILLER, str(ROOT), *given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [int(code) for code in done.stdout.split()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm", [["--algorithm", "1"], ["--algorithm", "3", "--move-reference-every", "2"]]
 )
-def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(algorithm, tmp_path):
+def test_killed_and_resumed_a_run_is_bit_for_bit_the_uninterrupted_one(
+    algorithm, nursery, tmp_path
+):
     """kill -9 at two moments, whatever was being written, then --resume to the end."""
-    arguments = [*SMALL, *algorithm, "--iterations", "40", "--steps", "12"]
+    arguments = [*SMALL, *algorithm, "--iterations", "12"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.main([*arguments, "--out", str(whole)]) == 0
-    assert killed_and_resumed([*arguments, "--out", str(cut)], rows=(3, 25)) == [-9, -9, 0]
+    cut.mkdir()  # there has to be a folder to resume in
+    arguments += ["--out", str(cut), "--resume"]
+    for due in (2, 7):
+        run = nursery.start("helpers.processes:train_until_written", arguments, str(cut), due)
+        assert run.wait() == -signal.SIGKILL, run.said()
+    assert train.main(arguments) == 0
     assert timeless(cut) == timeless(whole)
     for name, table in np.load(whole / "tables.npz").items():
         assert np.array_equal(table, np.load(cut / "tables.npz")[name])
@@ -196,15 +161,17 @@ def rows_so_far(out):
     return (out / "metrics.jsonl").read_text().splitlines()
 
 
-def test_interrupted_it_exits_with_130_and_can_go_on(tmp_path):
+@pytest.mark.slow
+def test_interrupted_it_exits_with_130_and_can_go_on(nursery, tmp_path):
     out = tmp_path / "run"
-    run = start(*SMALL, "--iterations", "5000", "--out", out)
+    arguments = [*SMALL, "--iterations", "5000", "--out", str(out)]
+    run = nursery.start("helpers.processes:train_with", arguments)
     while not (out / "metrics.jsonl").exists() or len(rows_so_far(out)) < 3:
-        assert run.poll() is None, run.stderr.read()
+        assert run.poll() is None, run.said()
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=60) == 130
-    assert "--resume goes on" in run.stderr.read()
+    assert "--resume goes on" in run.said()
     done = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["after"]["t"]
     assert done >= 2  # the third line may have been written just before the third checkpoint
 
@@ -422,7 +389,7 @@ def test_a_file_that_is_no_archive_of_arrays_is_refused(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_preference_that_no_reward_fits_is_said_and_the_run_goes_on(capsys, tmp_path):
+def test_a_preference_that_no_reward_fits_is_said_and_the_run_goes_on(rendered, capsys, tmp_path):
     P = np.array([[[0.5, 1.0], [0.0, 0.5]]])
     np.savez(tmp_path / "game.npz", P=P)
     game = ("--game", str(tmp_path / "game.npz"), "--out", str(tmp_path / "run"))
@@ -436,7 +403,9 @@ def test_a_preference_that_no_reward_fits_is_said_and_the_run_goes_on(capsys, tm
     )
 
 
-def test_a_game_whose_uniform_policy_is_nash_leaves_no_ratio_and_valid_json(capsys, tmp_path):
+def test_a_game_whose_uniform_policy_is_nash_leaves_no_ratio_and_valid_json(
+    rendered, capsys, tmp_path
+):
     np.savez(tmp_path / "game.npz", P=rock_paper_scissors().P)
     game = ("--game", str(tmp_path / "game.npz"), "--out", str(tmp_path / "run"))
     assert train.main([*game, "--iterations", "3", "--steps", "2", "--pairs", "8"]) == 0

@@ -110,6 +110,7 @@ def test_all_that_has_no_effect_is_said_in_one_line_at_the_start(capsys, tmp_pat
     assert not [line for line in others if "no effect" in line]
 
 
+@pytest.mark.slow
 def test_importing_the_modules_runs_nothing(tmp_path):
     code = "import dno, model, oracle, pairs, regularized, solvers, text, train, world"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

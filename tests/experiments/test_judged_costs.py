@@ -21,7 +21,7 @@ from helpers.runs import rows
 # --- What it will cost ---
 
 
-pytestmark = pytest.mark.usefixtures("judges_key")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
 
 
 def planned(text):
@@ -92,7 +92,7 @@ def test_the_plan_is_an_upper_bound_of_what_a_clean_run_sends_and_pays(
 def test_the_plan_is_an_upper_bound_however_rarely_the_policy_repeats_itself(
     server, capsys, tmp_path
 ):
-    """24 answers of the student to a prompt are not 24 different ones; of a badly trained policy
+    """12 answers of the student to a prompt are not 12 different ones; of a badly trained policy
     they are."""
     options = [
         "--algorithm",
@@ -100,7 +100,7 @@ def test_the_plan_is_an_upper_bound_however_rarely_the_policy_repeats_itself(
         "--judge-form",
         "pairwise",
         "--samples",
-        24,
+        12,
         "--prompts",
         2,
         "--judged",
@@ -115,10 +115,12 @@ def test_the_plan_is_an_upper_bound_however_rarely_the_policy_repeats_itself(
     assert server.stats()["requests"] <= requests
 
 
-def test_a_dry_run_of_a_run_that_has_begun_says_what_is_spent(judged_run, server, capsys):
-    out, stats = judged_run("scored")
-    said = dry(capsys, *judged(server, "--judgments", "probabilities", "--out", out, "--resume"))
-    assert f"spent so far: ${cost(stats):.4f}" in said
+def test_a_dry_run_of_a_run_that_has_begun_says_what_is_spent(server, capsys, tmp_path):
+    server.control()
+    arguments = judged(server, "--out", tmp_path / "run", preset=SHORT)
+    assert train.main(arguments) == 0
+    assert (spent := cost(server.stats())) > 0.1
+    assert f"spent so far: ${spent:.4f}" in dry(capsys, *arguments, "--resume")
 
 
 def test_where_the_price_is_not_known_no_dollars_are_told(server, tmp_path, capsys):

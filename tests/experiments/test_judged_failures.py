@@ -20,7 +20,7 @@ from judge.endpoint import Endpoint
 from oracle import OpenAIJudge
 from pairs import Groups, large_margin_pairs
 
-pytestmark = pytest.mark.usefixtures("judges_key")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
 
 
 def scores_had(out):
@@ -135,7 +135,8 @@ def test_a_run_in_which_a_content_filter_refused_questions_can_be_replayed(serve
 
 def test_what_a_content_filter_refused_is_not_asked_again(server, tmp_path):
     server.control(filters="Praise")
-    options = ["--judge-form", "pairwise", "--max-failed", 1, "--out", tmp_path / "run"]
+    options = ["--judge-form", "pairwise", "--max-failed", 1, "--prompts", 4, "--judged", 1]
+    options += ["--out", tmp_path / "run"]
     assert train.main(judged(server, *options, preset=SHORT)) == 0
     times = Counter(
         json.dumps(messages)

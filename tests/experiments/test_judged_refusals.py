@@ -111,6 +111,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(server, capsys, tmp_pa
     assert everything_in(tmp_path) == {str(tmp_path / "notes.txt"): b"mine"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "parts"),
     [
@@ -167,6 +168,7 @@ KEYED = {  # how the server behaves, further arguments, the exit code
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEYED)
 def test_the_key_is_in_no_file_and_in_nothing_said_even_if_the_server_repeats_it(
     server, name, capsys, tmp_path

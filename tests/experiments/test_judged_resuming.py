@@ -1,58 +1,21 @@
 """A judged run killed and resumed pays nothing twice; a replay needs no server."""
 
-import json
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections import Counter
 from contextlib import closing
 
 import pytest
 
 import train
-from helpers import ROOT
-from helpers.judged_runs import RUNS, TINY, asked, assert_same_result, judged
+from helpers.judged_runs import KEY, RUNS, TINY, asked, assert_same_result, judged
 from helpers.runs import refused
 
 # --- Killed and resumed ---
 
-pytestmark = pytest.mark.usefixtures("judges_key")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
 
-
-DRIVER = """
-import json, os, signal, sys
-root, arguments, deaths = sys.argv[1], *map(json.loads, sys.argv[2:])
-sys.path.insert(0, root)
-import judge.ledger, openai, train
-import torch._dynamo  # making an optimizer does that
-
-def run(death):
-    name, number, before = death or ("complete", 0, False)
-    original, calls = getattr(judge.ledger.Ledger, name), []
-
-    def deadly(*given, **named):
-        calls.append(name)
-        due = len(calls) == number
-        if due and before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*given, **named)
-        if due:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(judge.ledger.Ledger, name, deadly)
-    sys.exit(train.main(arguments))
-
-codes = []
-for death in deaths:  # each run in a process of its own, all imported and nothing done
-    child = os.fork()
-    if child == 0:
-        run(death)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes), file=sys.stderr)
-"""
 
 DEATHS = {  # the call of the ledger at which it dies, which one, before or after
     "before a reply that was paid for is written": ("complete", 7, True),
@@ -61,7 +24,12 @@ DEATHS = {  # the call of the ledger at which it dies, which one, before or afte
 }
 
 
-def test_killed_while_it_asks_and_resumed_it_pays_nothing_twice(judged_run, server, tmp_path):
+KEYED = {"OPENAI_API_KEY": KEY}
+
+
+def test_killed_while_it_asks_and_resumed_it_pays_nothing_twice(
+    judged_run, server, nursery, tmp_path
+):
     """Killed while it asks and resumed it is the uninterrupted run and pays nothing twice."""
     whole, stats = judged_run("scored")
     (tmp_path / "cut" / "policies").mkdir(parents=True)
@@ -71,20 +39,11 @@ def test_killed_while_it_asks_and_resumed_it_pays_nothing_twice(judged_run, serv
     arguments = judged(
         server, "--judgments", "probabilities", "--out", tmp_path / "cut", "--resume"
     )
-    command = [
-        sys.executable,
-        "-c",
-        DRIVER,
-        str(ROOT),
-        json.dumps(arguments),
-        json.dumps([*DEATHS.values(), None]),
-    ]
-    done = subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=400
-    )
-    assert json.loads(done.stderr.splitlines()[-1]) == [-signal.SIGKILL] * len(DEATHS) + [0], (
-        done.stderr
-    )
+    for death in DEATHS.values():
+        child = nursery.start("helpers.processes:train_until_asked", arguments, *death, **KEYED)
+        assert child.wait() == -signal.SIGKILL, child.said()
+    child = nursery.start("helpers.processes:train_with", arguments, **KEYED)
+    assert child.wait() == 0, child.said()
     assert_same_result(whole, tmp_path / "cut")
     after = server.stats()
     assert set(after["paid"].values()) == {1}

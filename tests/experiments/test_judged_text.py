@@ -35,7 +35,7 @@ from helpers.server import blocks, quality
 from helpers.text_runs import jsonl, policy_of, repeats
 from world import CLASSES, HELD_OUT, classify, teacher_answer
 
-pytestmark = pytest.mark.usefixtures("judges_key")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
 
 
 ROUNDING = 1e-9  # .6 - .2 is below .4 in floating point, by far less than this

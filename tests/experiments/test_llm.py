@@ -83,6 +83,7 @@ def test_its_pairs_keep_the_margin_and_its_numbers_are_those_of_the_saved_sample
         )
 
 
+@pytest.mark.slow
 def test_the_best_policy_loads_in_transformers_and_scores_as_here(finished):
     import transformers
 
@@ -115,6 +116,7 @@ def interrupted_and_resumed(monkeypatch, directory, prompts_file, out, *more):
     assert run(directory, prompts_file, out, *more, "--resume") == 0
 
 
+@pytest.mark.slow
 def test_killed_after_an_iteration_and_resumed_it_ends_the_same(
     finished, tiny_llama, prompts_file, tmp_path, monkeypatch
 ):
@@ -128,6 +130,7 @@ def test_killed_after_an_iteration_and_resumed_it_ends_the_same(
     assert run(tiny_llama, prompts_file, out, "--resume") == 0  # nothing is left to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

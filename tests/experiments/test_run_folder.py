@@ -42,11 +42,8 @@ def not_started(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted small run."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert train.main([*SMALL, "--out", str(out)]) == 0
-    return out
+def finished(game_run):
+    return game_run
 
 
 def ends_after(monkeypatch, out, rows):
@@ -124,10 +121,11 @@ def test_files_of_a_run_have_the_modes_that_the_user_asked_for(tmp_path):
 # --- Full disks ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("name", [".metrics.jsonl.part", "checkpoint/state.pt.part", "gaps.png"])
 def test_after_a_full_disk_the_run_goes_on_to_the_same_result(
-    name, finished, capsys, tmp_path, monkeypatch
+    name, finished, rendered, capsys, tmp_path, monkeypatch
 ):
     """/dev/full stands where the file is to be written: no byte fits."""
     out = tmp_path / "run"
@@ -262,6 +260,7 @@ def changed(state, name):
     return {**state, **wrong[name]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -473,13 +472,14 @@ def test_interrupted_the_ablations_and_their_workers_end_without_a_traceback(tmp
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "unbuffered"),
     [
-        ([ROOT / "train.py", *SMALL, "--out", "run"], ""),
+        pytest.param([ROOT / "train.py", *SMALL, "--out", "run"], "", marks=pytest.mark.slow),
         ([ROOT / "train.py", *SMALL, "--out", "run"], "1"),
-        ([ROOT / "train.py", "--help"], ""),
-        (["-m", "experiments.agreement", "labels.jsonl"], ""),
+        pytest.param([ROOT / "train.py", "--help"], "", marks=pytest.mark.slow),
+        pytest.param(["-m", "experiments.agreement", "labels.jsonl"], "", marks=pytest.mark.slow),
     ],
 )
 def test_a_program_whose_output_nobody_reads_ends_with_141_and_no_word(

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,61 +33,14 @@ LONG = (
     "9",
 )
 
-NOTHING_LEFT = """# the run, then: is the process group closed, down to its threads?
-import os, sys
-import train
-code = train.main()
-tasks = "/proc/self/task"
-names = [open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)]
-left = [name for name in names if "gloo" in name]
-sys.exit(code or (f"threads left: {left}" if left else 0))
-"""
-
 # a weight after four iterations at learning rates up to 0.003: gradients of 1e-4 with sums in
 # another order
 ADAM = 1e-5
 
 
-def torchrun(directory, prompts_file, out, *more, program="train.py"):
-    """`torchrun --nproc-per-node 2 train.py llm ...`, started, on a port of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        program,
-        "llm",
-        "--model",
-        directory,
-        "--prompts",
-        prompts_file,
-        "--out",
-        out,
-        *LONG,
-        "--threads",
-        "2",
-        *more,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def children(process):
-    """The numbers of a process's children, by rank."""
-    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return sorted(
-        map(int, pids), key=lambda pid: "\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_text()
-    )
+def options(directory, prompts_file, out, *more):
+    paths = ["--model", directory, "--prompts", prompts_file, "--out", out]
+    return [str(word) for word in ("llm", *paths, *LONG, "--threads", 2, *more)]
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +52,22 @@ def alone(tiny_qwen, prompts_file, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(tiny_qwen, prompts_file, tmp_path_factory):
+def killed(nursery, tiny_qwen, prompts_file, tmp_path_factory):
     """A run by two processes of which the second was killed after the first iteration; what they
     printed."""
     out = tmp_path_factory.mktemp("killed") / "run"
-    process = torchrun(tiny_qwen, prompts_file, out)
+    arguments = options(tiny_qwen, prompts_file, out)
+    first, second = nursery.team("helpers.processes:train_with", arguments)
     deadline = time.monotonic() + 120
     while not (out / "checkpoint/state.pt").exists():
-        assert process.poll() is None, process.stdout.read()
+        assert first.poll() is None, first.said()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(children(process)[1], signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+    second.send_signal(signal.SIGKILL)
+    assert second.wait() == -signal.SIGKILL
+    assert first.wait() == 1
     assert len(lines(out / "metrics.jsonl")) < 4
-    return out, said
+    return out, first.said(), second.said()
 
 
 def same(out, alone):
@@ -139,16 +92,30 @@ def same(out, alone):
     return True
 
 
-def test_when_one_process_is_killed_the_others_end_and_say_how_to_go_on(killed):
-    out, said = killed
-    assert "]: Traceback" not in said  # of a rank; torchrun's own report has one, of itself
-    assert (
-        "another process of the run is gone" in said or "SIGTERM" in said
-    )  # whichever comes first
-    assert said.count("Writing to") == 1  # only one process talks
+@pytest.mark.slow
+def test_when_one_process_is_killed_the_other_ends_and_says_how_to_go_on(killed):
+    out, first, second = killed
+    assert "Traceback" not in first + second
+    assert "another process of the run is gone" in first
+    assert (first.count("Writing to"), second) == (1, "")  # only one process talks
     assert state(out)["round"].t == len(lines(out / "metrics.jsonl"))
 
 
+@pytest.mark.slow
+def test_torchrun_itself_starts_two_processes_that_do_a_run(tiny_qwen, prompts_file, tmp_path):
+    """The other tests start them as torchrun does."""
+    out = tmp_path / "run"
+    arguments = options(tiny_qwen, prompts_file, out, "--iterations", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "train.py", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Writing to") == 1  # only one process talks
+    assert len(lines(out / "metrics.jsonl")) == 1
+
+
+@pytest.mark.slow
 def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(
     killed, alone, tiny_qwen, prompts_file, tmp_path
 ):
@@ -164,24 +131,14 @@ def test_two_processes_draw_the_samples_of_one_and_one_goes_on_from_two(
 
 @pytest.mark.slow
 def test_two_processes_with_a_sharded_model_go_on_and_end_as_one_does(
-    killed, alone, tiny_qwen, prompts_file, tmp_path
+    killed, alone, nursery, tiny_qwen, prompts_file, tmp_path
 ):
     out = tmp_path / "run"
     shutil.copytree(killed[0], out)
-    (tmp_path / "program.py").write_text(
-        NOTHING_LEFT
-    )  # a thread that is left can abort the process at its end
-    process = torchrun(
-        tiny_qwen,
-        prompts_file,
-        out,
-        "--resume",
-        "--fsdp",
-        "--checkpointing",
-        program=tmp_path / "program.py",
-    )
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    more = options(tiny_qwen, prompts_file, out, "--resume", "--fsdp", "--checkpointing")
+    team = nursery.team("helpers.processes:train_and_leave_nothing", more)
+    for process in team:
+        assert process.wait() == 0, process.said()
     assert same(out, alone)
     mine, theirs = (read_transformer(path / "best").state_dict() for path in (out, alone))
     assert all((mine[name] - theirs[name]).abs().max() < ADAM for name in theirs)

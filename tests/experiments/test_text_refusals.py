@@ -132,17 +132,14 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(text_run, name, capsys, 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [STATE, PHASES])
 def test_a_checkpoint_of_a_run_with_other_settings_is_refused(text_run, name, capsys, tmp_path):
     """It fits in every shape; only the mark of the settings tells it apart."""
     out, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(text_run, out)
-    assert (
-        train.main(
-            [*TINY, "--seed", "1", "--sft-steps", "1", "--iterations", "1", "--out", str(other)]
-        )
-        == 0
-    )
+    short = "--seed 1 --sft-steps 1 --iterations 1 --prompts 1 --survey 1".split()
+    assert train.main([*TINY, *short, "--out", str(other)]) == 0
     shutil.copy(other / name, out / name)
     before = everything_in(out)
     assert f"{name} is not of this run" in refused(capsys, *TINY, "--out", out, "--resume")

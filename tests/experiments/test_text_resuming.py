@@ -3,9 +3,8 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,71 +13,22 @@ import train
 from experiments.settings import parse
 from experiments.text_settings import TextConfig
 from experiments.training import CLASSES_KEPT
-from helpers import ROOT
 from helpers.runs import rows, timeless
 from helpers.text_runs import PHASES, STATE, TINY, same
 
-DRIVER = """
-import json, os, shutil, signal, sys
-root, folder, legs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-sys.path.insert(0, root)
-import train
-from experiments.folder import Run
-from oracle import RegisterJudge
-from text import TextPolicy
-import torch._dynamo  # making an optimizer does that
 
-def kill(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def run(number, arguments, name, when, before):
-    calls = {"sample": (TextPolicy, "sample"), "judge": (RegisterJudge, "prefer")}
-    for said, (asked, method) in calls.items():
-        def counted(*given, said=said, original=getattr(asked, method)):
-            with open(folder + "/calls", "a") as file:
-                print(number, said, file=file)
-            return original(*given)
-        setattr(asked, method, counted)
-    keep = Run.keep
-
-    def deadly(self, written, content):
-        due = written == name and eval(when, {"content": content})
-        if due and before:
-            os.replace = kill
-        keep(self, written, content)
-        if due:
-            kill()
-
-    Run.keep = deadly
-    sys.exit(train.main(arguments))
-
-for number, leg in enumerate(legs):  # each in a process of its own, all imported and nothing run
-    child = os.fork()
-    if child == 0:
-        run(number, *leg)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    with open(folder + "/codes", "a") as file:
-        print(code, file=file)
-    shutil.copytree(leg[0][leg[0].index("--out") + 1], folder + f"/after-{number}")
-"""
-
-
-def kill(folder, legs):
-    """Run the legs (arguments, file, when, before) one after the other; each kills itself when it
-    has written the file with a content for which `when` holds, or, if `before`, when it is about to
-    put it in its place. Exit codes, and calls by leg."""
-    command = [sys.executable, "-c", DRIVER, str(ROOT), str(folder), json.dumps(legs)]
-    done = subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr
-    calls = (
-        [line.split() for line in (folder / "calls").read_text().splitlines()]
-        if (folder / "calls").exists()
-        else []
-    )
-    by_leg = [[name for number, name in calls if int(number) == leg] for leg in range(len(legs))]
-    return [int(code) for code in (folder / "codes").read_text().split()], by_leg
+def run_legs(nursery, folder, legs):
+    """Run the legs (arguments, file, when, before) one after the other, each until it kills itself,
+    see `train_until_kept`. Exit codes, and calls by leg."""
+    codes, calls = [], []
+    for number, (arguments, *death) in enumerate(legs):
+        (folder / f"calls-{number}").touch()
+        said = str(folder / f"calls-{number}")
+        child = nursery.start("helpers.processes:train_until_kept", arguments, *death, said)
+        codes.append(child.wait())
+        calls.append(Path(said).read_text().split())
+        shutil.copytree(arguments[arguments.index("--out") + 1], folder / f"after-{number}")
+    return codes, calls
 
 
 def on_disk(out):
@@ -185,13 +135,16 @@ def assert_same_run(whole, cut):
 
 
 @pytest.mark.slow
-def test_killed_in_every_phase_and_resumed_a_run_is_the_uninterrupted_one(text_run, tmp_path):
+def test_killed_in_every_phase_and_resumed_a_run_is_the_uninterrupted_one(
+    text_run, nursery, tmp_path
+):
     """One run, killed seven times; what was sampled and judged before a kill is not sampled and
     judged again."""
     cut = tmp_path / "cut"
     cut.mkdir()  # there has to be a folder to resume in
     arguments = [*TINY, "--out", str(cut), "--resume"]
-    codes, calls = kill(tmp_path, [(arguments, *point[:3]) for point in POINTS.values()])
+    legs = [(arguments, *point[:3]) for point in POINTS.values()]
+    codes, calls = run_legs(nursery, tmp_path, legs)
     assert codes == [-signal.SIGKILL] * 7 + [0]
     for leg, (point, (*_, expected, asked)) in enumerate(POINTS.items()):
         found = on_disk(tmp_path / f"after-{leg}")
@@ -211,14 +164,14 @@ def fine_tuned_already(finished, out, arguments):
 
 
 @pytest.mark.slow
-def test_algorithms_3_and_4_survive_being_killed_too(text_run, tmp_path):
+def test_algorithms_3_and_4_survive_being_killed_too(text_run, nursery, tmp_path):
     """Killed after iteration 3 of 4. The reference of iteration 4 is pi_3 then, neither pi_1 nor
     the policy that was saved."""
-    legs, short = [], "--iterations 4 --move-reference-every 2 --resume".split()
+    legs, short = [], "--iterations 4 --move-reference-every 2 --prompts 4 --survey 1".split()
     for number, algorithm in enumerate(
-        ("3 --tau 0.1", "4 --option I --tau 4", "4 --option II --tau 4")
+        ("3 --tau 0.1 --samples 6", "4 --option I --tau 4", "4 --option II --tau 4")
     ):
-        arguments = [*TINY, *short, "--algorithm", *algorithm.split(), "--out"]
+        arguments = [*TINY, *short, "--resume", "--algorithm", *algorithm.split(), "--out"]
         for name in ("whole", "cut"):
             fine_tuned_already(
                 text_run,
@@ -228,7 +181,7 @@ def test_algorithms_3_and_4_survive_being_killed_too(text_run, tmp_path):
         legs.append(
             ([*arguments, str(tmp_path / f"cut-{number}")], STATE, "content['round'].t == 3", False)
         )
-    codes, _ = kill(tmp_path, legs)
+    codes, _ = run_legs(nursery, tmp_path, legs)
     assert codes == [-signal.SIGKILL] * 3
     for number, (arguments, *_) in enumerate(legs):
         assert (

@@ -1,7 +1,6 @@
 """Runs of the preset `text` with a language model as judge. The model is `helpers.server`, of
 known mind: it values a text at `quality`."""
 
-import copy
 import itertools
 import json
 import sqlite3
@@ -10,7 +9,6 @@ from contextlib import closing
 import torch
 
 import train
-from experiments.fine_tuning import fine_tune
 from helpers.runs import rows
 from helpers.text_runs import jsonl
 
@@ -123,13 +121,3 @@ def dry(capsys, *arguments):
     capsys.readouterr()
     assert train.main([*map(str, arguments), "--dry-run"]) == 0
     return capsys.readouterr().out
-
-
-TUNED, FINE_TUNE = {}, fine_tune
-
-
-def tuned_once(config, policy, pairs, run):
-    if config.seed not in TUNED:
-        FINE_TUNE(config, policy, pairs, run)
-        TUNED[config.seed] = copy.deepcopy(policy.state_dict())
-    policy.load_state_dict(TUNED[config.seed])

@@ -1,12 +1,11 @@
-"""Runs of train.py: as a user starts them, and what they leave in their folder."""
+"""Small runs of train.py, and what they leave in their folder."""
 
+import fcntl
 import json
-import signal
-import subprocess
-import sys
+import os
+import shutil
 
 import train
-from helpers import ROOT
 
 SMALL = (
     "--num-prompts 2 --vocabulary 3 --length 2 --iterations 6 --steps 5 --pairs 64 "
@@ -14,14 +13,19 @@ SMALL = (
 ).split()
 
 
-def start(*arguments):
-    """train.py as a user starts it: what it prints is thrown away, and Ctrl-C reaches it, even if
-    the tests run where a shell made background jobs deaf to it."""
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear
-    )
+def made_once(tmp_path_factory, name, make):
+    """A copy of the folder that make(folder) fills. That is done by the first of all test processes
+    to ask; the others wait for it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    (made := shared / "made").mkdir(exist_ok=True)
+    with (made / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (made / f"{name}.done").exists():
+            shutil.rmtree(made / name, ignore_errors=True)
+            make(made / name)
+            (made / f"{name}.done").touch()
+    return shutil.copytree(made / name, tmp_path_factory.mktemp("made") / name)
 
 
 def rows(out):

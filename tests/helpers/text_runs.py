@@ -1,13 +1,16 @@
 """Small runs of the presets `text` and `ablations`."""
 
+import functools
 import json
 from dataclasses import fields, is_dataclass
 
 import torch
 
+import experiments.fine_tuning
 from experiments.text_settings import TextConfig
 from oracle import RegisterJudge
-from text import make_tokenizer
+from text import learn_byte_pairs, make_tokenizer
+from world import examples
 
 # A transformer this small still writes a quarter of its answers malformed after 100 steps: all four
 # classes are there to count.
@@ -17,6 +20,15 @@ TINY = (
     "text --iterations 3 --sft-steps 100 --sft-lr 0.01 --prompts 14 --survey 4 --width 32 "
     "--layers 1 --threads 1"
 ).split()
+
+LEARNT = functools.cache(learn_byte_pairs)
+
+
+def learn_once(patch):
+    """Of a process, corpora and their byte pairs are made once, not by each run."""
+    patch(experiments.fine_tuning, "examples", functools.cache(examples))
+    patch(experiments.fine_tuning, "learn_byte_pairs", lambda texts, n: LEARNT(tuple(texts), n))
+
 
 JUDGE, K, MARGIN = RegisterJudge(), 5, 0.4
 CONCISE, VIVID, PRECISE, MALFORMED = range(4)

@@ -27,6 +27,7 @@ def assert_counted_right(endpoint, server):
     assert endpoint.ledger.spent() == pytest.approx(report["dollars"] + unknown, abs=ROUNDING)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize(
     "behaviour",
@@ -54,6 +55,7 @@ def test_whatever_faults_the_server_has_the_labels_are_those_of_a_run_without_an
     assert_counted_right(endpoint, server)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("fault", [*BROKEN, *LOST])
 def test_a_fault_that_never_ends_gives_no_label_after_the_last_attempt(form, fault, server, asking):

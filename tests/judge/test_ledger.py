@@ -24,6 +24,7 @@ def change(cache, sql):
         db.execute(sql)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, 1203])
 def test_a_reply_is_asked_for_once_for_all_processes_to_come(n, server, asking):
     """1203: the ledger looks for 500 at a time."""

@@ -217,6 +217,7 @@ def test_a_process_that_died_in_flight_keeps_nobody_waiting(buried, server, aski
     assert off(done[0], truth("pairwise", *asked)) < ROUNDING
 
 
+@pytest.mark.slow
 def test_control_c_keeps_all_that_was_received(server, asking, tmp_path):
     """What was in flight is waited for, nothing more is sent, and the rest is asked later."""
     server.control(latency=0.2, idempotent=False)

@@ -39,6 +39,7 @@ def test_a_limit_on_dollars_needs_a_price(asking):
     asking(price=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "behaviour",
     [

@@ -49,6 +49,7 @@ def test_the_comparisons_are_those_that_the_command_makes():
     assert [json.loads(line) for line in lines] == ITEMS
 
 
+@pytest.mark.slow
 def test_algorithm_2_runs_on_recorded_judgments_and_learns_what_the_judge_prefers(recorded):
     """Where the judge's mean P of a response is highest the policy has gone up, and down where it
     is lowest."""

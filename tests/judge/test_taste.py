@@ -286,6 +286,7 @@ def test_no_comparisons_have_no_probabilities_and_unequal_lists_are_refused():
         JUDGE.prefer([PROMPT], [CONCISE, VARIED], [VARIED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit", ["word{} ", "a'", "- ", "1. ", "\n", "*", ".", "```", "a.\n", "\u2019"]
 )

@@ -406,6 +406,7 @@ def of_kind(pre):
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def test_a_vocabulary_in_a_gguf_is_that_of_its_tokenizer_json(pre, tmp_path):
     """Tokens of plain text, prompts, and added tokens that are not special."""

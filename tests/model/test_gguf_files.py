@@ -52,6 +52,7 @@ LONG = {
 }  # a GGUF keeps no other context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantisation", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
 @families
 def test_a_gguf_file_is_the_same_model_as_its_directory(family, quantisation, tmp_path):

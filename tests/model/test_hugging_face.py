@@ -67,6 +67,7 @@ def test_every_kind_of_tensor_of_a_family_matters(family, tmp_path):
             weight.copy_(before)
 
 
+@pytest.mark.slow
 @families
 def test_directories_in_shards_read_and_written_are_the_same_model(family, tmp_path):
     """transformers' shards -> ours -> our shards -> transformers, nothing missing or left over, and
@@ -94,6 +95,7 @@ def test_directories_in_shards_read_and_written_are_the_same_model(family, tmp_p
         assert again.config == ours.config
 
 
+@pytest.mark.slow
 @families
 def test_half_precision_weights_survive_a_round_trip_bit_for_bit(family, tmp_path):
     theirs = theirs_of(family).bfloat16()
@@ -190,6 +192,7 @@ def test_a_sliding_window_is_the_context_within_which_the_logits_agree(tmp_path)
 FULL, SLIDING = ["full_attention"], ["sliding_attention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

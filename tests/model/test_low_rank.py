@@ -85,6 +85,7 @@ def test_a_model_with_low_rank_terms_is_saved_as_the_model_that_it_is(tiny_qwen,
         assert (ours - plain).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_run_with_low_rank_terms_saves_whole_maps_and_small_checkpoints(
     tiny_qwen, prompts_file, tmp_path
 ):

@@ -129,6 +129,7 @@ def test_the_uniform_mixture_has_the_mean_probability():
         assert torch.equal(policies[0].state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_the_responses_of_a_uniform_mixture_are_independent_of_each_other():
     """Of ten times one policy they are the policy's own samples. Were they drawn with ten times the
     same random numbers, each would occur ten times, and their counts vary ten times as much."""
@@ -140,6 +141,7 @@ def test_the_responses_of_a_uniform_mixture_are_independent_of_each_other():
         assert_follow([y.tokens for y in responses], exact)
 
 
+@pytest.mark.slow
 @SHARPNESS
 def test_the_uniform_mixture_draws_a_policy_once_for_a_response(temperature, top_p):
     policies, mixture = uniform_mixture(loaded := [])

@@ -48,6 +48,7 @@ def test_generate_draws_every_response_as_often_as_its_exact_probability_says(te
     )
 
 
+@pytest.mark.slow
 @SHARPNESS
 @pytest.mark.parametrize("lengths", PROMPT_TOKENS)
 def test_generate_equals_reading_everything_anew_for_every_token(

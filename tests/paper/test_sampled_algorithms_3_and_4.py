@@ -98,6 +98,7 @@ def test_algorithm_4_without_a_pull_is_algorithm_2():
     assert same(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["I", "II"])
 def test_algorithm_4_samples_from_pi_t_or_the_mixture_and_refers_to_the_mixture(option, fitted):
     """12,000 samples of one prompt in iteration 3, to 5 standard deviations of a frequency. The

@@ -369,6 +369,7 @@ def test_C1_the_fit_to_intransitive_data_from_two_policies_minimises_eq_1(seed):
         assert loss(found + 1e-3 * direction) > loss(found) < loss(found - 1e-3 * direction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "Y"), [*((seed, 9) for seed in range(5)), (5, 160), (6, 216)])
 def test_C3_under_bradley_terry_the_fit_finds_the_reward_and_nash_its_argmax(seed, Y, threads):
     """C3: if the preference is Bradley-Terry, the fit finds the reward and Nash is its argmax."""

@@ -50,6 +50,7 @@ def test_C14_with_exact_rewards_connected_pairs_suffice_for_the_exact_target():
     assert dno.total_variation((pi_t.log() + log_ratio).softmax(-1), pi_star).max() < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @games_of_all_sizes
 def test_C14_every_inequality_of_the_proof_holds_with_explicit_constants(P, eta):

@@ -100,6 +100,7 @@ def test_a_run_holds_its_policies_averages_and_gaps(P, method):
         )
 
 
+@pytest.mark.slow
 @games_of_all_sizes
 def test_the_regression_is_soft_policy_iteration_in_every_iteration(P):
     T, pi_ref = 6 if P.shape[1] <= 40 else 2, random_policy(*P.shape[:2], 1)
