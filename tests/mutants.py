@@ -248,7 +248,7 @@ MUTANTS = {  # of a file: (text that occurs in it once, what it becomes)
     ],
     "judge/statistics.py": [
         ("G / (G - 1) * (sums**2)", "(sums**2)"),
-        ("student_t.ppf(0.975, G - 1)", "1.96"),
+        ("stdtrit(G - 1, 0.975)", "1.96"),
         ("(observed - chance) / (1 - chance) if chance", "observed if chance"),
         ("wins == [1, 1, 1]", "wins != [1, 1, 1]"),
     ],
