@@ -6,106 +6,21 @@ and `solve`, which runs Algorithm 1 and its relatives. Notation and axes are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from checks import FLOAT32, check_policy, check_positive, check_preferences, real_tensor
+from checks import check_policy, check_positive, check_preferences, real_tensor
 from dno import gap_of_rewards, prompt_mean, win_rate_against
+from fits import fit_scores, pair_weights
 from regularized import check_loop, geometric_mixture
+from relatives import LINEAR, METHODS, MOVING, Memory, Situation, implicit_step
 
-LARGEST_SCORE = 25  # sigma(25) = 1 - 1e-11: the loss still falls towards infinite scores
-
-# --- Fits over tables -----------------------------------------------------------------------------
-
-Function = Callable[[Tensor], Tensor]
-SOLVE_TOLERANCE = 1e-10  # relative residual of linear equations; elimination leaves below 1e-14
-
-
-def solve_linear(A: Tensor, b: Tensor) -> Tensor:
-    """The x [X, Y] of A x = b for every A [X, Y, Y] and b [X, Y], float64.
-
-    By numpy, one matrix after another: torch's solver of several hangs or errs on some CPUs that
-    run several threads. RuntimeError unless the residual |A x - b| is small beside |A| |x| + |b|,
-    where a vector counts by its largest entry and A by its largest row sum."""
-    try:
-        found = np.linalg.solve(A.cpu().numpy(), b.cpu().numpy()[..., None])
-    except np.linalg.LinAlgError as error:
-        raise RuntimeError("linear equations are singular; expected one solution") from error
-    x = torch.from_numpy(found).to(A)
-    size = A.abs().sum(-1).amax(-1) * x.abs().amax((-2, -1)) + b.abs().amax(-1)
-    residual = (A @ x - b.unsqueeze(-1)).abs().amax((-2, -1)) / size.clamp(min=FLOAT32.tiny)
-    if not residual.max() <= SOLVE_TOLERANCE:  # also if there is a NaN
-        expected = f"expected at most {SOLVE_TOLERANCE:.0e}"
-        raise RuntimeError(f"linear equations left a residual of {residual.max():.1e}; {expected}")
-    return x.squeeze(-1)
-
-
-@torch.no_grad()
-def newton(residual: Function, jacobian: Function, u: Tensor, tolerance: float) -> Tensor:
-    """A root of residual, each row of [X, Y] by itself: Newton's method from u.
-
-    A step is halved until it does not lengthen the residual, which reaches a root from anywhere if
-    jacobian(u) [X, Y, Y] is nowhere singular. RuntimeError without success."""
-    f = residual(u)
-    for _ in range(200):
-        if f.abs().max() <= tolerance:
-            return u
-        step, size = solve_linear(jacobian(u), f), torch.ones_like(u[:, :1])
-        new = residual(u - size * step)
-        longer = new.norm(dim=-1, keepdim=True) > f.norm(dim=-1, keepdim=True)
-        while longer.any():
-            size = torch.where(longer, size / 2, size)
-            new = residual(u - size * step)
-            longer = new.norm(dim=-1, keepdim=True) > f.norm(dim=-1, keepdim=True)
-        u, f = u - size * step, new
-    found = f"a residual of {f.abs().max():.1e} after 200 steps"
-    raise RuntimeError(f"Newton's method left {found}; expected {tolerance:.0e}")
-
-
-def fit_scores(z: Tensor, weight: Tensor) -> Tensor:
-    """argmin_s sum_{y,y'} weight(y, y') cross_entropy(z(y, y'), s(y) - s(y')), [X, Y], of mean 0.
-
-    z and weight: [X, Y, Y], z complementary, weight >= 0. With z = P it is the Bradley-Terry fit of
-    Eq. (1); with z = sigma of reward differences it is Eq. (8) over a tabular class, s = eta
-    log(pi/pi_t). Newton's method on the gradient of the loss, which is convex. ValueError if there
-    is no finite or no unique minimiser: some responses always win, always lose or are never
-    compared."""
-    both = weight + weight.mT  # (y, y') says what (y', y) does
-    weight = both / weight.sum((-2, -1), keepdim=True)
-
-    def gradient(s: Tensor) -> Tensor:
-        z_hat = torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2))
-        return (weight * (z_hat - z)).sum(-1) + s.mean(-1, keepdim=True)
-
-    def hessian(s: Tensor) -> Tensor:  # the last term, like the gradient's, pins the mean of s to 0
-        z_hat = torch.sigmoid(s.unsqueeze(-1) - s.unsqueeze(-2))
-        curvature = weight * z_hat * (1 - z_hat)
-        return torch.diag_embed(curvature.sum(-1)) - curvature + 1 / s.shape[-1]
-
-    if any(connected_components(compared > 0)[0] > 1 for compared in weight.cpu().numpy()):
-        never = "some responses are never compared with the others"
-        raise ValueError(f"no unique scores: {never}, directly or through third ones")
-    scores = newton(gradient, hessian, torch.zeros_like(z[..., 0]), tolerance=1e-14)
-    if (scores.amax(-1) - scores.amin(-1)).max() > LARGEST_SCORE:
-        raise ValueError(
-            "no finite scores: some responses always win or always lose their comparisons"
-        )
-    return scores
-
-
-def pair_weights(like: Tensor, mu1: Tensor | None, mu2: Tensor | None) -> Tensor:
-    """mu1(y) mu2(y'), [X, Y, Y], for tables of the shape of like [X, Y], uniform when None.
-
-    ValueError on a table that is no policy."""
-    uniform = torch.full_like(like, 1 / like.shape[1])
-    mus = (uniform if mu is None else check_policy(mu, like.shape, "mu") for mu in (mu1, mu2))
-    first, second = (mu.to(like) for mu in mus)
-    return first.unsqueeze(-1) * second.unsqueeze(-2)
+# --- Fits, Theorem 1 and the regularised game -----------------------------------------------------
 
 
 def bradley_terry_fit(P: Tensor, mu1: Tensor | None = None, mu2: Tensor | None = None) -> Tensor:
@@ -116,9 +31,6 @@ def bradley_terry_fit(P: Tensor, mu1: Tensor | None = None, mu2: Tensor | None =
     or if no finite unique reward exists."""
     P = check_preferences(P).double()
     return fit_scores(P, pair_weights(P[..., 0], mu1, mu2))
-
-
-# --- Theorem 1 and the regularised game -----------------------------------------------------------
 
 
 def concentrability(
@@ -150,112 +62,34 @@ def mean_square_difference(d: Tensor, p: Tensor, q: Tensor, rho: Tensor | None =
     return prompt_mean(variances + (mean_p - mean_q).squeeze(-1) ** 2, rho)
 
 
-def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
-    """MW(P_tau) of Eq. (6), [X, Y], unique: the solution of pi = pi_ref exp(P(. > pi)/tau) / Z.
+def rotation_frequency(P: Tensor, pi: Tensor) -> Tensor:
+    """w [X]: the policies near pi, a Nash policy of full support, circle it by w/eta radians a step
+    of Eq. (9). It is the largest imaginary part of the eigenvalues of diag(pi) A, A = P - 1/2.
 
-    Newton's method on F(u) = u - log pi_ref - P softmax(u)/tau. The Jacobian I - A M/tau, with A =
-    P - 1/2 skew-symmetric and M the covariance of softmax(u), is never singular: A M has imaginary
-    eigenvalues only, since M is positive semidefinite. ValueError on a bad table, a pi_ref without
-    full support or tau <= 0; RuntimeError without success."""
+    w < 8^(-1/2) < .354 in every preference game. With D = diag(pi), D A has the eigenvalues of B =
+    D^(1/2) A D^(1/2), which is skew-symmetric: they come in pairs +-i w, so that 2 w^2 is at most
+    |B|^2 = sum_{y != y'} pi(y) pi(y') A(y, y')^2 <= (1 - sum_y pi(y)^2)/4, as |A| <= 1/2.
+    ValueError on a bad table."""
+    P = check_preferences(P).double()
+    pi = check_policy(pi, P.shape[:2]).to(P)
+    return torch.linalg.eigvals(pi.unsqueeze(-1) * (P - 0.5)).imag.amax(-1)
+
+
+def regularized_nash(P: Tensor, pi_ref: Tensor, tau: float) -> Tensor:
+    """MW(P_tau) of Eq. (6), [X, Y], unique: the solution of pi = pi_ref exp(P(. > pi)/tau) / Z, by
+    `relatives.implicit_step`.
+
+    ValueError on a bad table, a pi_ref without full support or tau <= 0; RuntimeError without
+    success."""
     P = check_preferences(P).double()
     check_positive(tau=tau)
     log_ref = check_policy(pi_ref, P.shape[:2], "pi_ref").to(P).log()
     if not log_ref.isfinite().all():
         raise ValueError("pi_ref has an entry 0; expected full support")
-    A, eye = P - 0.5, torch.eye(P.shape[1]).to(P)
-
-    def jacobian(u: Tensor) -> Tensor:
-        pi = u.softmax(-1)
-        return eye - A @ (torch.diag_embed(pi) - pi.unsqueeze(-1) * pi.unsqueeze(-2)) / tau
-
-    def residual(u: Tensor) -> Tensor:
-        return u - log_ref - win_rate_against(A, u.softmax(-1)) / tau
-
-    return newton(residual, jacobian, log_ref, tolerance=1e-13 * (1 + 1 / tau)).softmax(-1)
+    return implicit_step(P, log_ref, tau).softmax(-1)
 
 
-# --- Exact updates --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What an update of iteration t sees; tables are [X, Y]."""
-
-    P: Tensor  # [X, Y, Y]
-    eta: float
-    log_mixture: Tensor  # log of pi_t^(1 - tau/eta) pi_ref^(tau/eta), not normalised
-    r_t: Tensor  # expected win rates against pi_t
-    r_before: Tensor  # against pi_{t-1}; r_t itself if t = 1
-
-    def step(self, r: Tensor) -> Tensor:
-        """log pi*, not normalised, of soft policy iteration on the rewards r: Eq. (9)."""
-        return self.log_mixture + r / self.eta
-
-    def against(self, log_pi: Tensor) -> Tensor:
-        """Expected win rates against a policy, given by its logarithm up to a constant."""
-        return win_rate_against(self.P, log_pi.softmax(-1))
-
-
-def soft_update(now: Situation) -> Tensor:
-    """Eq. (9). With tau > 0 it is option I of Algorithm 3; with pi_ref fixed, INPO (Zhang 2024)."""
-    return now.step(now.r_t)
-
-
-def regression_update(
-    now: Situation, mu1: Tensor | None = None, mu2: Tensor | None = None
-) -> Tensor:
-    """Eq. (8) minimised over tabular logits, on all pairs of mu1, mu2 [X, Y], uniform when None."""
-    z = torch.sigmoid(now.r_t.unsqueeze(-1) - now.r_t.unsqueeze(-2))
-    return now.log_mixture + fit_scores(z, pair_weights(now.r_t, mu1, mu2)) / now.eta
-
-
-def nash_md_update(now: Situation) -> Tensor:
-    """Eq. (7), Nash-MD (Munos 2023): rewards against the mixture. Option II of Algorithm 3."""
-    return now.step(now.against(now.log_mixture))
-
-
-def optimistic_update(now: Situation) -> Tensor:
-    """Optimistic multiplicative weights: r_t counts twice, and r_{t-1} is taken back."""
-    return now.step(2 * now.r_t - now.r_before)
-
-
-def extragradient_update(now: Situation) -> Tensor:
-    """EGPO (Zhou 2025): the rewards are those against a trial step."""
-    return now.step(now.against(now.step(now.r_t)))
-
-
-def sppo_update(now: Situation) -> Tensor:
-    """SPPO (Wu 2024): the policy pi_t e^h of least E_{y~pi_t}[(h - g)^2], g = (r_t - 1/2)/eta.
-
-    The Lagrangian's derivative is 0 where h + c e^h = g, with c such that the policy sums to 1:
-    Newton's method on h and c together, while g grows from 0 by steps of at most 1/2. RuntimeError
-    without success."""
-    pi, g = now.log_mixture.softmax(-1), (now.r_t - 0.5) / now.eta
-    h, c = torch.zeros_like(g), torch.zeros_like(g[:, :1])
-    stages = max(1, int(2 * g.abs().max()) + 1)
-    for step in range(10 * min(stages, 200)):  # beyond that eta is too small for float64 anyway
-        weight = h.exp()
-        slope, off = 1 + c * weight, h + c * weight - g * (step // 10 + 1) / stages
-        dc = (pi * weight * (1 - off / slope)).sum(-1, keepdim=True) - 1
-        dc = dc / (pi * weight**2 / slope).sum(-1, keepdim=True)
-        h, c = h - (off + weight * dc) / slope, c + dc
-    log_pi = now.log_mixture.log_softmax(-1) + h
-    normalised = log_pi.logsumexp(-1).abs().max() < 1e-9
-    solved = (h + c * h.exp() - g).abs().max() < 1e-9 * (1 + g.abs().max())
-    if not (normalised and solved):
-        raise RuntimeError(f"no SPPO update found at eta {now.eta}; expected a larger eta")
-    return log_pi
-
-
-METHODS: dict[str, Callable[..., Tensor]] = {  # name -> update: log pi_{t+1}, not normalised
-    "dno": soft_update,
-    "dno-regression": regression_update,
-    "nash-md": nash_md_update,
-    "omwu": optimistic_update,
-    "sppo": sppo_update,
-    "moving-reference": soft_update,  # MPO (Wang 2024), COMAL (Liu 2024)
-    "extragradient": extragradient_update,
-}
+# --- solve ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -263,9 +97,9 @@ class Solution:
     """The run of `solve`."""
 
     policies: Tensor  # [T+1, X, Y], pi_1 first
-    average: Tensor  # [X, Y], unif(pi_1..pi_T)
+    average: Tensor  # [X, Y], the method's average of pi_1..pi_T: uniform, or linear (LINEAR)
     last: Tensor  # [X, Y], pi_{T+1}
-    gap_average: Tensor  # [T], duality gap of unif(pi_1..pi_t)
+    gap_average: Tensor  # [T], duality gap of the average of pi_1..pi_t
     gap_last: Tensor  # [T], of pi_{t+1}
 
 
@@ -280,15 +114,18 @@ def solve(
     pi_1: Tensor | None = None,
     rho: Tensor | None = None,
     move_reference_every: int | None = None,
-    **options: Tensor,
+    **options: Any,
 ) -> Solution:
     """Run `iterations` exact updates on P [X, Y, Y] by a method of `METHODS`.
 
     pi_ref [X, Y]: the reference, uniform when None. pi_1: the start, pi_ref when None. tau in [0,
-    eta]: the pull towards pi_ref; at 0 the game is P itself, and "nash-md" and "moving-reference"
-    are "dno". "moving-reference" sets pi_ref <- pi_{t+1} every `move_reference_every` iterations (6
-    when None); other methods do so if told to. options: mu1, mu2 [X, Y] of "dno-regression".
-    ValueError on an unknown method, a bad table or a bad number."""
+    eta]: the pull towards pi_ref; at 0 the game is P itself, and "nash-md", "moving-reference" and
+    "mpo" are "dno". "moving-reference" and "mpo" set pi_ref <- pi_{t+1} every
+    `move_reference_every` iterations (`stable_period` when None, and a warning below it); other
+    methods do so if told to. The average is the method's own: for the alternating ones, whose
+    policy is the mean of two players', policy t has weight t; for all others it is uniform.
+    options: mu1, mu2 [X, Y] of "dno-regression"; strength of "dsppo". ValueError on an unknown
+    method, a bad table or a bad number."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     check_loop(eta, iterations, tau, move_reference_every or 0)
@@ -296,24 +133,50 @@ def solve(
     uniform = torch.full_like(P[..., 0], 1 / P.shape[1])
     pi_ref = uniform if pi_ref is None else check_policy(pi_ref, P.shape[:2], "pi_ref").to(P)
     pi = pi_ref if pi_1 is None else check_policy(pi_1, P.shape[:2], "pi_1").to(P)
-    every = move_reference_every or (6 if method == "moving-reference" else iterations + 1)
+    every = period(method, eta, tau, move_reference_every) or iterations + 1
     log_pi, log_ref = pi.log(), pi_ref.log()
+    log_before, memory = log_pi, Memory()
     policies, rewards = [pi], [win_rate_against(P, pi)]
     for t in range(1, iterations + 1):
         mixture = geometric_mixture(log_pi, log_ref, tau, eta)
         before = rewards[-2] if t > 1 else rewards[-1]
-        now = Situation(P, eta, mixture, rewards[-1], before)
-        log_pi = METHODS[method](now, **options).log_softmax(-1)
+        now = Situation(
+            P, eta, mixture, rewards[-1], before, t, tau, log_pi, log_before, log_ref, memory
+        )
+        log_before, log_pi = log_pi, METHODS[method](now, **options).log_softmax(-1)
         policies.append(log_pi.exp())
         rewards.append(win_rate_against(P, policies[-1]))
         if t % every == 0:
             log_ref = log_pi
-    return summarised(torch.stack(policies), torch.stack(rewards), rho)
+    return summarised(torch.stack(policies), torch.stack(rewards), rho, method in LINEAR)
 
 
-def summarised(policies: Tensor, rewards: Tensor, rho: Tensor | None) -> Solution:
+def stable_period(eta: float, tau: float) -> int:
+    """How many iterations a reference should stay, that the last iterate gets to Nash:
+    max(6, floor(sqrt(3 eta/tau)) + 1); 6 at tau = 0, where it does nothing.
+
+    Near a full-support Nash policy a moving reference is stable for eta < tau N^2/3, to first order
+    in its angles of rotation."""
+    return max(6, math.floor(math.sqrt(3 * eta / tau)) + 1) if tau else 6
+
+
+def period(method: str, eta: float, tau: float, asked: int | None) -> int | None:
+    """Iterations for which the reference stays; None for ever. Warns if they are too few."""
+    stable = stable_period(eta, tau)
+    if asked and tau and asked < stable:
+        found = f"move_reference_every is {asked} at eta {eta:g}, tau {tau:g}"
+        warnings.warn(f"{found}; the last iterate may circle below {stable}", stacklevel=3)
+    return asked or (stable if method in MOVING else None)
+
+
+def summarised(
+    policies: Tensor, rewards: Tensor, rho: Tensor | None, linear: bool = False
+) -> Solution:
     """The `Solution` of pi_1..pi_{T+1}, [T+1, X, Y], whose expected win rates are rewards."""
     count = torch.arange(1, len(policies)).to(rewards)[:, None, None]
-    average_rewards = rewards[:-1].cumsum(0) / count
+    weight = count if linear else torch.ones_like(count)
+    total = weight.cumsum(0)
+    average_rewards = (weight * rewards[:-1]).cumsum(0) / total
     gaps = gap_of_rewards(average_rewards, rho), gap_of_rewards(rewards[1:], rho)
-    return Solution(policies, policies[:-1].mean(0), policies[-1], *gaps)
+    average = (weight * policies[:-1]).sum(0) / total[-1]
+    return Solution(policies, average, policies[-1], *gaps)

@@ -59,7 +59,16 @@ LEFT_OUT = (
     "ledger",
     "secrets",
 )
-FILES = ("dno.py", "checks.py", "pairs.py", "regularized.py", "solvers.py", "oracle.py")
+FILES = (
+    "dno.py",
+    "checks.py",
+    "pairs.py",
+    "regularized.py",
+    "fits.py",
+    "relatives.py",
+    "solvers.py",
+    "oracle.py",
+)
 MODULES = (
     "torch",
     "torch._dynamo",

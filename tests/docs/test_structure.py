@@ -14,7 +14,7 @@ LAYERS = (  # each may import from those above it, and from what stands before i
     "checks pairs world model judge.prices judge.ledger judge.replies judge.questions judge.client "
     "judge.models judge.endpoint judge.statistics judge.synthetic",
     "dno text",
-    "regularized solvers oracle",
+    "regularized fits relatives solvers oracle",
     "chat.formats chat.gguf chat.hugging_face chat.template chat.scoring chat.low_rank chat.team "
     "chat.processes chat.policy chat.checkpoints",
     "experiments.settings experiments.figures experiments.folder experiments.judging "
