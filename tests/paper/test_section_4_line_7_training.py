@@ -94,6 +94,21 @@ def test_prompts_of_three_parts_are_all_kept_apart():
     assert listed(D) == [pair for part in parts for pair in listed(part)]
 
 
+def test_prompts_without_pairs_leave_gaps_in_which_no_other_prompt_falls():
+    """The parts have pairs of the prompts 0 and 5, 1 and 3, and 4 only: five different prompts."""
+    groups = Groups(list("abcdef"), [["x", "y"]] * 6, torch.zeros(6, 2))
+    r = torch.tensor([[1.0, 0.0]]).repeat(6, 1)
+    parts = [
+        form_pairs(groups, r, torch.tensor([[x, 0, 1] for x in which]))
+        for which in ([0, 5], [1, 3], [4])
+    ]
+    D = join(parts)
+    assert len(D.group[D.first].unique()) == 5
+    batches = D.batches(1, torch.Generator().manual_seed(0))
+    assert sorted(x for batch in batches for x in set(batch.prompts)) == list("abdef")
+    assert all(len(set(batch.prompts)) == 1 for batch in batches)
+
+
 def test_finding_the_reference_leaves_the_pairs_as_they_were():
     policy, (D, *_) = tabular(random_policy(2, 8, 0)), random_pairs(2, 4)
     missing = replace(D, log_reference=torch.full_like(D.log_reference, NAN))
