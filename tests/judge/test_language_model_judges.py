@@ -204,6 +204,17 @@ def test_a_pair_of_which_one_order_is_lost_has_no_probability(server, forgiving)
     assert judge.report()["pairs_in_both_orders"] == 9
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_pair_of_which_one_order_alone_is_lost_has_none_either(lost):
+    """What the other order says would bring back the bias for a place."""
+    results = [0.8, 0.4]
+    results[lost] = None
+    P, counts = FORMS["pairwise"]().preferences([("x", "a", "b")], results)
+    assert set(P) == {("x", "a", "b"), ("x", "b", "a")}
+    assert all(math.isnan(p) for p in P.values())
+    assert (counts["asked"], counts["failed"], counts["pairs"]) == (1, 1, 0)
+
+
 def test_the_same_questions_are_asked_however_a_batch_is_ordered_split_or_turned(server, forgiving):
     x, a, b, _ = graded_pairs(20)
     P = OpenAIJudge(forgiving(), "pairwise").prefer(x, a, b)

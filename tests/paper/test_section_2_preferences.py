@@ -8,6 +8,7 @@ from scipy.optimize import minimize, nnls
 
 import checks
 import dno
+import fits
 import regularized
 import solvers
 from helpers.games import EXACT, LP, games, games_of_all_sizes, random_policy, random_rho
@@ -253,9 +254,7 @@ def test_newtons_method_halves_a_rows_step_until_its_residual_falls():
         return u.arctan()
 
     start = torch.tensor([[3.0], [0.5]], dtype=torch.float64)
-    root = solvers.newton(
-        residual, lambda u: (1 / (1 + u**2)).unsqueeze(-1), start, tolerance=1e-14
-    )
+    root = fits.newton(residual, lambda u: (1 / (1 + u**2)).unsqueeze(-1), start, tolerance=1e-14)
     good = 0.5 - 1.25 * np.arctan(0.5)
     by_hand = [[3, 0.5], *([3 - size * 10 * np.arctan(3), good] for size in (1, 1 / 2, 1 / 4))]
     assert np.array(tried[:4]) == pytest.approx(np.array(by_hand), abs=EXACT)
@@ -268,23 +267,23 @@ def test_linear_equations_of_large_matrices_are_solved_whatever_the_threads(thre
     for X, Y in ((2, 160), (2, 216), (8, 216), (1, 600)):
         A, x = (torch.randn(X, *shape, generator=generator).double() for shape in ((Y, Y), (Y,)))
         A = A + 3 * Y**0.5 * torch.eye(Y)
-        found = solvers.solve_linear(A, (A * x.unsqueeze(-2)).sum(-1))
+        found = fits.solve_linear(A, (A * x.unsqueeze(-2)).sum(-1))
         assert (found - x).abs().max() < EXACT
 
 
 def test_a_wrong_solution_of_linear_equations_is_an_error(monkeypatch):
     A, b = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1), torch.ones(2, 3, dtype=torch.float64)
-    assert torch.equal(solvers.solve_linear(A, b), b)
-    assert torch.equal(solvers.solve_linear(A, 0 * b), 0 * b)
+    assert torch.equal(fits.solve_linear(A, b), b)
+    assert torch.equal(fits.solve_linear(A, 0 * b), 0 * b)
     with pytest.raises(RuntimeError, match="linear equations are singular"):
-        solvers.solve_linear(A - A, b)
+        fits.solve_linear(A - A, b)
     solve = np.linalg.solve
     for factor, residual in ((1 + 1e-9, "5.0e-10"), (float("nan"), "nan")):
         wrong = np.ones((2, 3, 1))
         wrong[1] = factor  # of one of two systems
         monkeypatch.setattr(np.linalg, "solve", lambda A, b, wrong=wrong: wrong * solve(A, b))
         with pytest.raises(RuntimeError, match=f"left a residual of {residual}; expected at most"):
-            solvers.solve_linear(A, b)
+            fits.solve_linear(A, b)
 
 
 def test_newtons_method_ends_at_its_tolerance_or_after_200_steps():
@@ -300,13 +299,13 @@ def test_newtons_method_ends_at_its_tolerance_or_after_200_steps():
         return torch.eye(2, dtype=torch.float64)[None]
 
     assert torch.equal(
-        solvers.newton(lambda u: u - 1, identity, start, tolerance=0.0), one
+        fits.newton(lambda u: u - 1, identity, start, tolerance=0.0), one
     )  # one step, from a residual of -1
     assert len(jacobians) == 1
     with pytest.raises(
         RuntimeError, match=r"left a residual of 1\.0e\+00 after 200 steps; expected 1e-14"
     ):
-        solvers.newton(lambda u: one, identity, start, tolerance=1e-14)
+        fits.newton(lambda u: one, identity, start, tolerance=1e-14)
     assert len(jacobians) == 201
 
 
