@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import dno
+import fits
 import solvers
 from oracle import random_game
 
@@ -59,7 +60,7 @@ def learn(mu: Tensor, N: int, seeds: int, generator: torch.Generator) -> Tensor:
     )
     compared = wins + wins.mT
     z = torch.where(compared > 0, wins / compared.clamp(min=1), 0.5)
-    log_ratio = solvers.fit_scores(z, compared) / ETA
+    log_ratio = fits.fit_scores(z, compared) / ETA
     return (pi_t.log() + log_ratio.view(seeds, X, Y)).softmax(-1)
 
 

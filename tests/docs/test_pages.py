@@ -10,11 +10,11 @@ from fnmatch import fnmatch
 import numpy as np
 import pytest
 
-import solvers
 import train
 from experiments.ablations_summary import verdict_of
 from experiments.agreement import AgreementOptions
 from helpers.pages import ALL, PAGES, README, ROOT, anchors, numbers, section, table
+from relatives import METHODS
 
 RESULTS = "docs/results.md"
 HALF = 0.0006  # printed numbers are rounded to 3 digits
@@ -161,7 +161,7 @@ def test_errata_are_one_list_E1_to_E8_and_cited_by_these_numbers_alone():
 
 
 def test_every_method_is_named_and_every_option_named_exists():
-    for method in solvers.METHODS:
+    for method in METHODS:
         assert f'`"{method}"`' in PAGES["docs/your-own.md"]
     configs = [AgreementOptions, *(train.preset(name)[0] for name in train.PRESETS)]
     options = {

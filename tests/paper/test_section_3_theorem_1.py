@@ -8,6 +8,7 @@ import torch
 from scipy.special import expit
 
 import dno
+import fits
 import solvers
 from benchmarks import theorem_1
 from helpers.games import EXACT, games, games_of_all_sizes, random_policy, random_rho
@@ -45,7 +46,7 @@ def test_C14_with_exact_rewards_connected_pairs_suffice_for_the_exact_target():
     tree = torch.zeros(2, 8, 8, dtype=torch.float64)
     tree[:, torch.arange(7), torch.arange(1, 8)] = 1
     log_ratio = (
-        solvers.fit_scores(torch.sigmoid(r_t[:, :, None] - r_t[:, None, :]), tree) / theorem_1.ETA
+        fits.fit_scores(torch.sigmoid(r_t[:, :, None] - r_t[:, None, :]), tree) / theorem_1.ETA
     )
     assert dno.total_variation((pi_t.log() + log_ratio).softmax(-1), pi_star).max() < 1e-10
 

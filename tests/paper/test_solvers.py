@@ -20,7 +20,7 @@ from helpers.games import (
     random_rho,
 )
 from oracle import random_feature_game, random_game
-from relatives import LINEAR
+from relatives import LINEAR, METHODS
 
 STEPS = 20_000
 LONG = pytest.param(0.01, 9.1e-3, STEPS, marks=pytest.mark.slow)
@@ -76,7 +76,7 @@ def test_a_moving_reference_takes_the_last_iterate_to_nash_on_comals_game():
     assert gaps[2] < 1e-15
 
 
-@pytest.mark.parametrize("method", list(solvers.METHODS))
+@pytest.mark.parametrize("method", list(METHODS))
 @games
 def test_a_run_holds_its_policies_averages_and_gaps(P, method):
     rho = random_rho(len(P), 0)
@@ -217,7 +217,7 @@ def test_a_reference_moves_only_if_that_is_the_method_or_if_told_to(method):
             assert (found[t] - pi).abs().max() < EXACT
 
 
-@pytest.mark.parametrize("method", list(solvers.METHODS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_of_a_single_response_there_is_one_policy(method):
     run = solvers.solve(torch.full((2, 1, 1), 0.5, dtype=torch.float64), method, iterations=3)
     assert (run.policies == 1).all()
