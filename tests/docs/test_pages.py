@@ -177,7 +177,7 @@ def signed(number):
 
 
 def test_the_table_of_the_known_game_is_that_of_its_file():
-    rows = table(PAGES[RESULTS], "| | Algorithm 1 |")
+    rows = table(PAGES[RESULTS], "| | Algorithm 1 (η = 1) |")
     expected = [
         [row["quantity"]]
         + [
