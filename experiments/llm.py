@@ -67,8 +67,7 @@ def run_llm(config: LlmConfig) -> None:
         run.figure("llm.png", sampled_figure, stages, run.metrics, validation.numbers[0])
         write_transformer(policy.model, run.out / "best")
         chat.save(run.out / "best")
-    where = f"{run.out}/best, for transformers and vLLM"
-    print(f"\npi_{last.best.t}, the best on validation, is in {where}")
+    print(f"\npi_{last.best.t}, the best on validation, is in {run.out}/best (transformers, vLLM)")
 
 
 def gold_of(items: list[Prompt]) -> list[str] | None:

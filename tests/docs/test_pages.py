@@ -13,6 +13,7 @@ import pytest
 import train
 from experiments.ablations_summary import verdict_of
 from experiments.agreement import AgreementOptions
+from experiments.settings import parse
 from helpers.pages import ALL, PAGES, README, ROOT, anchors, numbers, section, table
 from relatives import METHODS
 
@@ -170,6 +171,31 @@ def test_every_method_is_named_and_every_option_named_exists():
     ours = re.sub(r"pip (download|install) [^&\n]*|benchmarks\.\w+ [^`]*", "", ALL)
     others = {"--nproc-per-node", "--nnodes", "--rdzv-endpoint", "--help"}
     assert set(re.findall(r"(--[a-z][a-z-]+)", ours)) <= options | others
+
+
+def defaults(preset, algorithm):
+    """The row of a preset and an algorithm in the table of docs/runs.md, from the settings."""
+    words = {"llm": ["--model", "x"]}.get(preset, [])
+    config = parse(
+        [*words, "--algorithm", algorithm], train.preset(preset)[0], f"train.py {preset}"
+    )
+    if preset == "game":
+        samples, rate, margin = "", config.lr, ""
+    else:
+        (stage,) = config.stages() if preset == "text" else [config.stage(1)]
+        samples, rate = str(stage.settings.samples), stage.settings.learning_rate
+        margin = f"{config.margin:g}" if stage.hard else ""
+    of = config if preset == "game" else stage
+    every = str(of.move_reference_every) if of.move_reference_every else "never"
+    return [str(of.iterations), samples, f"{of.eta:g}", f"{of.tau:g}", every, f"{rate:g}", margin]
+
+
+def test_the_numbers_that_count_where_nothing_is_given_are_those_of_the_settings():
+    rows = table(PAGES["docs/runs.md"], "| preset, algorithm |")
+    assert len(rows) == 7
+    for name, *shown in rows:
+        preset, algorithm = name.replace("`", "").split(", ")
+        assert shown == defaults(preset, algorithm), name
 
 
 def signed(number):
