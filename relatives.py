@@ -137,7 +137,7 @@ def magnetic_update(now: Situation) -> Tensor:
     """MPO (Wang 2024), by magnetic mirror descent (Sokota 2023) with step 1/eta: our m_t and step
     at eta + tau. `solve` moves the reference."""
     total = now.eta + now.tau
-    return (geometric_mixture(now.log_pi, now.log_ref, now.tau, total)) + now.r_t / total
+    return geometric_mixture(now.log_pi, now.log_ref, now.tau, total) + now.r_t / total
 
 
 def mnpo_update(now: Situation) -> Tensor:
@@ -181,9 +181,9 @@ def regularised_step(
     slope and curvature: Newton's method on u = log pi_t + (r_t - tau R'(softmax(u)))/eta.
 
     Its Jacobian is I + D M, D diagonal and positive, M a covariance: never singular."""
-    if now.tau == 0:
-        return now.log_pi + now.r_t / now.eta
     target, weight = now.log_pi + now.r_t / now.eta, now.tau / now.eta
+    if weight == 0:
+        return target
     eye = torch.eye(target.shape[-1]).to(target)
 
     def jacobian(u: Tensor) -> Tensor:

@@ -21,8 +21,6 @@ from helpers import ROOT
 from helpers.pages import PAGES, README
 
 FOLDER = ROOT / "notebooks"
-
-
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PACKAGES = {"chat", "judge", "experiments"}
 READ = {path.stem for path in FOLDER.parent.glob("*.py")} - {"train"} | PACKAGES

@@ -32,7 +32,7 @@ from helpers.judged_runs import (
 )
 from helpers.runs import rows
 from helpers.server import blocks, quality
-from helpers.text_runs import jsonl, policy_of, repeats
+from helpers.text_runs import files_of, jsonl, policy_of, repeats
 from world import CLASSES, HELD_OUT, classify, teacher_answer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("judges_key")]
@@ -99,25 +99,8 @@ def test_a_judged_run_writes_the_files_of_a_text_run_with_its_own_columns(judged
     """A judged run writes the files of a text run with its own columns and valid json."""
     out, _ = judged_run(name)
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    always = {
-        "config.json",
-        "metrics.jsonl",
-        "summary.json",
-        "text.png",
-        "tokenizer.json",
-        "policies/base.pt",
-    }
-    each = {
-        name.format(t)
-        for t in (1, 2, 3)
-        for name in ("responses-{:03}.jsonl", "pairs-{:03}.jsonl", "policies/{:03}.pt")
-    } | {f"validation-{t:03}.jsonl" for t in (1, 2, 3, 4)}
-    ledger = {"judgments.sqlite"}
-    checkpoint = {"checkpoint/state.pt", "checkpoint/phases.pt"}
-    assert (
-        names - {f"judgments.sqlite-{end}" for end in ("wal", "shm")}
-        == always | each | ledger | checkpoint
-    )
+    names -= {f"judgments.sqlite-{end}" for end in ("wal", "shm")}
+    assert names == files_of(3) | {"judgments.sqlite"}
     config = json.loads((out / "config.json").read_text())
     assert (config["oracle"], config["judge_model"]) == ("openai", "local-judge")
     for file in (path for path in out.iterdir() if path.suffix in (".json", ".jsonl")):

@@ -14,7 +14,7 @@ from experiments.text_settings import TextConfig
 from helpers.games import EXACT, LP
 from helpers.pages import explained_columns
 from helpers.runs import rows
-from helpers.text_runs import JUDGE, MARGIN, ROUNDING, K, jsonl, policy_of, repeats
+from helpers.text_runs import JUDGE, MARGIN, ROUNDING, K, files_of, jsonl, policy_of, repeats
 from world import CLASSES, HELD_OUT, classify, prompt_class, topic
 
 STAGES = {
@@ -42,21 +42,7 @@ def test_the_page_of_runs_explains_every_column_of_a_text_run(text_run):
 
 def test_a_run_writes_the_files_and_columns_it_promises(text_run):
     names = {str(path.relative_to(text_run)) for path in text_run.rglob("*") if path.is_file()}
-    always = {
-        "config.json",
-        "metrics.jsonl",
-        "summary.json",
-        "text.png",
-        "tokenizer.json",
-        "policies/base.pt",
-    }
-    each = {
-        name.format(t)
-        for t in range(1, 7)
-        for name in ("responses-{:03}.jsonl", "pairs-{:03}.jsonl", "policies/{:03}.pt")
-    }
-    held_out = {f"validation-{t:03}.jsonl" for t in range(1, 8)}
-    assert names == always | each | held_out | {"checkpoint/state.pt", "checkpoint/phases.pt"}
+    assert names == files_of(6)
     config = json.loads((text_run / "config.json").read_text())
     assert set(config) == {field.name for field in fields(TextConfig)} | {"preset"}
     assert [(row["iteration"], row["algorithm"], row["t"]) for row in rows(text_run)] == [

@@ -5,16 +5,13 @@ import sqlite3
 from contextlib import closing, contextmanager
 
 import pytest
-import torch
 
-from helpers.server import quality
 from judge.ledger import Refused
 from judge.prices import Price
 from judge.questions import teacher_question
 
 PRICE = Price(10, 30)
 ROUNDING = 1e-12  # of sums of dollars and of probabilities by way of their logarithms
-BOTH = pytest.mark.parametrize("form", ["scored", "pairwise"])
 
 
 def golds(n, start=0):
@@ -31,19 +28,6 @@ def pairs(n, seed=0):
         [f"Text {i} is worth {draw.randrange(7)}." for i in range(n)] for _ in range(2)
     )
     return [f"Prompt {seed}.{i}" for i in range(n)], first, [text + " So it is." for text in second]
-
-
-def truth(form, prompts, a, b):
-    """P(a > b) as the server's mind has it: all or nothing by points; or 1/2 plus a sixteenth of
-    the lead."""
-    lead = torch.tensor(
-        [quality(y) - quality(z) for y, z in zip(a, b, strict=True)], dtype=torch.float64
-    )
-    return (1 + lead.sign()) / 2 if form == "scored" else 0.5 + lead / 16
-
-
-def off(P, expected):
-    return (P - expected).abs().max().item()
 
 
 def dollars(tokens):

@@ -83,3 +83,14 @@ def repeats(text):
         for i in range(len(words) - 2)
         for j in range(i + 1, len(words) - 2)
     )
+
+
+def files_of(iterations):
+    """The names of all files that a run of `text` with so many iterations leaves."""
+    names = (
+        "config.json metrics.jsonl summary.json text.png tokenizer.json policies/base.pt".split()
+    )
+    names += ["checkpoint/state.pt", "checkpoint/phases.pt"]
+    for t in range(1, iterations + 1):
+        names += [f"responses-{t:03}.jsonl", f"pairs-{t:03}.jsonl", f"policies/{t:03}.pt"]
+    return {*names, *(f"validation-{t:03}.jsonl" for t in range(1, iterations + 2))}

@@ -1,33 +1,13 @@
 """A server that answers as a language model would, and endpoints on it."""
 
+from functools import partial
+
 import openai
 import pytest
 
 from helpers.endpoints import PRICE
 from helpers.server import serving
 from judge.endpoint import Endpoint
-from judge.prices import Price
-
-
-@pytest.fixture
-def forgiving(server, client, tmp_path):
-    """An endpoint on the server, whatever share of its judgments fails."""
-
-    def begin(**settings):
-        return Endpoint(
-            **{
-                "model": "judge",
-                "client": client,
-                "cache": tmp_path / "cache.sqlite",
-                "price": Price(10, 30),
-                "timeout": 20.0,
-                "backoff": 0.01,
-                "max_failed": 1,
-                **settings,
-            }
-        )
-
-    return begin
 
 
 @pytest.fixture(scope="session")
@@ -56,21 +36,19 @@ def client(running):
 
 
 @pytest.fixture
-def asking(server, client, tmp_path):
+def endpoint(server, client, tmp_path):
+    """Makes endpoints on the server."""
+    common = {"model": "judge", "client": client, "cache": tmp_path / "cache.sqlite"}
+    return partial(Endpoint, **common, price=PRICE, timeout=20.0)
+
+
+@pytest.fixture
+def asking(endpoint):
     """An endpoint on the server, patient with it but not slow."""
+    return partial(endpoint, backoff=0.02, attempts=12)
 
-    def begin(**settings):
-        return Endpoint(
-            **{
-                "model": "judge",
-                "client": client,
-                "cache": tmp_path / "cache.sqlite",
-                "price": PRICE,
-                "timeout": 20.0,
-                "backoff": 0.02,
-                "attempts": 12,
-                **settings,
-            }
-        )
 
-    return begin
+@pytest.fixture
+def forgiving(endpoint):
+    """An endpoint on the server, whatever share of its judgments fails."""
+    return partial(endpoint, backoff=0.01, max_failed=1)

@@ -12,7 +12,8 @@ from contextlib import closing
 import pytest
 import torch
 
-from helpers.endpoints import BOTH, PRICE, golds, pairs, refused, rows
+from helpers.endpoints import PRICE, golds, pairs, refused, rows
+from helpers.judges import BOTH
 from judge.endpoint import Endpoint
 from judge.questions import Question
 from judge.replies import NO_ANSWER
