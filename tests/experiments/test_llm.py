@@ -21,7 +21,16 @@ from experiments.prompts import check_lengths, read_prompts, split_prompts
 from experiments.settings import BadInput
 from experiments.validation import KINDS, JudgedValidation, alarms
 from helpers import ROOT
-from helpers.chat_models import PROMPTS, SHORT, lines, make_model, policy_of, run, write_prompts
+from helpers.chat_models import (
+    PROMPTS,
+    SHORT,
+    lines,
+    make_model,
+    policy_of,
+    run,
+    words,
+    write_prompts,
+)
 from helpers.pages import PAGES, explained_columns, table
 from helpers.runs import refused
 from judge.ledger import for_terminal
@@ -216,16 +225,7 @@ def test_bad_prompts_are_refused_with_their_lines_before_anything_is_written(
 ):
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
-    arguments = [
-        "llm",
-        "--model",
-        str(tiny_llama),
-        "--prompts",
-        str(path),
-        "--out",
-        str(tmp_path / "run"),
-        *SHORT.split(),
-    ]
+    arguments = words(tiny_llama, path, tmp_path / "run")
     assert said in refused(capsys, *arguments)
     assert not (tmp_path / "run").exists()
 
@@ -295,16 +295,7 @@ def test_some_gold_responses_and_not_all_are_refused(tiny_llama, tmp_path, capsy
     path = tmp_path / "prompts.jsonl"
     items = [{"prompt": x, **({"gold": "Yes."} if i % 2 else {})} for i, x in enumerate(PROMPTS)]
     write_prompts(path, items)
-    arguments = [
-        "llm",
-        "--model",
-        str(tiny_llama),
-        "--prompts",
-        str(path),
-        "--out",
-        str(tmp_path / "run"),
-        *SHORT.split(),
-    ]
+    arguments = words(tiny_llama, path, tmp_path / "run")
     assert "expected all or none" in refused(capsys, *arguments)
 
 

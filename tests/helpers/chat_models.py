@@ -70,11 +70,14 @@ def write_prompts(path, items):
     return path
 
 
-def run(directory, prompts_file, out, *more):
+def words(directory, prompts_file, out, *more):
+    """The command line of a short run."""
     paths = {"--model": directory, "--prompts": prompts_file, "--out": out}
-    return train.main(
-        ["llm", *(str(word) for pair in paths.items() for word in pair), *SHORT.split(), *more]
-    )
+    return ["llm", *(str(word) for pair in paths.items() for word in pair), *SHORT.split(), *more]
+
+
+def run(directory, prompts_file, out, *more):
+    return train.main(words(directory, prompts_file, out, *more))
 
 
 def lines(path):
